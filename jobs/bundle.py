@@ -1,0 +1,8 @@
+"""`sattile bundle` for spark-submit: same options, same exit status."""
+
+import sys
+
+from sattile.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["bundle", *sys.argv[1:]]))

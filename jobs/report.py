@@ -1,0 +1,8 @@
+"""`sattile report` for spark-submit: same options, same exit status."""
+
+import sys
+
+from sattile.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["report", *sys.argv[1:]]))

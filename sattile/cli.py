@@ -1,0 +1,156 @@
+"""The command line: parse, call, say how it ended."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import sattile
+from sattile import config, record
+from sattile.config import COMMANDS, Command, Option
+from sattile.errors import SattileError, UsageError
+
+log = logging.getLogger("sattile")
+
+# What the contract lets be said without an option's name.
+POSITIONAL = {"index": "scenes", "report": "folders"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0 (done), 2 (wrong usage), 3 (too many refused) or 1 (anything else)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        name = next((one for one in arguments if not one.startswith("-")), None)
+        if name is None or name not in COMMANDS:
+            return _overview(name, arguments)
+        arguments.remove(name)
+        return _run(COMMANDS[name], arguments)
+    except SattileError as error:
+        print(f"sattile: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("sattile: interrupted; what is published is whole, and the next run goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _overview(name: str | None, arguments: Sequence[str]) -> int:
+    if "--version" in arguments:
+        print(f"sattile {sattile.__version__}")
+        return 0
+    if name is not None:
+        raise UsageError(f"{name!r} is no command{config.nearest(name, COMMANDS)}")
+    print("sattile: from an archive of satellite scenes to stitched maps, on Spark\n\ncommands:")
+    for command in COMMANDS.values():
+        print(f"  {command.name:<10} {command.summary}")
+    print("\n`sattile COMMAND --help` shows options and an example; `sattile demo` shows all of it at work.")
+    return 0 if not arguments or "--help" in arguments or "-h" in arguments else 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}\n  `{self.prog} --help` lists the options")
+
+
+def parser(command: Command) -> argparse.ArgumentParser:
+    """The parser of one command, from the parameters of its function."""
+    options = command.options()
+    built = _Parser(
+        prog=f"sattile {command.name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=f"example:\n  {command.example}\n\nexit status: 0 done, 2 wrong usage or settings, 3 too many scenes "
+        f"refused, 1 anything else",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for option in options:
+        _add(built, option, POSITIONAL.get(command.name) == option.name)
+    job = built.add_argument_group("job")
+    job.add_argument("--conf", metavar="FILE.yaml", help="settings, a section per command")
+    job.add_argument("--set", action="append", metavar="A.B=C", help="one setting: train.epochs=10")
+    known = {option.name for option in options}
+    if command.needs_spark:
+        job.add_argument("--master", help=config.JOB_KEYS["master"][1])
+    if "max_failed_fraction" not in known:
+        job.add_argument("--max-failed-fraction", type=float, help=argparse.SUPPRESS)
+    job.add_argument("--verbose", action="store_true", help="say more")
+    return built
+
+
+def _add(built: argparse.ArgumentParser, option: Option, positional: bool) -> None:
+    text = option.help.rstrip(".").replace("%", "%%")
+    if option.default not in (None, False, "", ()) and option.kind != "bool":
+        text += f" (default: {option.default})"
+    flag = "--" + option.name.replace("_", "-")
+    if positional:
+        built.add_argument(option.name, nargs="*", metavar=option.name.upper(), help=text)
+    elif option.kind == "bool":
+        built.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif option.kind == "list":
+        built.add_argument(flag, nargs="+", metavar=option.name.upper(), help=text)
+    else:
+        kinds = {"int": int, "float": float}
+        built.add_argument(flag, type=kinds.get(option.kind, str), metavar=option.name.upper(), help=text)
+
+
+def _run(command: Command, arguments: Sequence[str]) -> int:
+    given = vars(parser(command).parse_args(arguments))
+    settings = config.load(given.pop("conf", None), given.pop("set", ()))
+    job = {key: given.pop(key, settings.get(key)) for key in ("master", "verbose")}
+    _log(bool(job["verbose"]))
+    known = {option.name: option for option in command.options()}
+    values = {**settings.get(command.name, {}), **{name: value for name, value in given.items() if name in known}}
+    failed = given.get("max_failed_fraction", settings.get("max_failed_fraction"))
+    if failed is not None and "max_failed_fraction" in known:
+        values["max_failed_fraction"] = failed
+    missing = [option.name for option in known.values() if option.required and values.get(option.name) in (None, [])]
+    if missing:
+        bare = POSITIONAL.get(command.name)
+        names = ", ".join(name if name == bare else "--" + name.replace("_", "-") for name in missing)
+        raise UsageError(f"`sattile {command.name}` needs {names}\n  for example: {command.example}")
+    if "settings" in known:  # commands that chain others hand their sections on
+        values["settings"] = {name: part for name, part in settings.items() if name in COMMANDS}
+    start = time.monotonic()
+    if command.needs_spark:
+        result = _with_session(command, values, job["master"], settings.get("spark", {}))
+    else:
+        result = command.function()(**values)
+    if result:
+        record.announce(f"{result}")
+    log.info("%s: done in %.0f s", command.name, time.monotonic() - start)
+    return 0
+
+
+def _with_session(command: Command, values: dict[str, Any], master: str | None, conf: dict[str, Any]) -> Any:
+    from sattile.engine import session
+
+    # Under spark-submit the master is set already.
+    submitted = "SPARK_ENV_LOADED" in os.environ
+    spark = session(
+        master or (None if submitted else "local[*]"), conf={key: str(value) for key, value in conf.items()}
+    )
+    try:
+        return command.function()(spark, **values)
+    finally:
+        spark.stop()
+
+
+def _log(verbose: bool) -> None:
+    """Messages go to standard error, results to standard output; others' logs are kept quiet."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

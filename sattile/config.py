@@ -1,0 +1,264 @@
+"""Settings of the commands: where they are declared, how a file and the command line set them.
+
+A command is a thin face of one library function: its options, their types and defaults are the function's own
+parameters, their help the function's docstring. So there is one place to look them up, and notebooks, YAML and the
+command line agree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sattile import storage
+from sattile.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One parameter of a library function.
+
+    Attributes:
+        name: as in Python and YAML; `--name` with dashes on the command line.
+        kind: `bool`, `int`, `float`, `str` or `list` (of words).
+        default: None if it must be given or has no value.
+        required: has no default.
+        help: its line in the docstring.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    required: bool
+    help: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its name, the function behind it, and an example that runs."""
+
+    name: str
+    target: str
+    summary: str
+    example: str
+    needs_spark: bool = True
+
+    def function(self) -> Callable[..., Any]:
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def options(self) -> list[Option]:
+        return options_of(self.function())
+
+
+COMMANDS = {
+    one.name: one
+    for one in (
+        Command(
+            "index",
+            "sattile.scenes:index",
+            "list scenes, read their metadata, refuse what can't be read",
+            "sattile index 'scenes/*.tif' --out catalog",
+        ),
+        Command(
+            "tile",
+            "sattile.tiles:tile",
+            "cut labelled scenes into a tiles dataset",
+            "sattile tile --scenes scenes --labels labels --out tiles --size 128 --classes land,water",
+        ),
+        Command(
+            "train",
+            "sattile.training:train",
+            "train a segmentation model on a tiles dataset",
+            "sattile train --dataset tiles --out model --epochs 10",
+        ),
+        Command(
+            "bundle",
+            "sattile.model:bundle",
+            "make a bundle of a Keras model trained elsewhere",
+            "sattile bundle --keras net.keras --bands B02,B03,B04,B08 --classes land,water --out model",
+            needs_spark=False,
+        ),
+        Command(
+            "evaluate",
+            "sattile.evaluation:evaluate",
+            "measure a model on a dataset's split, or on scenes with labels",
+            "sattile evaluate --model model --dataset tiles --split test --out evaluation",
+        ),
+        Command(
+            "predict",
+            "sattile.prediction:predict",
+            "stitch segmentation maps of scenes",
+            "sattile predict --model model --scenes 'scenes/*.tif' --out mosaics",
+        ),
+        Command(
+            "report",
+            "sattile.reporting:report",
+            "one page that says what ran, how well, and shows it",
+            "sattile report catalog tiles model evaluation mosaics --out report",
+            needs_spark=False,
+        ),
+        Command(
+            "run",
+            "sattile.pipeline:run",
+            "index, tile, train, evaluate, predict and report, one after the other",
+            "sattile run --scenes scenes --labels labels --out work --set train.epochs=10 --set tile.size=128",
+        ),
+        Command(
+            "demo",
+            "sattile.pipeline:demo",
+            "make a small archive and run everything on it",
+            "sattile demo --out demo",
+        ),
+    )
+}
+
+JOB_KEYS = {
+    "master": (str, "where Spark runs: local[2], yarn, ... (default: local[*], or what spark-submit said)"),
+    "max_failed_fraction": (float, "refused scenes / given ones above which a command exits with 3 (default: 0.1)"),
+    "spark": (dict, "Spark settings, name: value"),
+    "verbose": (bool, "say more"),
+}
+"""Keys beside the commands' sections: not settings of a result."""
+
+
+def options_of(function: Callable[..., Any]) -> list[Option]:
+    """The options of a library function: its parameters but the session."""
+    hints = typing.get_type_hints(function, localns={"SparkSession": Any})
+    texts = _argument_texts(inspect.getdoc(function) or "")
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name == "spark" or parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            continue
+        required = parameter.default is inspect.Parameter.empty
+        default = None if required else parameter.default
+        found.append(Option(name, _kind(hints.get(name, str)), default, required, texts.get(name, "")))
+    return found
+
+
+def _kind(hint: Any) -> str:
+    """`bool`, `int`, `float`, `str` or `list` for an annotation; the widest of a union that can be typed in."""
+    if hint in (bool, int, float, str):
+        return hint.__name__
+    arguments = [one for one in typing.get_args(hint) if one is not type(None)]
+    kinds = [_kind(one) for one in arguments] if _is_union(hint) else []
+    if kinds:
+        return "str" if "str" in kinds else kinds[0]
+    return "list" if typing.get_origin(hint) in (list, tuple, Sequence) or "Sequence" in str(hint) else "str"
+
+
+def _is_union(hint: Any) -> bool:
+    import types
+
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _argument_texts(doc: str) -> dict[str, str]:
+    """The `Args:` of a Google-style docstring, {name: text}."""
+    match = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
+    texts: dict[str, str] = {}
+    name = ""
+    for line in (match.group(1) if match else "").splitlines():
+        start = re.match(r"    (\w+)(?: \([^)]*\))?: (.*)", line)
+        if start:
+            name = start.group(1)
+            texts[name] = start.group(2)
+        elif name and line.strip():
+            texts[name] += " " + line.strip()
+    return texts
+
+
+def load(path: str | None, assignments: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings from a YAML file and `a.b=c` assignments, checked; the latter win.
+
+    Returns:
+        {command: {option: value}, and the job's own keys}.
+
+    Raises:
+        UsageError: for an unknown key (the nearest known one is named) or a value of the wrong type.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    if path is not None:
+        if not storage.exists(path):
+            raise UsageError(f"--conf {path} does not exist")
+        try:
+            found = yaml.safe_load(storage.read_text(path)) or {}
+        except yaml.YAMLError as error:
+            raise UsageError(f"--conf {path} is not YAML: {error}") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"--conf {path}: give sections such as `predict:` with their settings below")
+    settings = _checked(found, path or "--conf")
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set {assignment!r}: write it as section.name=value, such as train.epochs=10")
+        section, dot, name = key.strip().partition(".")
+        value = yaml.safe_load(text)
+        checked = _checked({section: {name: value}} if dot else {section: value}, f"--set {assignment}")
+        for section_name, part in checked.items():
+            settings[section_name] = {**settings.get(section_name, {}), **part} if isinstance(part, dict) else part
+    return settings
+
+
+def _checked(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    checked: dict[str, Any] = {}
+    for section, value in found.items():
+        if section in COMMANDS:
+            known = {option.name: option for option in COMMANDS[section].options()}
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{where}: {section} is a section; give its settings below it")
+            for name in value:
+                if name not in known:
+                    raise UsageError(f"{where}: {section}.{name} is no setting{nearest(name, known, section)}")
+            checked[section] = {name: convert(known[name], one, where) for name, one in value.items()}
+        elif section in JOB_KEYS:
+            kind = JOB_KEYS[section][0]
+            try:
+                checked[section] = dict(value) if kind is dict else kind(value)
+            except (TypeError, ValueError):
+                raise UsageError(f"{where}: {section} {value!r} is no {kind.__name__}") from None
+        else:
+            raise UsageError(f"{where}: {section} is no setting{nearest(section, [*COMMANDS, *JOB_KEYS])}")
+    return checked
+
+
+def nearest(name: str, known: typing.Iterable[str], section: str = "") -> str:
+    """`; did you mean ...?`, or the list of what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    prefix = f"{section}." if section else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
+
+
+def convert(option: Option, value: Any, where: str) -> Any:
+    """A value from YAML or the command line as the function takes it.
+
+    Raises:
+        UsageError: if it is of another type.
+    """
+    if value is None:
+        return None
+    try:
+        if option.kind == "bool":
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        if option.kind == "int":
+            if isinstance(value, bool) or int(value) != float(value):
+                raise ValueError
+            return int(value)
+        if option.kind == "float":
+            return float(value)
+        if option.kind == "list":
+            return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
+    except (TypeError, ValueError):
+        raise UsageError(f"{where}: {option.name} {value!r} is no {option.kind}") from None
+    return ",".join(str(one) for one in value) if isinstance(value, list | tuple) else str(value)

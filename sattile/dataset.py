@@ -1,0 +1,136 @@
+"""The tiles dataset on disk: its description, its rows, and what petastorm wants beside them.
+
+A folder: `dataset.json` says what it is and lists its files (what it does not list is not published); `train/`, `val/`
+and `test/` are one Parquet dataset each (rows: `schema.TILE`), which pyarrow, pandas, Spark and petastorm's
+`make_reader` all read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sattile import schema, storage
+from sattile.errors import UsageError
+
+FORMAT = "sattile-tiles/1"
+DESCRIPTION = "dataset.json"
+
+
+def read_dataset(url: str) -> dict[str, Any]:
+    """The description of a tiles dataset.
+
+    Raises:
+        UsageError: if there is none, or of a newer format.
+    """
+    found = read_description(url)
+    if found is None:
+        raise UsageError(f"{url} is no tiles dataset: it has no {DESCRIPTION}; make one with `sattile tile`")
+    if found.get("format") != FORMAT:
+        raise UsageError(f"{url} is of format {found.get('format')}; this sattile reads {FORMAT}")
+    return found
+
+
+def read_description(url: str) -> dict[str, Any] | None:
+    """The same, None where there is none."""
+    path = storage.join(url, DESCRIPTION)
+    return storage.read_json(path) if storage.exists(path) else None
+
+
+class Part:
+    """One part file on local scratch, written a row group at a time.
+
+    Args:
+        path: of the file.
+        group: rows of a row group.
+    """
+
+    def __init__(self, path: str, group: int):
+        self.path, self.group = path, group
+        # Arrays are incompressible as dictionaries and meaningless as minima: leave both out for them.
+        scalars = [name for name in schema.TILE.names if name not in ("image", "labels", "valid")]
+        self.writer = pq.ParquetWriter(
+            path, schema.TILE, compression="zstd", compression_level=1, use_dictionary=scalars, write_statistics=scalars
+        )
+        self.rows: list[dict[str, Any]] = []
+        self.groups: list[int] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if len(self.rows) == self.group:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.rows:
+            columns = [[row[name] for row in self.rows] for name in schema.TILE.names]
+            self.writer.write_table(pa.table(columns, schema=schema.TILE))
+            self.groups.append(len(self.rows))
+            self.rows = []
+
+    def close(self) -> list[int]:
+        self._flush()
+        self.writer.close()
+        return self.groups
+
+    def discard(self) -> None:
+        self.writer.close()
+        os.remove(self.path)
+
+
+def npy(array: np.ndarray) -> bytes:
+    """The bytes `np.save` would write (format 1.0), which petastorm's NdarrayCodec reads."""
+    array = np.ascontiguousarray(array)
+    return _npy_header(array.dtype.str, array.shape) + array.tobytes()
+
+
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def petastorm_metadata(description: Mapping[str, Any], row_groups: Mapping[str, int]) -> bytes:
+    """The `_common_metadata` file with which petastorm's `make_reader` opens one split.
+
+    The Unischema is pickled, as petastorm has it: for those who want it. Our own readers never load it.
+
+    Args:
+        description: that of the dataset.
+        row_groups: {file name: row groups in it}.
+    """
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # petastorm's imports print a page of deprecations
+        from petastorm.codecs import NdarrayCodec, ScalarCodec
+        from petastorm.etl.dataset_metadata import ROW_GROUPS_PER_FILE_KEY, UNISCHEMA_KEY
+        from petastorm.unischema import Unischema, UnischemaField
+    from pyspark.sql.types import IntegerType, StringType
+
+    size, bands = description["size"], len(description["bands"])
+    text, number = ScalarCodec(StringType()), ScalarCodec(IntegerType())
+    fields = [
+        UnischemaField("tile_id", np.str_, (), text, False),
+        UnischemaField("scene_id", np.str_, (), text, False),
+        UnischemaField("row", np.int32, (), number, False),
+        UnischemaField("col", np.int32, (), number, False),
+        UnischemaField("spatial_block", np.str_, (), text, False),
+        UnischemaField("image", np.dtype(description["dtype"]).type, (size, size, bands), NdarrayCodec(), False),
+        UnischemaField("labels", np.uint8, (size, size), NdarrayCodec(), False),
+        UnischemaField("valid", np.bool_, (size, size), NdarrayCodec(), False),
+    ]
+    metadata = {
+        UNISCHEMA_KEY: pickle.dumps(Unischema("Tile", fields), protocol=2),
+        ROW_GROUPS_PER_FILE_KEY: json.dumps(dict(row_groups)).encode(),
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_metadata(schema.TILE.with_metadata(metadata), sink)
+    return sink.getvalue().to_pybytes()

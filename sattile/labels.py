@@ -1,0 +1,325 @@
+"""Labels of a scene: which file, which class, and how they look on the scene's grid.
+
+Labels are rasters (any grid; resampled nearest) or vectors (GeoJSON, GeoPackage, shapefile; a class from an
+attribute; drawn onto the scene's grid). Wherever nothing is said, a pixel is unlabelled (`schema.IGNORE`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sattile import storage
+from sattile.errors import Refused, UsageError
+from sattile.grid import Window
+from sattile.schema import IGNORE, PALETTE, Refusal, Scene, SegmentClass
+
+log = logging.getLogger("sattile")
+
+VECTORS = (".geojson", ".json", ".gpkg", ".shp", ".fgb", ".parquet")
+RASTERS = (".tif", ".tiff", ".jp2")
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """Where one scene's labels come from; travels to executors.
+
+    Attributes:
+        url: the file.
+        ids: the class ids it may hold; None takes whatever it holds.
+        ignore: values of a raster that mean "unlabelled", besides its nodata.
+        shapes: for vectors: (WKB, class id) pairs that touch the scene, in the file's order: later ones win.
+        crs: of the shapes.
+        background: class of pixels outside all shapes; None leaves them unlabelled.
+    """
+
+    url: str
+    ids: tuple[int, ...] | None = None
+    ignore: tuple[int, ...] = (IGNORE,)
+    shapes: tuple[tuple[bytes, int], ...] | None = None
+    crs: str | None = None
+    background: int | None = None
+
+    def identity(self) -> dict[str, list[int]]:
+        """{url: [size, mtime in ns]} of the file, as it is now."""
+        entry = storage.stat(self.url)
+        return {self.url: [entry.size, entry.mtime] if entry else [0, 0]}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Scenes with their labels.
+
+    Attributes:
+        sources: by scene id.
+        refused: scenes that have none.
+        classes: known beforehand (named by the user, or from an attribute), else None.
+    """
+
+    sources: Mapping[str, LabelSource]
+    refused: tuple[Refusal, ...]
+    classes: tuple[SegmentClass, ...] | None
+
+
+def parse_classes(text: str | Sequence[str] | None) -> tuple[SegmentClass, ...] | None:
+    """`land,water` (ids 0, 1) or `land=0,water=1` (also `0:land`) -> classes; colours from the palette.
+
+    A colour may follow: `water=1=#332288`.
+
+    Raises:
+        UsageError: for ids that are taken twice or do not fit 0 to 254.
+    """
+    if not text:
+        return None
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    found = []
+    for position, part in enumerate(parts):
+        fields = [one.strip() for one in part.replace(":", "=").split("=") if one.strip()]
+        color = next((one for one in fields if one.startswith("#")), None)
+        number = next((one for one in fields if one.isdigit()), None)
+        names = [one for one in fields if one not in (color, number)]
+        if len(names) > 1 or not fields:
+            raise UsageError(f"classes: {part!r} is not NAME, NAME=ID or NAME=ID=#rrggbb")
+        class_id = int(number) if number is not None else position
+        name = names[0] if names else f"class_{class_id}"
+        found.append(SegmentClass(class_id, name, color or PALETTE[class_id % len(PALETTE)]))
+    ids = [one.id for one in found]
+    if len(set(ids)) < len(ids) or len({one.name for one in found}) < len(found) or max(ids) >= IGNORE:
+        raise UsageError(f"classes {text!r}: ids must differ, lie in 0 to 254, and names must differ; ids are {ids}")
+    return tuple(sorted(found, key=lambda one: one.id))
+
+
+def unnamed_classes(ids: Sequence[int]) -> tuple[SegmentClass, ...]:
+    """Classes for ids found in label rasters that nobody named."""
+    return tuple(SegmentClass(int(i), f"class_{int(i)}", PALETTE[int(i) % len(PALETTE)]) for i in sorted(ids))
+
+
+def match(
+    labels: str,
+    scenes: Sequence[Scene],
+    *,
+    classes: tuple[SegmentClass, ...] | None = None,
+    attribute: str | None = None,
+    ignore: Sequence[int] = (),
+    background: str | None = None,
+) -> Matched:
+    """Find the labels of each scene.
+
+    Args:
+        labels: one file, matched by location, or a folder with a file named after each scene_id.
+        scenes: those to label.
+        classes: as named by the user.
+        attribute: of vectors, the one that says the class; without it, all shapes are of the last class.
+        ignore: raster values that mean "unlabelled".
+        background: class (name or id) of pixels outside all shapes.
+
+    Raises:
+        UsageError: if `labels` does not exist, or a vector's attribute or classes are not as said.
+    """
+    labels = storage.absolute(labels)
+    entry = storage.stat(labels)
+    if entry is None:
+        raise UsageError(f"--labels {labels} does not exist")
+    if not entry.is_folder:
+        return match_pairs({scene.scene_id: labels for scene in scenes}, scenes, classes=classes, attribute=attribute,
+                           ignore=ignore, background=background)  # fmt: skip
+    by_stem: dict[str, list[str]] = {}
+    for file in storage.list_folder(labels):
+        stem, suffix = os.path.splitext(storage.name(file.url))
+        if suffix.lower() in VECTORS + RASTERS:
+            by_stem.setdefault(stem, []).append(file.url)
+    if not by_stem:
+        raise UsageError(f"--labels {labels} holds no label files ({', '.join(RASTERS + VECTORS)})")
+    found = {scene.scene_id: by_stem[scene.scene_id][0] for scene in scenes if scene.scene_id in by_stem}
+    matched = match_pairs(found, [scene for scene in scenes if scene.scene_id in found], classes=classes,
+                          attribute=attribute, ignore=ignore, background=background)  # fmt: skip
+    missing = tuple(
+        Refusal(scene.url, "labels", f"no labels: {labels} has no file named {scene.scene_id}.tif (or .geojson, ...)")
+        for scene in scenes
+        if scene.scene_id not in found
+    )
+    return Matched(matched.sources, matched.refused + missing, matched.classes)
+
+
+def match_pairs(
+    urls: Mapping[str, str],
+    scenes: Sequence[Scene],
+    *,
+    classes: tuple[SegmentClass, ...] | None = None,
+    attribute: str | None = None,
+    ignore: Sequence[int] = (),
+    background: str | None = None,
+) -> Matched:
+    """The labels of scenes whose label files are known: {scene_id: url}. See `match`."""
+    sources: dict[str, LabelSource] = {}
+    refused: list[Refusal] = []
+    by_id = {scene.scene_id: scene for scene in scenes}
+    vectors = {url for url in urls.values() if is_vector(url)}
+    if vectors:
+        features = {url: read_vector(url, attribute) for url in sorted(vectors)}
+        classes = classes or _classes_of(features, attribute)
+        ids = {one.name: one.id for one in classes} | {str(one.id): one.id for one in classes}
+        outside = _background_id(background, ids)
+        default = classes[-1].id
+    for scene_id, url in urls.items():
+        scene = by_id[scene_id]
+        if url not in vectors:
+            allowed = tuple(one.id for one in classes) if classes else None
+            sources[scene_id] = LabelSource(url, allowed, tuple(sorted({IGNORE, *ignore})))
+            continue
+        if scene.crs is None or scene.footprint is None:
+            refused.append(Refusal(scene.url, "labels", f"the scene has no CRS, so {url} cannot be laid over it"))
+            continue
+        shapes = _touching(features[url], scene, ids, default)
+        if not shapes and outside is None:
+            refused.append(Refusal(scene.url, "labels", f"no shape of {url} touches the scene"))
+            continue
+        sources[scene_id] = LabelSource(url, None, (IGNORE,), tuple(shapes), features[url].crs, outside)
+    return Matched(sources, tuple(refused), classes)
+
+
+def read_pairs(url: str) -> list[dict[str, str]]:
+    """Rows of a pairs file: CSV with columns scene, labels and, if wanted, split.
+
+    Relative names are looked up beside the file first, then from the current folder.
+
+    Raises:
+        UsageError: for missing columns or an unknown split.
+    """
+    if not storage.exists(url):
+        raise UsageError(f"--pairs {url} does not exist")
+    rows = list(csv.DictReader(io.StringIO(storage.read_text(url), newline="")))
+    found = []
+    for number, row in enumerate(rows, 2):
+        values = {(key or "").strip(): (value or "").strip() for key, value in row.items() if isinstance(value, str)}
+        if not values.get("scene") or not values.get("labels"):
+            raise UsageError(f"{url}, line {number}: needs columns scene and labels; has {', '.join(values) or 'none'}")
+        if values.get("split", "") not in ("", "train", "val", "test"):
+            raise UsageError(f"{url}, line {number}: split {values['split']!r} is none of train, val, test")
+        for column in ("scene", "labels"):
+            beside = storage.join(storage.parent(url), values[column])
+            if storage.scheme_of(values[column]) == "file" and not os.path.isabs(values[column]):
+                values[column] = storage.absolute(beside if storage.exists(beside) else values[column])
+        found.append(values)
+    if not found:
+        raise UsageError(f"{url} has no rows; give lines of scene,labels[,split] below that header")
+    return found
+
+
+@dataclass(frozen=True)
+class Features:
+    """Shapes of a vector file with the text of their class attribute."""
+
+    url: str
+    crs: str
+    wkb: tuple[bytes, ...]
+    values: tuple[str, ...]
+
+
+def is_vector(url: str) -> bool:
+    return os.path.splitext(url)[1].lower() in VECTORS
+
+
+def read_vector(url: str, attribute: str | None = None) -> Features:
+    """All shapes of a vector file.
+
+    Raises:
+        UsageError: if it can't be read, states no CRS, or lacks the attribute (the ones it has are named).
+    """
+    import geopandas
+    import shapely
+
+    entry = storage.stat(url)
+    if entry is None:
+        raise UsageError(f"{url} does not exist")
+    try:
+        frame = geopandas.read_parquet(storage.local_path(url)) if url.endswith(".parquet") else geopandas.read_file(
+            storage.local_path(url), engine="pyogrio"
+        )  # fmt: skip
+    except Exception as error:
+        raise UsageError(f"{url} cannot be read as a vector file: {error}") from error
+    if frame.crs is None:
+        raise UsageError(f"{url} states no CRS: add its .prj, or write it again with one")
+    if attribute is not None and attribute not in frame.columns:
+        names = [name for name in frame.columns if name != frame.geometry.name]
+        raise UsageError(f"{url} has no attribute {attribute!r}; it has {', '.join(names) or 'none'}")
+    frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
+    shapes = shapely.make_valid(frame.geometry.values)  # a bow-tie would be drawn with holes
+    values = frame[attribute].map(_text) if attribute else [""] * len(frame)
+    return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values))
+
+
+def _text(value: object) -> str:
+    """An attribute as written: 3.0 of a shapefile's numeric column is class 3."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _classes_of(features: Mapping[str, Features], attribute: str | None) -> tuple[SegmentClass, ...]:
+    """Classes in order of their names, ids from 0; numbers that fit are their own ids."""
+    if attribute is None:
+        raise UsageError("vector labels need --attribute (the one that names the class) or --classes NAME")
+    values = sorted({value for one in features.values() for value in one.values})
+    if len(values) > IGNORE:
+        raise UsageError(f"attribute {attribute!r} has {len(values)} values; a labels map holds at most {IGNORE}")
+    if all(value.isdigit() and int(value) < IGNORE for value in values):
+        return tuple(replace(one, name=f"class_{one.id}") for one in unnamed_classes([int(v) for v in values]))
+    return tuple(SegmentClass(i, value, PALETTE[i % len(PALETTE)]) for i, value in enumerate(values))
+
+
+def _background_id(background: str | None, ids: Mapping[str, int]) -> int | None:
+    if background is None:
+        return None
+    if str(background) not in ids:
+        raise UsageError(f"--background {background!r} is no class; classes are {', '.join(ids)}")
+    return ids[str(background)]
+
+
+def _touching(
+    features: Features, scene: Scene, ids: Mapping[str, int], default: int
+) -> list[tuple[bytes, int]]:
+    """The shapes that touch a scene, with their class ids; shapes of other classes are left out."""
+    import geopandas
+    import shapely
+
+    shapes = geopandas.GeoSeries.from_wkb(list(features.wkb), crs=features.crs).to_crs(4326)
+    touched = shapely.intersects(shapes.values, shapely.from_wkb(scene.footprint))
+    found = []
+    for wkb, value, touches in zip(features.wkb, features.values, touched, strict=True):
+        class_id = ids.get(value) if value else default
+        if touches and class_id is not None:
+            found.append((wkb, class_id))
+    return found
+
+
+def read(source: LabelSource, scene: Scene, window: Window) -> np.ndarray:
+    """Labels of a window on the scene's grid, (height, width) uint8; IGNORE where there are none.
+
+    Runs where foreign files may be opened (see `decoder`).
+
+    Raises:
+        Refused: if the file holds values that are no class.
+    """
+    from sattile import raster
+
+    if source.shapes is not None:
+        drawn = raster.rasterize(list(source.shapes), source.crs, scene, window)
+        return drawn if source.background is None else np.where(drawn == IGNORE, np.uint8(source.background), drawn)
+    labels = raster.read_labels(source.url, scene, window)
+    for value in source.ignore:
+        labels[labels == value] = IGNORE
+    if source.ids is not None:
+        known = np.zeros(256, bool)
+        known[[*source.ids, IGNORE]] = True
+        strange = np.flatnonzero(np.bincount(labels.ravel(), minlength=256) * ~known)
+        if strange.size:
+            raise Refused(
+                f"labels {source.url} hold value {', '.join(map(str, strange[:5]))}, which is no class "
+                f"({', '.join(map(str, source.ids))}); add it to --classes, or to --ignore"
+            )
+    return labels

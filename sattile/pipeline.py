@@ -1,0 +1,148 @@
+"""The whole loop: index, tile, train, evaluate, predict, report, each into a folder of its own below one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sattile import storage
+from sattile.errors import TooManyRefused, UsageError
+from sattile.record import Run
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+log = logging.getLogger("sattile")
+
+FOLDERS = {
+    "index": "catalog",
+    "tile": "tiles",
+    "train": "model",
+    "evaluate": "evaluation",
+    "predict": "mosaics",
+    "report": "report",
+}
+
+
+def run(
+    spark: SparkSession,
+    *,
+    out: str,
+    scenes: Sequence[str] | None = None,
+    labels: str | None = None,
+    pairs: str | None = None,
+    bands: str | None = None,
+    pattern: str | None = None,
+    nodata: float | None = None,
+    classes: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+    max_failed_fraction: float = 0.1,
+) -> str:
+    """Index, tile, train, evaluate, predict and report; a rerun does only what has changed.
+
+    Args:
+        out: folder of it all; each step has a folder of its own below.
+        scenes: files, globs, folders, STAC items; with labels.
+        labels: one file, matched by location, or a folder with a file named after each scene_id.
+        pairs: instead of both, a CSV with columns scene, labels and, if wanted, split.
+        bands: names to take, in this order; all if not given.
+        pattern: how band files are named, such as '{scene}, {band}.tiff'.
+        nodata: missing value, whatever the files declare.
+        classes: 'land,water' (ids 0, 1), or 'land=0,water=1'.
+        settings: of each step, by command: {'train': {'epochs': 10}}; on the command
+            line --conf, or --set train.epochs=10.
+        overwrite: replace what was made with other settings.
+        max_failed_fraction: refused scenes / given ones above which the command fails (3).
+
+    Returns:
+        URL of the report.
+
+    Raises:
+        UsageError: wrong settings, missing files.
+        TooManyRefused: after everything that is good has been published.
+    """
+    from sattile.dataset import read_dataset
+    from sattile.evaluation import evaluate
+    from sattile.labels import read_pairs
+    from sattile.prediction import predict
+    from sattile.reporting import report
+    from sattile.scenes import index
+    from sattile.tiles import tile
+    from sattile.training import train
+
+    out = storage.absolute(out)
+    steps = {name: dict(part) for name, part in (settings or {}).items()}
+    unknown = sorted(set(steps) - set(FOLDERS))
+    if unknown:
+        raise UsageError(f"settings of {', '.join(unknown)}: steps are {', '.join(FOLDERS)}")
+    if (pairs is None) == (scenes is None or labels is None):
+        raise UsageError("give either --scenes and --labels, or --pairs FILE.csv")
+    folder = {name: storage.join(out, base) for name, base in FOLDERS.items()}
+    reading: dict[str, Any] = {"bands": bands, "pattern": pattern, "nodata": nodata}
+    shared: dict[str, Any] = {"overwrite": overwrite, "max_failed_fraction": max_failed_fraction}
+    arguments = [row["scene"] for row in read_pairs(pairs)] if pairs else list(scenes or ())
+    late: list[TooManyRefused] = []
+
+    with Run("run", out, {"steps": steps, **reading, "classes": classes}, True, 1.0) as record:
+
+        def step(name: str, function: Callable[..., str], *session: Any, **options: Any) -> None:
+            with record.stage(name):
+                try:
+                    function(*session, **{**options, **steps.get(name, {})})
+                except TooManyRefused as error:  # the others are published: go on with them
+                    late.append(error)
+
+        step("index", index, spark, scenes=arguments, out=folder["index"], **reading, **shared)
+        labelled: dict[str, Any] = {"pairs": pairs} if pairs else {"scenes": [folder["index"]], "labels": labels}
+        if pairs:
+            labelled |= reading
+        step("tile", tile, spark, out=folder["tile"], **labelled, classes=classes, **shared)
+        step("train", train, spark, dataset=folder["tile"], out=folder["train"], overwrite=overwrite)
+        splits = read_dataset(folder["tile"])["splits"]
+        split = next((name for name in ("test", "val", "train") if splits[name]["tiles"]), "train")
+        if split != "test":
+            log.warning("run: no test tiles: evaluating on %s, which flatters the model", split)
+        step("evaluate", evaluate, spark, model=folder["train"], dataset=folder["tile"], split=split,
+             out=folder["evaluate"], overwrite=overwrite)  # fmt: skip
+        step("predict", predict, spark, model=folder["train"], scenes=[folder["index"]], out=folder["predict"],
+             nodata=nodata, **shared)  # fmt: skip
+        step("report", report, [folder[name] for name in FOLDERS if name != "report"], out=folder["report"])
+        record.done = len(FOLDERS)
+        record.finish()
+    page = storage.join(folder["report"], "index.html")
+    if late:
+        raise TooManyRefused("; ".join(str(error) for error in late) + f"; the report is {page}")
+    return page
+
+
+def demo(spark: SparkSession, *, out: str = "demo", seed: int = 0, epochs: int | None = None) -> str:
+    """Make a small archive that looks and behaves like Sentinel-2, and run everything on it.
+
+    Args:
+        out: folder of it all.
+        seed: another seed, another world.
+        epochs: of training, fewer for a quick look.
+
+    Returns:
+        URL of the report.
+    """
+    from sattile import demo as world
+
+    out = storage.absolute(out)
+    archive = storage.join(out, "archive")
+    log.info("demo: making scenes in %s", archive)
+    world.make_archive(archive, seed=seed)
+    settings: dict[str, dict[str, Any]] = {name: dict(part) for name, part in world.SETTINGS.items()}
+    if epochs is not None:
+        settings.setdefault("train", {})["epochs"] = epochs
+    return run(
+        spark,
+        out=out,
+        scenes=[storage.join(archive, "scenes")],
+        labels=storage.join(archive, "labels"),
+        classes=world.CLASSES,
+        settings=settings,
+        max_failed_fraction=0.3,  # one of its files is corrupt on purpose
+    )

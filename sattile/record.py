@@ -1,0 +1,227 @@
+"""What a job did, and how it ends: `_run.json`, `_quarantine.parquet`, the exit status.
+
+Every command works inside one `Run`. It holds the out folder's lease, refuses a folder made with other settings,
+times the stages, and collects what was refused.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sattile import schema, storage
+from sattile.errors import TooManyRefused, UsageError
+from sattile.schema import Refusal
+
+log = logging.getLogger("sattile")
+
+RUN = "_run.json"
+QUARANTINE = "_quarantine.parquet"
+STARTED = "_started.json"
+"""Settings of a run while it goes on: what a killed one leaves, so that the next run with them may finish it."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that shapes a result."""
+    found = {"python": platform.python_version()}
+    for package in ("sattile", "pyspark", "tensorflow", "tensorflow-cpu", "keras", "rasterio", "numpy", "pyarrow"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held, in MB (ru_maxrss is in kB on Linux)."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+@dataclass
+class Stage:
+    """One timed stage of a run; `pixels` may be set while it runs."""
+
+    name: str
+    seconds: float = 0.0
+    pixels: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        rate = round(self.pixels / 1e6 / self.seconds, 3) if self.pixels and self.seconds else None
+        return {"name": self.name, "seconds": round(self.seconds, 3), "pixels": self.pixels, "mpix_per_s": rate}
+
+
+@dataclass
+class Run:
+    """The record of one command over one out folder. Use as a context manager.
+
+    Args:
+        command: its name.
+        out: the out folder.
+        settings: all that shapes the result (JSON values); two runs into one folder must agree on it.
+        overwrite: replace what was made with other settings.
+        max_failed_fraction: refused / given above which `finish` raises.
+
+    Raises:
+        UsageError: on entering, if the folder is being written, holds other settings or is none of ours.
+    """
+
+    command: str
+    out: str
+    settings: dict[str, Any]
+    overwrite: bool = False
+    max_failed_fraction: float = 0.1
+    stages: list[Stage] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    given: int = 0
+    done: int = 0
+    skipped: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+    peak_memory: float = 0.0
+
+    def __enter__(self) -> Run:
+        self.previous = self._read_previous()
+        self.replacing = False
+        if self.previous:
+            changed = _differences(self.previous["settings"], self.settings)
+            if changed and not self.overwrite:
+                raise UsageError(
+                    f"{self.out} was made with other settings ({'; '.join(changed)}); "
+                    f"use another --out, or --overwrite to replace it"
+                )
+            self.replacing = bool(changed)
+        self._lease = storage.Lease(self.out)
+        self._lease.__enter__()
+        storage.write_json(storage.join(self.out, STARTED), {"command": self.command, "settings": self.settings})
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and not self._visible():
+            storage.remove(storage.join(self.out, STARTED))  # nothing was made: nothing to finish or to agree with
+        self._lease.__exit__(kind, *rest)
+
+    def _visible(self) -> list[str]:
+        """Names of what lies in the out folder, but for our own marks."""
+        names = (storage.name(entry.url) for entry in storage.list_folder(self.out))
+        return [one for one in names if not one.startswith((".", "_"))]
+
+    def _read_previous(self) -> dict[str, Any] | None:
+        entry = storage.stat(self.out)
+        if entry is None:
+            return None
+        if not entry.is_folder:
+            raise UsageError(f"--out {self.out} is a file; name a folder")
+        marks = [mark for mark in (STARTED, RUN) if storage.exists(storage.join(self.out, mark))]
+        if not marks:
+            strangers = self._visible()
+            if strangers:
+                raise UsageError(
+                    f"{self.out} holds files that no sattile run left there (such as "
+                    f"{strangers[0]}); name an empty or new folder"
+                )
+            return None
+        previous: dict[str, Any] = storage.read_json(storage.join(self.out, marks[0]))
+        if previous.get("command") != self.command:
+            raise UsageError(
+                f"{self.out} was written by `sattile {previous.get('command')}`; `sattile {self.command}` needs "
+                f"a folder of its own"
+            )
+        return previous
+
+    @property
+    def finished_before(self) -> bool:
+        """A whole run with these very settings and inputs lies here already."""
+        return bool(self.previous) and not self.replacing and (self.previous or {}).get("finished", False)
+
+    @contextmanager
+    def stage(self, name: str, pixels: int = 0) -> Iterator[Stage]:
+        """Time a stage; it is recorded even if it fails."""
+        stage = Stage(name, pixels=pixels)
+        self.stages.append(stage)
+        log.info("%s: %s ...", self.command, name)
+        start = time.monotonic()
+        try:
+            yield stage
+        finally:
+            stage.seconds += time.monotonic() - start
+            speed = f", {stage.pixels / 1e6 / stage.seconds:.1f} Mpix/s" if stage.pixels and stage.seconds else ""
+            log.info("%s: %s took %.1f s%s", self.command, name, stage.seconds, speed)
+
+    def refuse(self, refusals: Sequence[Refusal]) -> None:
+        """Put scenes into quarantine, and say so at once."""
+        for one in refusals:
+            log.warning("%s: refused %s (%s): %s", self.command, one.url, one.stage, one.reason)
+        self.refused.extend(refusals)
+
+    def finish(self) -> None:
+        """Write the record and the quarantine table.
+
+        Raises:
+            TooManyRefused: if refused / given is above `max_failed_fraction`; everything is written first.
+        """
+        url = storage.join(self.out, QUARANTINE)
+        if self.refused:
+            rows = sorted({(one.url, one.stage, one.reason) for one in self.refused})
+            table = pa.table(list(zip(*rows, strict=True)), schema=schema.QUARANTINE)
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink)
+            storage.write_bytes(url, sink.getvalue().to_pybytes())
+        else:
+            storage.remove(url)
+        peak = max(self.peak_memory, peak_memory_mb())
+        storage.write_json(
+            storage.join(self.out, RUN),
+            {
+                "command": self.command,
+                "settings": self.settings,
+                "versions": versions(),
+                "inputs": sorted(self.inputs, key=lambda one: str(one["url"])),
+                "stages": [stage.to_dict() for stage in self.stages],
+                "evaluated_mpix_per_s": None,
+                "delivered_mpix_per_s": None,
+                **self.extra,
+                "peak_memory_mb": peak,
+                "done": self.done,
+                "skipped": self.skipped,
+                "quarantined": len(self.refused),
+                "finished": True,
+            },
+        )
+        storage.remove(storage.join(self.out, STARTED))
+        failed = len({one.url for one in self.refused})
+        if self.given and failed / self.given > self.max_failed_fraction:
+            raise TooManyRefused(
+                f"{failed} of {self.given} scenes were refused, more than max_failed_fraction "
+                f"{self.max_failed_fraction:g} allows; {url} says why (the others are published)"
+            )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What changed between two settings, each as `name: before -> now`."""
+    names = sorted({*before, *now})
+    return [
+        f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def announce(message: str) -> None:
+    """The one line a person, or a script, waits for: on standard output."""
+    print(message, file=sys.stdout, flush=True)

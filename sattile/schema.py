@@ -1,0 +1,145 @@
+"""The values that travel between stages, and the tables they are stored in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+IGNORE = 255
+"""Label of a pixel that has none; the same number as a labels map's nodata."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """One band of a scene and where its pixels lie.
+
+    Attributes:
+        name: what models ask for.
+        url: the file.
+        index: 1-based band of that file, as GDAL counts.
+        dtype: numpy dtype as stored.
+        nodata: declared missing value, None if there is none (0 is a value then).
+        scale, offset: physical value = stored * scale + offset; None where the file does not say.
+        forced: `nodata` was given by the user (`--nodata`) and goes before whatever the file says.
+    """
+
+    name: str
+    url: str
+    index: int
+    dtype: str
+    nodata: float | None = None
+    scale: float | None = None
+    offset: float | None = None
+    forced: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One acquisition on one pixel grid: one file, or a set of band files read onto the finest of their grids.
+
+    Attributes:
+        scene_id: its name, and that of its output folder.
+        url: the file, folder or STAC item as it was given or listed.
+        height, width: of the grid, in pixels.
+        bands: in the order in which the scene lists them.
+        crs: WKT2 or `EPSG:n`; None where the scene has none.
+        transform: affine coefficients (a, b, c, d, e, f): x = a * col + b * row + c, y = d * col + e * row + f,
+            of pixel corners, in units of the CRS.
+        gsd: pixel size in metres (geometric mean of both axes, at the scene's centre); None without a CRS.
+        datetime: acquisition, ISO 8601 in UTC; None if not stated.
+        footprint: outline in EPSG:4326 as WKB (may be a MultiPolygon at the antimeridian); None without a CRS.
+        identity: per file, what tells one version of it from another: {url: [size in bytes, mtime in ns]}.
+    """
+
+    scene_id: str
+    url: str
+    height: int
+    width: int
+    bands: tuple[Band, ...]
+    crs: str | None
+    transform: tuple[float, float, float, float, float, float]
+    gsd: float | None = None
+    datetime: str | None = None
+    footprint: bytes | None = None
+    identity: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def band_names(self) -> tuple[str, ...]:
+        return tuple(band.name for band in self.bands)
+
+    def select(self, names: Sequence[str]) -> Scene:
+        """The same scene with these bands, in this order. KeyError names the first that is missing."""
+        by_name = {band.name: band for band in self.bands}
+        return replace(self, bands=tuple(by_name[name] for name in names))
+
+    def to_json(self) -> str:
+        value = asdict(self)
+        value["footprint"] = self.footprint.hex() if self.footprint else None
+        return json.dumps(value)
+
+    @classmethod
+    def from_json(cls, text: str) -> Scene:
+        value = json.loads(text)
+        value["bands"] = tuple(Band(**band) for band in value["bands"])
+        value["transform"] = tuple(value["transform"])
+        value["footprint"] = bytes.fromhex(value["footprint"]) if value["footprint"] else None
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class SegmentClass:
+    """One class of a labels map.
+
+    Attributes:
+        id: value in labels, 0 to 254.
+        name: for people and metrics.
+        color: `#rrggbb`.
+    """
+
+    id: int
+    name: str
+    color: str
+
+
+# Paul Tol's "muted" palette (https://personal.sron.nl/~pault/): told apart by colour-blind people, too.
+PALETTE = (
+    "#ddcc77", "#332288", "#117733", "#cc6677", "#88ccee", "#999933", "#882255", "#44aa99", "#aa4499", "#bbbbbb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A scene that was not used: a row of the quarantine table."""
+
+    url: str
+    stage: str
+    reason: str
+
+
+QUARANTINE = pa.schema([("url", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
+
+TILE = pa.schema(
+    [
+        ("tile_id", pa.string()),  # scene_id/row/col
+        ("scene_id", pa.string()),
+        ("row", pa.int32()),  # top-left pixel in the scene
+        ("col", pa.int32()),
+        ("spatial_block", pa.string()),  # ground cell the tile's centre lies in; scene_id without a CRS
+        ("image", pa.binary()),  # .npy (size, size, bands), the dataset's dtype; stored numbers
+        ("labels", pa.binary()),  # .npy (size, size) uint8 class ids; IGNORE where unlabelled or invalid
+        ("valid", pa.binary()),  # .npy (size, size) bool
+    ]
+)
+"""One row of a tiles dataset. Arrays are `.npy` bytes, the encoding of petastorm's NdarrayCodec."""
+
+
+def describe_classes(classes: Sequence[SegmentClass]) -> list[dict[str, Any]]:
+    return [asdict(one) for one in classes]
+
+
+def read_classes(values: Sequence[dict[str, Any]]) -> tuple[SegmentClass, ...]:
+    return tuple(SegmentClass(**value) for value in values)

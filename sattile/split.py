@@ -1,0 +1,196 @@
+"""Which split a tile belongs to, decided on the ground, so that no pixel of a test tile lies in a training tile.
+
+Ground is laid out in cells of Lambert's cylindrical equal-area projection of the sphere, which has no zones: scenes of
+different dates, CRSs and resolutions fall into the same cells. numpy only; positions are longitude and latitude.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sattile.errors import UsageError
+
+SPLITS = ("train", "val", "test")
+
+EARTH_RADIUS = 6_371_008.8
+"""Mean radius in metres (IUGG)."""
+
+_COS_30 = float(np.cos(np.pi / 6))  # standard parallels at 30 degrees: cells are near square where people live
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """How tiles are dealt to train, val and test.
+
+    Attributes:
+        by: `scene` or `block`.
+        fractions: shares of train, val, test; they sum to 1.
+        seed: another seed, another deal.
+        cell: edge of a ground cell in metres (`block`).
+        buffer: pixels kept between training tiles and the others.
+        fixed: cells (or scene ids) whose split was set, because a hash left a split empty or the user said so.
+    """
+
+    by: str
+    fractions: tuple[float, float, float]
+    seed: int
+    cell: float
+    buffer: int
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, key: str) -> str:
+        """The split of a cell or scene: by a hash, so that a growing archive never moves what was dealt before."""
+        if key in self.fixed:
+            return self.fixed[key]
+        draw = unit_hash(key, self.seed)
+        _, val, test = self.fractions
+        return "test" if draw < test else "val" if draw < test + val else "train"
+
+
+def parse_fractions(text: str) -> tuple[float, float, float]:
+    """`0.7,0.15,0.15` -> shares of train, val and test.
+
+    Raises:
+        UsageError: if they are not three, or do not sum to 1.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or min(values) < 0 or abs(sum(values) - 1) > 1e-6:
+        raise UsageError(f"fractions {text!r}: give three shares for train, val and test that sum to 1: 0.7,0.15,0.15")
+    return values
+
+
+def unit_hash(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on key and seed alone."""
+    data = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return int.from_bytes(data[:8], "big") / 2**64
+
+
+def ground(lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Metres east and north on the equal-area plane; longitudes are unwrapped so that an outline stays together."""
+    lon, lat = np.asarray(lon, np.float64), np.asarray(lat, np.float64)
+    if lon.size and np.ptp(lon) > 180:
+        lon = np.where(lon < 0, lon + 360, lon)
+    return EARTH_RADIUS * _COS_30 * np.radians(lon), EARTH_RADIUS * np.sin(np.radians(lat)) / _COS_30
+
+
+def cells(lon: np.ndarray, lat: np.ndarray, cell: float) -> list[str]:
+    """Every ground cell that the bounding rectangle of an outline touches, as `column_row`."""
+    x, y = ground(lon, lat)
+    around = max(round(2 * np.pi * EARTH_RADIUS * _COS_30 / cell), 1)
+    width = 2 * np.pi * EARTH_RADIUS * _COS_30 / around  # whole cells around the Earth, so that 180 E meets 180 W
+    # A rectangle that ends on a border does not touch the next cell; rounding leaves a millimetre.
+    first_col, last_col = int(np.floor((x.min() + 1e-3) / width)), int(np.floor((x.max() - 1e-3) / width))
+    first_row, last_row = int(np.floor((y.min() + 1e-3) / cell)), int(np.floor((y.max() - 1e-3) / cell))
+    return [
+        f"{col % around}_{row}"
+        for row in range(first_row, max(last_row, first_row) + 1)
+        for col in range(first_col, min(max(last_col, first_col), first_col + around - 1) + 1)
+    ]
+
+
+def split_of_tile(
+    rule: SplitRule,
+    outline: tuple[np.ndarray, np.ndarray],
+    padded: tuple[np.ndarray, np.ndarray],
+) -> str | None:
+    """The split of one tile under a `block` rule, None if it lies across a border and is left out.
+
+    A val or test tile lies wholly in cells of its split; a training tile does so with its buffer. Cells are disjoint,
+    so no ground pixel is in two splits, whatever the scene, date or CRS it was seen in.
+
+    Args:
+        rule: how cells are dealt.
+        outline: longitudes and latitudes of the tile's outline.
+        padded: those of the tile with its buffer.
+    """
+    own = {rule.of(cell) for cell in cells(*outline, rule.cell)}
+    if len(own) != 1:
+        return None
+    (split,) = own
+    if split == "train" and any(rule.of(cell) != "train" for cell in cells(*padded, rule.cell)):
+        return None
+    return split
+
+
+def fill_empty(rule: SplitRule, sizes: Mapping[str, float]) -> SplitRule:
+    """Make sure that no split that was asked for stays empty, where there are enough cells or scenes for it.
+
+    Args:
+        rule: as dealt by hash.
+        sizes: how much of the archive lies in each cell (or scene).
+    """
+    wanted = [split for split, share in zip(SPLITS, rule.fractions, strict=True) if share > 0]
+    fixed = dict(rule.fixed)
+    # The largest ones are worth dealing by hand: a sliver would leave the split empty after all. Among those that
+    # are about as large, the hash decides, so that a seed still deals differently.
+    largest = max(sizes.values(), default=0)
+    order = sorted(sizes, key=lambda key: (sizes[key] < 0.7 * largest, unit_hash(key, rule.seed), key))
+    whole = {key for key in sizes if sizes[key] >= 0.7 * largest}
+
+    def current() -> dict[str, list[str]]:
+        dealt: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for key in order:
+            if key in whole:
+                dealt[fixed.get(key) or rule.of(key)].append(key)
+        return dealt
+
+    for split in wanted:
+        dealt = current()
+        if dealt[split]:
+            continue
+        giver = max(wanted, key=lambda one: len(dealt[one]))
+        if len(dealt[giver]) > 1:
+            fixed[dealt[giver][0]] = split
+    return SplitRule(rule.by, rule.fractions, rule.seed, rule.cell, rule.buffer, fixed)
+
+
+def same_place(pairs: Iterable[tuple[int, int]], count: int) -> list[int]:
+    """Group numbers of things of which some pairs lie on the same ground (union-find).
+
+    Args:
+        pairs: indices that belong together.
+        count: how many things there are.
+
+    Returns:
+        For each thing, the smallest index of its group.
+    """
+    root = list(range(count))
+
+    def find(index: int) -> int:
+        while root[index] != index:
+            root[index] = root[root[index]]
+            index = root[index]
+        return index
+
+    for one, other in pairs:
+        a, b = find(one), find(other)
+        root[max(a, b)] = min(a, b)
+    return [find(index) for index in range(count)]
+
+
+def kept_background(tile_id: str, share: float, seed: int) -> bool:
+    """Whether a tile that shows background alone is among the share that is kept."""
+    return unit_hash(f"background:{tile_id}", seed) < share
+
+
+def owned(window: Sequence[int], earlier: Iterable[Sequence[int]], size: int) -> np.ndarray:
+    """Pixels of a tile that no earlier tile of the same scene shows, (size, size) bool: each pixel counts once.
+
+    Args:
+        window: (row, col) of the tile.
+        earlier: (row, col) of the tiles before it.
+        size: their edge.
+    """
+    mask = np.ones((size, size), bool)
+    for row, col in earlier:
+        top, left = row - window[0], col - window[1]
+        if abs(top) < size and abs(left) < size:
+            mask[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = False
+    return mask

@@ -1,0 +1,391 @@
+"""Files by URL: list, read, write, publish. One class a scheme; all else in sattile takes URLs.
+
+A URL is a plain path, `file:...`, or `scheme://...`. It is kept as it was given: never encoded, links not followed.
+What is published appears by one rename, so that a reader sees the whole of it or nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+from sattile.errors import SattileError, UsageError
+
+GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file or folder as listed: size in bytes, mtime in ns (0 and folder's own for folders)."""
+
+    url: str
+    is_folder: bool
+    size: int
+    mtime: int
+
+
+class FileSystem(Protocol):
+    """What a scheme has to offer. Paths are those of the scheme, without it."""
+
+    def stat(self, url: str) -> Entry | None: ...
+
+    def list(self, url: str) -> list[Entry]: ...
+
+    def read_bytes(self, url: str) -> bytes: ...
+
+    def write_bytes(self, url: str, data: bytes) -> None: ...
+
+    def create_exclusively(self, url: str, data: bytes) -> bool: ...
+
+    def make_folder(self, url: str) -> None: ...
+
+    def rename(self, source: str, target: str) -> None: ...
+
+    def remove(self, url: str) -> None: ...
+
+    def upload(self, local: str, url: str) -> None: ...
+
+    def open_local(self, url: str) -> str: ...
+
+
+class LocalFiles:
+    """Files of this machine, or of a disk that all machines mount."""
+
+    def stat(self, url: str) -> Entry | None:
+        try:
+            info = os.stat(local_path(url))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        is_folder = os.path.isdir(local_path(url))
+        return Entry(url, is_folder, 0 if is_folder else info.st_size, info.st_mtime_ns)
+
+    def list(self, url: str) -> list[Entry]:
+        with os.scandir(local_path(url)) as entries:
+            names = sorted(entry.name for entry in entries)
+        found = (self.stat(join(url, name)) for name in names)
+        return [entry for entry in found if entry]
+
+    def read_bytes(self, url: str) -> bytes:
+        return Path(local_path(url)).read_bytes()
+
+    def write_bytes(self, url: str, data: bytes) -> None:
+        """Whole or not at all: written beside it, then renamed."""
+        target = Path(local_path(url))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            part.write_bytes(data)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def create_exclusively(self, url: str, data: bytes) -> bool:
+        target = Path(local_path(url))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(target, "xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
+
+    def make_folder(self, url: str) -> None:
+        os.makedirs(local_path(url), exist_ok=True)
+
+    def rename(self, source: str, target: str) -> None:
+        """Atomic; a file is replaced, a folder must not exist or be empty."""
+        Path(local_path(target)).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(local_path(source), local_path(target))
+
+    def remove(self, url: str) -> None:
+        path = local_path(url)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            with suppress(FileNotFoundError):
+                os.remove(path)
+
+    def upload(self, local: str, url: str) -> None:
+        """Move a file of local scratch to `url`, whole or not at all."""
+        target = Path(local_path(url))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            shutil.move(local, part)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def open_local(self, url: str) -> str:
+        return local_path(url)
+
+
+_SCHEMES: dict[str, FileSystem] = {"file": LocalFiles()}
+
+
+def scheme_of(url: str) -> str:
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(?=/)", url)
+    return match.group(1).lower() if match else "file"
+
+
+def filesystem(url: str) -> FileSystem:
+    """The file system a URL belongs to."""
+    scheme = scheme_of(url)
+    if scheme not in _SCHEMES:
+        raise UsageError(f"{url}: sattile has no storage for {scheme}:; it has {', '.join(sorted(_SCHEMES))}")
+    return _SCHEMES[scheme]
+
+
+def local_path(url: str) -> str:
+    """The path of a plain path or `file:` URL on this machine."""
+    if not re.match(r"file:/", url, re.IGNORECASE):
+        return url
+    path = url[len("file:") :]
+    if path.startswith("//"):
+        path = "/" + path[2:].partition("/")[2]  # file://host/path: the host is this one
+    # Spark and pystac write spaces as %20 in file: URLs; a file that really has a % in its name wins.
+    return path if os.path.exists(path) or "%" not in path else unquote(path)
+
+
+def absolute(url: str) -> str:
+    """The same place, said so that it means the same in every process. `.` and `..` go, links stay."""
+    return os.path.abspath(url) if scheme_of(url) == "file" and not url.lower().startswith("file:") else url
+
+
+def join(url: str, *names: str) -> str:
+    return "/".join([url.rstrip("/") if url != "/" else "", *names])
+
+
+def parent(url: str) -> str:
+    return url.rstrip("/").rsplit("/", 1)[0] if "/" in url.rstrip("/") else "."
+
+
+def name(url: str) -> str:
+    return url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def stat(url: str) -> Entry | None:
+    return filesystem(url).stat(url)
+
+
+def exists(url: str) -> bool:
+    return stat(url) is not None
+
+
+def list_folder(url: str) -> list[Entry]:
+    """What lies directly in a folder, by name; nothing for a folder that is not there."""
+    return filesystem(url).list(url) if exists(url) else []
+
+
+def walk(url: str) -> Iterator[Entry]:
+    """Every file below a folder, in a fixed order. Names that begin with `.` or `_` are not data: left out."""
+    for entry in list_folder(url):
+        if name(entry.url)[:1] in "._":
+            continue
+        if entry.is_folder:
+            yield from walk(entry.url)
+        else:
+            yield entry
+
+
+def glob(pattern: str) -> list[Entry]:
+    """Files and folders that match a pattern (`*`, `?`, `[...]` within a path part, `**` for any depth)."""
+    parts = pattern.split("/")
+    first = next(index for index, part in enumerate(parts) if GLOB.search(part))
+    base = "/".join(parts[:first]) or ("/" if pattern.startswith("/") else ".")
+    prefix = "" if base == "." and not pattern.startswith("./") else (base if base == "/" else base + "/")
+    entry = stat(base)
+    if entry is None or not entry.is_folder:
+        return []
+    return list(_glob(base, prefix, parts[first:]))
+
+
+def _glob(folder: str, prefix: str, parts: list[str]) -> Iterator[Entry]:
+    head, rest = parts[0], parts[1:]
+    if head == "**" and rest:
+        yield from _glob(folder, prefix, rest)
+    for entry in list_folder(folder):
+        base = name(entry.url)
+        found = Entry(prefix + base, entry.is_folder, entry.size, entry.mtime)
+        if head == "**":
+            if entry.is_folder:
+                yield from _glob(entry.url, found.url + "/", parts)
+            elif not rest:
+                yield found
+        elif fnmatch.fnmatchcase(base, head) and (not base.startswith(".") or head.startswith(".")):
+            if not rest:
+                yield found
+            elif entry.is_folder:
+                yield from _glob(entry.url, found.url + "/", rest)
+
+
+def read_bytes(url: str) -> bytes:
+    return filesystem(url).read_bytes(url)
+
+
+def read_text(url: str) -> str:
+    return read_bytes(url).decode("utf-8")
+
+
+def read_json(url: str) -> Any:
+    try:
+        return json.loads(read_bytes(url))
+    except ValueError as error:
+        raise SattileError(f"{url} is not JSON: {error}") from error
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a file, whole or not at all; folders above it are made."""
+    filesystem(url).write_bytes(url, data)
+
+
+def write_text(url: str, text: str) -> None:
+    write_bytes(url, text.encode("utf-8"))
+
+
+def write_json(url: str, value: Any) -> None:
+    write_text(url, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def make_folder(url: str) -> None:
+    filesystem(url).make_folder(url)
+
+
+def rename(source: str, target: str) -> None:
+    filesystem(target).rename(source, target)
+
+
+def remove(url: str) -> None:
+    """Remove a file, or a folder with all that is in it; nothing if it is not there."""
+    filesystem(url).remove(url)
+
+
+def upload(local: str, url: str) -> None:
+    """Put a finished local file at `url`, whole or not at all; the local file is gone afterwards."""
+    filesystem(url).upload(local, url)
+
+
+def upload_folder(local: str, url: str) -> None:
+    """Put every file below a local folder under `url`."""
+    for path in sorted(Path(local).rglob("*")):
+        if path.is_file():
+            upload(str(path), join(url, path.relative_to(local).as_posix()))
+
+
+def sha256_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """A short digest of a JSON value, the same in every process."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+@contextmanager
+def scratch(needed: int = 0) -> Iterator[str]:
+    """A folder on local disk that is gone afterwards.
+
+    Args:
+        needed: bytes that will be written there.
+
+    Raises:
+        SattileError: if less is free; says how much, where, and how to choose another disk.
+    """
+    base = tempfile.gettempdir()
+    free = shutil.disk_usage(base).free
+    if free < needed:
+        raise SattileError(
+            f"local scratch {base} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
+            f"point TMPDIR at a larger disk"
+        )
+    with tempfile.TemporaryDirectory(prefix="sattile-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+class Lease:
+    """The right to write into an out folder, held by one job at a time.
+
+    A file `_lock.json` with owner and time, renewed while the job lives, taken over when it has run out (a killed
+    job's lease ends by itself).
+
+    Args:
+        folder: the out folder.
+        seconds: how long it lasts unrenewed.
+    """
+
+    NAME = "_lock.json"
+
+    def __init__(self, folder: str, seconds: float = 60):
+        self.url = join(folder, self.NAME)
+        self.seconds = seconds
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._stop = Event()
+        self._thread: Thread | None = None
+
+    def _content(self) -> bytes:
+        return json.dumps({"owner": self.owner, "time": time.time(), "seconds": self.seconds}).encode()
+
+    def __enter__(self) -> Lease:
+        if not filesystem(self.url).create_exclusively(self.url, self._content()):
+            held = self._held()
+            if held and not _is_dead(held["owner"]) and time.time() - held["time"] < held["seconds"]:
+                raise UsageError(
+                    f"{parent(self.url)} is being written by another job ({held['owner']}); wait for it, or, if it "
+                    f"was killed, try again in {held['seconds'] - (time.time() - held['time']):.0f} s"
+                )
+            write_bytes(self.url, self._content())
+            time.sleep(0.05)  # two that take over at once: the later writer wins, the other sees it here
+            if (self._held() or {}).get("owner") != self.owner:
+                raise UsageError(f"{parent(self.url)} was taken by another job just now; wait for it")
+        self._thread = Thread(target=self._renew, daemon=True)
+        self._thread.start()
+        return self
+
+    def _held(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(read_bytes(self.url))
+        except (OSError, ValueError):
+            return None
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self.seconds / 4):
+            with suppress(OSError):
+                write_bytes(self.url, self._content())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        if (self._held() or {}).get("owner") == self.owner:
+            remove(self.url)
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether a job of this machine has ended without giving its lease back. Other machines' jobs: unknown, so no."""
+    host, pid, _ = owner.rsplit(":", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False

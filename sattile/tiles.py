@@ -1,0 +1,838 @@
+"""Scenes and labels in, a tiles dataset out: windows cut in Spark tasks, dealt to splits, counted in the same pass.
+
+The plan is made on the driver (`_rule` deals the ground to splits, `_plan` makes tasks), `_Cutter` works in the tasks,
+and what they report becomes `dataset.json` (`_describe`, `_publish`). The format is in `dataset`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sattile import engine, grid, schema, storage
+from sattile import labels as label_module  # `labels` and `split` are options of `tile`, by contract
+from sattile import split as split_module
+from sattile.dataset import DESCRIPTION, FORMAT, Part, npy, petastorm_metadata, read_description
+from sattile.errors import Refused, UsageError
+from sattile.grid import Window
+from sattile.labels import LabelSource
+from sattile.record import QUARANTINE, Run
+from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
+from sattile.split import SPLITS, SplitRule
+from sattile.statistics import BandStatistics
+
+if TYPE_CHECKING:
+    import pandas
+    from pyspark.sql import SparkSession
+
+log = logging.getLogger("sattile")
+
+STRIP_BYTES = 48 << 20
+"""Most that one read brings into memory; a strip of tiles is cut where it would be more."""
+
+TASK_PIXELS = 24_000_000
+"""About how much ground a task covers: a few seconds' work, so that the end of a job is even."""
+
+SMALL_PIXELS = 4_000_000
+"""Scenes up to this share a part file with others; larger pieces have files of their own."""
+
+
+def tile(
+    spark: SparkSession,
+    *,
+    out: str,
+    scenes: Sequence[str] | None = None,
+    labels: str | None = None,
+    pairs: str | None = None,
+    size: int = 256,
+    stride: int | None = None,
+    bands: str | Sequence[str] | None = None,
+    pattern: str | None = None,
+    nodata: float | None = None,
+    values: str = "raw",
+    classes: str | None = None,
+    attribute: str | None = None,
+    ignore: str | Sequence[int] | None = None,
+    background: str | None = None,
+    aoi: str | None = None,
+    split: str = "auto",
+    fractions: str = "0.7,0.15,0.15",
+    cell: int = 6,
+    buffer: int | None = None,
+    min_valid: float = 0.0,
+    min_labelled: float = 0.0,
+    keep_background: float = 1.0,
+    seed: int = 0,
+    overwrite: bool = False,
+    max_failed_fraction: float = 0.1,
+) -> str:
+    """Cut labelled scenes into tiles and deal them to train, val and test.
+
+    Args:
+        out: the dataset's folder.
+        scenes: files, globs, folders, STAC items or a catalogue; with `labels`.
+        labels: one file, matched by location, or a folder with a file named after each scene_id; rasters or vectors.
+        pairs: instead of both, a CSV with columns scene, labels and, if wanted, split (train, val, test).
+        size: edge of a tile in pixels.
+        stride: distance between tiles in pixels; size if not given.
+        bands: names to take, in this order; all if not given.
+        pattern: how band files are named, such as '{scene}, {band}.tiff'.
+        nodata: missing value, whatever the files declare.
+        values: raw (stored numbers) or scaled (scale and offset applied; scenes that state none are refused).
+        classes: 'land,water' (ids 0, 1), or 'land=0,water=1'; else what the labels hold.
+        attribute: of vector labels, the one that names the class.
+        ignore: label values that mean unlabelled, besides the labels' nodata and 255: '0,99'.
+        background: class of pixels outside all shapes of vector labels, and of the tiles thinned by keep_background.
+        aoi: vector file; pixels outside are unlabelled, tiles outside are left out.
+        split: by scene, by block (of ground), or auto (scene from 8 places on, else block).
+        fractions: shares of train, val and test.
+        cell: edge of a ground block, in tiles.
+        buffer: pixels kept free between training tiles and the others; a tile's size if not given.
+        min_valid: least share of valid pixels in a tile.
+        min_labelled: least share of labelled pixels; one pixel is always asked for.
+        keep_background: share kept of the tiles that show background alone.
+        seed: of the split and of keep_background.
+        overwrite: replace a dataset made with other settings.
+        max_failed_fraction: refused scenes / given ones above which the command fails (3).
+
+    Returns:
+        URL of the dataset.
+
+    Raises:
+        UsageError: wrong settings, missing files, no tile left.
+        TooManyRefused: see max_failed_fraction.
+    """
+    from sattile.scenes import resolve
+
+    stride = stride or size
+    if size < 1 or not stride > 0:
+        raise UsageError(f"size {size}, stride {stride}: both must be at least 1 pixel")
+    grid.starts(1, size, stride)  # refuses a stride over size
+    if (scenes is None or labels is None) == (pairs is None):
+        raise UsageError("give either --scenes and --labels, or --pairs FILE.csv")
+    if values not in ("raw", "scaled"):
+        raise UsageError(f"values {values!r}: use raw or scaled")
+    if split not in ("auto", "scene", "block"):
+        raise UsageError(f"split {split!r}: use scene, block or auto")
+    shares = split_module.parse_fractions(fractions)
+    buffer = size if buffer is None else buffer
+    ignored = _numbers(ignore)
+    named = label_module.parse_classes(classes)
+    asked = _names(bands)
+    settings = {
+        "size": size, "stride": stride, "bands": asked, "pattern": pattern, "nodata": nodata, "values": values,
+        "classes": classes, "attribute": attribute, "ignore": ignored, "background": background, "aoi": aoi,
+        "split": split, "fractions": shares, "cell": cell, "buffer": buffer, "min_valid": min_valid,
+        "min_labelled": min_labelled, "keep_background": keep_background, "seed": seed,
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))
+    listed = label_module.read_pairs(pairs) if pairs else []
+    arguments = [row["scene"] for row in listed] if pairs else list(scenes or ())
+    area = label_module.read_vector(aoi) if aoi else None
+    out = storage.absolute(out)
+
+    with Run("tile", out, settings, overwrite, max_failed_fraction) as run:
+        with run.stage("list scenes"):
+            resolved = resolve(spark, arguments, bands=asked, pattern=pattern, nodata=nodata)
+        run.given = resolved.given
+        run.refuse(resolved.refused)
+        found, refused = _with_bands(resolved.scenes, asked)
+        run.refuse(refused)
+        if values == "scaled":
+            found, refused = _that_state_scales(found)
+            run.refuse(refused)
+        if pairs:
+            chosen, fixed = _rows_by_scene(listed, found)
+            matched = label_module.match_pairs(
+                chosen, [scene for scene in found if scene.scene_id in chosen],
+                classes=named, attribute=attribute, ignore=ignored, background=background,
+            )  # fmt: skip
+        else:
+            fixed = {}
+            matched = label_module.match(
+                str(labels), found, classes=named, attribute=attribute, ignore=ignored, background=background
+            )
+        run.refuse(matched.refused)
+        found = [scene for scene in found if scene.scene_id in matched.sources]
+        sources = [
+            {"scene_id": scene.scene_id, "url": scene.url, "identity": scene.identity,
+             "labels": matched.sources[scene.scene_id].identity()}
+            for scene in found
+        ]  # fmt: skip
+        run.inputs = [
+            {"url": url, "size": version[0], "mtime": version[1]}
+            for scene in found
+            for url, version in {**scene.identity, **matched.sources[scene.scene_id].identity()}.items()
+        ]
+        before = read_description(out)
+        state = storage.digest([sources, fixed, str(area)])
+        if run.finished_before and before is not None and before.get("state") == state:
+            # Scenes refused while being cut are refused again without being read again.
+            run.refuse([Refusal(**one) for one in before["refused"]])
+            run.skipped = len(before["sources"])
+            run.finish()
+            return out
+        if not found:
+            run.finish()
+            raise UsageError(f"no scene is left to tile; {storage.join(out, QUARANTINE)} has the reasons")
+
+        rule = _rule(found, split, shares, seed, size, cell, buffer, fixed)
+        chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area)
+        pixels = sum(scene.height * scene.width for scene in found)
+        work = storage.join(out, f".work-{uuid.uuid4().hex[:8]}")
+        cut = partial(
+            _cut,
+            work=work, size=size, stride=stride, nodata=nodata, scaled=values == "scaled",
+            dtype=_dtype(found, values), rule=rule, background=_background(background, matched.classes),
+            min_valid=min_valid, min_labelled=min_labelled,
+            keep_background=keep_background, bands=len(found[0].bands),
+        )  # fmt: skip
+        try:
+            with run.stage("cut tiles", pixels), engine.progress(spark, "tile"):
+                frame = engine.partitioned(spark, chunks, "chunk binary")
+                pieces = [
+                    pickle.loads(row.piece)  # from our own task, never stored
+                    for row in frame.mapInPandas(cut, "piece binary").collect()
+                ]
+            bad = {piece.scene_id: piece.refused for piece in pieces if piece.refused}
+            by_id = {scene.scene_id: scene for scene in found}
+            cut_refusals = [Refusal(by_id[key].url, "tile", reason) for key, reason in sorted(bad.items()) if reason]
+            run.refuse(cut_refusals)
+            run.peak_memory = max((piece.peak_memory for piece in pieces), default=0.0)
+            good = [piece for piece in pieces if piece.scene_id not in bad]
+            with run.stage("publish"):
+                description = _describe(found, sources, good, matched.classes, rule, settings, values)
+                description |= {"state": state, "refused": [asdict(one) for one in cut_refusals]}
+                if not description["splits"]["train"]["tiles"]:
+                    run.finish()
+                    raise UsageError(_why_empty(description, rule, size))
+                _publish(out, work, description, before)
+        finally:
+            storage.remove(work)
+        run.done = len(found) - len(bad)
+        run.extra["delivered_mpix_per_s"] = run.stages[-2].to_dict()["mpix_per_s"]
+        for name in SPLITS:
+            part = description["splits"][name]
+            log.info("tile: %s: %d tiles, %d scenes", name, part["tiles"], part["scenes"])
+        if not description["splits"]["val"]["tiles"]:
+            log.warning("tile: no validation tiles: training will have to validate on its own tiles")
+        run.finish()
+    return out
+
+
+def _names(value: str | Sequence[str] | None) -> list[str] | None:
+    if not value:
+        return None
+    return [part.strip() for part in (value.split(",") if isinstance(value, str) else value)]
+
+
+def _numbers(value: str | Sequence[int] | None) -> list[int]:
+    try:
+        return sorted({int(part) for part in (value.split(",") if isinstance(value, str) else value or ())})
+    except ValueError:
+        raise UsageError(f"ignore {value!r}: give label values, such as 0,99") from None
+
+
+def _with_bands(scenes: Sequence[Scene], asked: Sequence[str] | None) -> tuple[list[Scene], list[Refusal]]:
+    """Scenes with exactly the dataset's bands: those asked for, else those that most scenes have."""
+    if not scenes:
+        return [], []
+    names = tuple(asked) if asked else Counter(scene.band_names for scene in scenes).most_common(1)[0][0]
+    good, refused = [], []
+    for scene in scenes:
+        missing = [name for name in names if name not in scene.band_names]
+        if missing:
+            reason = (
+                f"lacks band {', '.join(missing)} of the dataset's {', '.join(names)}; it has "
+                f"{', '.join(scene.band_names)}; choose common ones with --bands"
+            )
+            refused.append(Refusal(scene.url, "tile", reason))
+        else:
+            good.append(scene.select(names))
+    return good, refused
+
+
+def _that_state_scales(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Refusal]]:
+    good, refused = [], []
+    for scene in scenes:
+        unsaid = [band.name for band in scene.bands if band.scale is None and band.offset is None]
+        if unsaid:
+            reason = f"states no scale or offset for {', '.join(unsaid)}, and --values scaled needs them"
+            refused.append(Refusal(scene.url, "tile", reason))
+        else:
+            good.append(scene)
+    return good, refused
+
+
+def _rows_by_scene(rows: Sequence[Mapping[str, str]], scenes: Sequence[Scene]) -> tuple[dict[str, str], dict[str, str]]:
+    """Label url and, where said, split of each scene of a pairs file, by scene id."""
+    by_url = {row["scene"]: row for row in rows}
+    labels_of, split_of = {}, {}
+    for scene in scenes:
+        row = by_url.get(scene.url) or by_url.get(storage.parent(scene.url)) or {}
+        if row:
+            labels_of[scene.scene_id] = row["labels"]
+            if row.get("split"):
+                split_of[scene.scene_id] = row["split"]
+    return labels_of, split_of
+
+
+def _dtype(scenes: Sequence[Scene], values: str) -> str:
+    if values == "scaled":
+        return "float32"
+    return str(np.result_type(*{band.dtype for scene in scenes for band in scene.bands}))
+
+
+def _background(background: str | None, classes: Sequence[SegmentClass] | None) -> int:
+    for one in classes or ():
+        if background in (one.name, str(one.id)):
+            return one.id
+    return int(background) if background and background.isdigit() else 0
+
+
+# --- dealing tiles to splits -------------------------------------------------------------------------------------
+
+
+def _rule(
+    scenes: Sequence[Scene],
+    by: str,
+    fractions: tuple[float, float, float],
+    seed: int,
+    size: int,
+    cell: int,
+    buffer: int,
+    fixed: Mapping[str, str],
+) -> SplitRule:
+    """How this archive is dealt; warns of leaks that a pairs file asked for."""
+    import shapely
+
+    shapes = [shapely.from_wkb(scene.footprint) if scene.footprint else None for scene in scenes]
+    if fixed:
+        rule = SplitRule("scene", fractions, seed, 0, 0, dict(fixed))
+        rule = replace(rule, fixed={scene.scene_id: rule.of(scene.scene_id) for scene in scenes})
+        for one, other in _touching(shapes, 0):
+            if rule.of(scenes[one].scene_id) != rule.of(scenes[other].scene_id):
+                log.warning(
+                    "tile: %s (%s) and %s (%s) show common ground: the pairs file asks for it, but metrics "
+                    "will flatter the model",
+                    scenes[one].scene_id, rule.of(scenes[one].scene_id),
+                    scenes[other].scene_id, rule.of(scenes[other].scene_id),
+                )  # fmt: skip
+        return rule
+    places = split_module.same_place(_touching(shapes, 0.5), len(scenes))
+    if by == "auto":
+        by = "scene" if len(set(places)) >= 8 or not any(shapes) else "block"
+    if by == "scene":
+        rule = SplitRule("scene", fractions, seed, 0, buffer)
+        sizes: Counter[str] = Counter()
+        for scene, place in zip(scenes, places, strict=True):
+            sizes[scenes[place].scene_id] += scene.height * scene.width
+        rule = split_module.fill_empty(rule, sizes)
+        dealt = {scene.scene_id: rule.of(scenes[place].scene_id) for scene, place in zip(scenes, places, strict=True)}
+        return replace(rule, fixed=dealt)
+    gsd = float(np.median([scene.gsd for scene in scenes if scene.gsd] or [1.0]))
+    rule = SplitRule("block", fractions, seed, cell * size * gsd, buffer)
+    return split_module.fill_empty(rule, _cells_of(scenes, shapes, rule.cell))
+
+
+def _touching(shapes: Sequence[Any], share: float) -> Iterator[tuple[int, int]]:
+    """Pairs of footprints that share more than this part of the smaller one."""
+    import shapely
+
+    known = [index for index, shape in enumerate(shapes) if shape is not None]
+    tree = shapely.STRtree([shapes[index] for index in known])
+    for one, other in tree.query([shapes[index] for index in known], predicate="intersects").T:
+        a, b = known[one], known[other]
+        if a < b and shapes[a].intersection(shapes[b]).area > share * min(shapes[a].area, shapes[b].area):
+            yield a, b
+
+
+def _cells_of(scenes: Sequence[Scene], shapes: Sequence[Any], cell: float) -> dict[str, float]:
+    """How much of the archive lies in each ground cell, from the footprints' rectangles; scenes without CRS are
+    dealt whole."""
+    sizes: dict[str, float] = defaultdict(float)
+    for scene, shape in zip(scenes, shapes, strict=True):
+        if shape is None:
+            sizes[scene.scene_id] += 1.0
+            continue
+        for part in getattr(shape, "geoms", [shape]):
+            west, south, east, north = part.bounds
+            x, y = split_module.ground(np.array([west, east]), np.array([south, north]))
+            for key in split_module.cells(np.array([west, east]), np.array([south, north]), cell):
+                col, row = (int(value) for value in key.split("_"))
+                wide = min(x[1], (col + 1) * cell) - max(x[0], col * cell)
+                high = min(y[1], (row + 1) * cell) - max(y[0], row * cell)
+                sizes[key] += max(wide, 0) * max(high, 0) / cell**2
+    return dict(sizes)
+
+
+# --- the plan: what each task cuts ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of tiles of one scene: what a task is given.
+
+    Attributes:
+        rows: first pixel rows of the tiles.
+        alone: whether its tiles get part files of their own (pieces of large scenes).
+        held: WKB in EPSG:4326 of ground that this scene's tiles must not touch (`scene` rule).
+        aoi: WKB and its CRS, or None.
+    """
+
+    scene: Scene
+    source: LabelSource
+    rows: tuple[int, ...]
+    alone: bool
+    split: str | None
+    held: bytes | None
+    aoi: tuple[bytes, str] | None
+
+
+def _plan(
+    scenes: Sequence[Scene],
+    sources: Mapping[str, LabelSource],
+    rule: SplitRule,
+    as_given: bool,
+    size: int,
+    stride: int,
+    area: Any,
+) -> list[list[tuple[bytes]]]:
+    """Chunks, grouped into tasks of about `TASK_PIXELS` each."""
+    import shapely
+
+    aoi = None
+    if area is not None:
+        aoi = (shapely.to_wkb(shapely.union_all(shapely.from_wkb(list(area.wkb)))), area.crs)
+    held = {} if as_given or rule.by != "scene" else _held(scenes, rule)
+    tasks: list[list[tuple[bytes]]] = []
+    shared: list[tuple[bytes]] = []
+    shared_pixels = 0
+    for scene in scenes:
+        rows = grid.starts(scene.height, size, stride)
+        pixels = scene.height * scene.width
+        small = pixels <= SMALL_PIXELS
+        step = len(rows) if small else max(round(TASK_PIXELS / (scene.width * stride)), 1)
+        alone_in_split = rule.of(scene.scene_id) if rule.by == "scene" or scene.crs is None else None
+        for first in range(0, len(rows), step):
+            chunk = Chunk(
+                scene, sources[scene.scene_id], tuple(rows[first : first + step]), not small, alone_in_split,
+                held.get(scene.scene_id), aoi,
+            )  # fmt: skip
+            packed = (pickle.dumps(chunk),)
+            if small:
+                shared.append(packed)
+                shared_pixels += pixels
+                if shared_pixels >= TASK_PIXELS / 4:
+                    tasks.append(shared)
+                    shared, shared_pixels = [], 0
+            else:
+                tasks.append([packed])
+    return [*tasks, shared] if shared else tasks
+
+
+def _held(scenes: Sequence[Scene], rule: SplitRule) -> dict[str, bytes]:
+    """For each scene, the ground of scenes in splits that come before its own (test, then val, then train)."""
+    import shapely
+
+    rank = {"test": 0, "val": 1, "train": 2}
+    known = [scene for scene in scenes if scene.footprint]
+    shapes = [shapely.from_wkb(scene.footprint) for scene in known]
+    tree = shapely.STRtree(shapes)
+    found = {}
+    for scene, shape in zip(known, shapes, strict=True):
+        # A buffer around a tile may reach over the scene's edge: look a little further.
+        near = tree.query(shapely.buffer(shape, 0.5), predicate="intersects")
+        before = [shapes[i] for i in near if rank[rule.of(known[i].scene_id)] < rank[rule.of(scene.scene_id)]]
+        if before:
+            found[scene.scene_id] = shapely.to_wkb(shapely.union_all(before))
+    return found
+
+
+# --- on executors -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Piece:
+    """What one chunk became; travels back to the driver.
+
+    Attributes:
+        files: per split, (path below the work folder, rows of each row group).
+        tiles, class_pixels, valid_pixels: per split.
+        dropped: tiles left out, by reason.
+        digest: sum of the rows' sha256, modulo 2**256: the same whatever the order.
+        statistics: of the training tiles, per band.
+    """
+
+    scene_id: str
+    refused: str | None = None
+    files: dict[str, list[tuple[str, list[int]]]] = field(default_factory=dict)
+    tiles: Counter[str] = field(default_factory=Counter)
+    valid_pixels: Counter[str] = field(default_factory=Counter)
+    class_pixels: dict[str, np.ndarray] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    digest: int = 0
+    statistics: list[BandStatistics] = field(default_factory=list)
+    peak_memory: float = 0.0
+
+
+def _cut(batches: Iterable[pandas.DataFrame], **settings: Any) -> Iterator[pandas.DataFrame]:
+    """mapInPandas: rows `chunk` (a pickled Chunk) in, rows `piece` (a pickled Piece) out."""
+    import pandas
+
+    with storage.scratch() as folder:
+        cutter = _Cutter(folder, **settings)
+        for batch in batches:
+            for packed in batch["chunk"]:
+                cutter.cut(pickle.loads(packed))
+        for piece in cutter.finish():
+            yield pandas.DataFrame({"piece": [pickle.dumps(piece)]})
+
+
+class _Cutter:
+    """Cuts the chunks of one task into part files on local scratch, and uploads those when they are whole."""
+
+    def __init__(
+        self, folder: str, *, work: str, size: int, stride: int, nodata: float | None, scaled: bool, dtype: str,
+        rule: SplitRule, background: int, min_valid: float, min_labelled: float, keep_background: float,
+        bands: int,
+    ):  # fmt: skip
+        self.folder, self.work, self.size, self.nodata, self.scaled = folder, work, size, nodata, scaled
+        self.stride, self.dtype, self.rule, self.background = stride, dtype, rule, background
+        self.min_valid, self.min_labelled, self.keep_background, self.bands = (
+            min_valid, min_labelled, keep_background, bands,
+        )  # fmt: skip
+        tile_bytes = size * size * (bands * np.dtype(dtype).itemsize + 2)
+        self.group = min(max((24 << 20) // tile_bytes, 16), 64)
+        self.name = uuid.uuid4().hex[:12]  # a retried or speculative attempt writes files of its own
+        self.parts: dict[tuple[str, str], Part] = {}
+        self.pieces: list[Piece] = []
+
+    def cut(self, chunk: Chunk) -> None:
+        """Cut one chunk. A chunk that fails leaves nothing behind but the reason."""
+        piece = Piece(chunk.scene.scene_id)
+        key = f"{len(self.pieces):05d}" if chunk.alone else "shared"
+        rows: list[tuple[str, dict[str, Any]]] = []
+        try:
+            for part, row in self._tiles(chunk, piece):
+                if chunk.alone:
+                    self._part(part, key).add(row)
+                else:
+                    rows.append((part, row))  # small: held back until the scene is known to be good
+        except Refused as error:
+            piece = Piece(chunk.scene.scene_id, refused=error.reason)
+            for part in SPLITS:
+                if (part, key) in self.parts and chunk.alone:
+                    self.parts.pop((part, key)).discard()
+        for part, row in rows if not piece.refused else ():
+            self._part(part, key).add(row)
+        if chunk.alone and not piece.refused:
+            piece.files = self._close(key)
+        self.pieces.append(piece)
+
+    def finish(self) -> list[Piece]:
+        """Upload what is open, and give account."""
+        from sattile.record import peak_memory_mb
+
+        shared = self._close("shared")
+        good = [piece for piece in self.pieces if not piece.refused]
+        for piece in self.pieces:
+            piece.peak_memory = peak_memory_mb()
+        if shared:
+            good[0].files = {split: [*good[0].files.get(split, []), *files] for split, files in shared.items()}
+        return self.pieces
+
+    def _part(self, part: str, key: str) -> Part:
+        if (part, key) not in self.parts:
+            path = os.path.join(self.folder, f"{part}-{key}.parquet")
+            self.parts[part, key] = Part(path, self.group)
+        return self.parts[part, key]
+
+    def _close(self, key: str) -> dict[str, list[tuple[str, list[int]]]]:
+        files: dict[str, list[tuple[str, list[int]]]] = {}
+        for split_name in SPLITS:
+            part = self.parts.pop((split_name, key), None)
+            if part is not None:
+                groups = part.close()
+                name = f"{split_name}/part-{self.name}-{key}.parquet"
+                storage.upload(part.path, storage.join(self.work, name))
+                files[split_name] = [(name, groups)]
+        return files
+
+    def _tiles(self, chunk: Chunk, piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The tiles of a chunk that are kept, each with its split, in (row, col) order."""
+        from sattile.decoder import decoder
+
+        scene = chunk.scene
+        piece.statistics = [BandStatistics(self.dtype) for _ in range(self.bands)]
+        strips = list(self._strips(chunk, piece))
+        child = decoder()
+        for index, strip in enumerate(strips):
+            if index == 0:
+                self._submit(child, chunk, strip.window)
+            data, valid, labelled = child.result()
+            if index + 1 < len(strips):
+                self._submit(child, chunk, strips[index + 1].window)  # decoded while this one is cut
+            data = data.astype(self.dtype, copy=False)
+            labelled = np.where(valid, labelled, np.uint8(IGNORE))
+            for window, part, cell in strip.tiles:
+                inside = window.slices(strip.window)
+                tile_id = f"{scene.scene_id}/{window.row}/{window.col}"
+                row = self._row(piece, tile_id, part, data[inside], labelled[inside], valid[inside])
+                if row is not None:
+                    row |= {"scene_id": scene.scene_id, "row": window.row, "col": window.col, "spatial_block": cell}
+                    yield part, row
+
+    def _submit(self, child: Any, chunk: Chunk, window: Window) -> None:
+        child.submit(
+            read_labelled, chunk.scene, window, chunk.source, nodata=self.nodata, scaled=self.scaled, aoi=chunk.aoi
+        )
+
+    def _strips(self, chunk: Chunk, piece: Piece) -> Iterator[_Strip]:
+        """Runs of kept tiles side by side, each read in one go."""
+        scene, size = chunk.scene, self.size
+        pixel_bytes = self.bands * np.dtype(self.dtype).itemsize + 2
+        widest = max(STRIP_BYTES // (size * pixel_bytes), size)
+        stride_cols = grid.starts(scene.width, size, self.stride)
+        for row in chunk.rows:
+            windows = [Window(row, col, size, size) for col in stride_cols]
+            dealt = self._deal(chunk, windows)
+            left_out = sum(part is None for part, _ in dealt)
+            if left_out:
+                piece.dropped["across a border between splits, or outside the aoi"] += left_out
+            kept = [(window, part, cell) for window, (part, cell) in zip(windows, dealt, strict=True) if part]
+            while kept:
+                run = [kept.pop(0)]
+                while kept and kept[0][0].col <= run[-1][0].stop_col and kept[0][0].stop_col - run[0][0].col <= widest:
+                    run.append(kept.pop(0))
+                first, last = run[0][0], run[-1][0]
+                yield _Strip(Window(row, first.col, size, last.stop_col - first.col), run)
+
+    def _deal(self, chunk: Chunk, windows: Sequence[Window]) -> list[tuple[str | None, str]]:
+        """(split, ground cell) of each tile; split None leaves it out."""
+        import shapely
+
+        scene = chunk.scene
+        if scene.crs is None:
+            return [(chunk.split, scene.scene_id) for _ in windows]
+        outlines = _outlines(scene, windows, 0)
+        padded = _outlines(scene, windows, self.rule.buffer)
+        cell_edge = self.rule.cell or self.size * (scene.gsd or 1.0)
+        held = shapely.from_wkb(chunk.held) if chunk.held else None
+        area = _aoi_outline(chunk.aoi)
+        dealt: list[tuple[str | None, str]] = []
+        for outline, wide in zip(outlines, padded, strict=True):
+            middle = np.array([outline[0].mean()]), np.array([outline[1].mean()])
+            cell = split_module.cells(*middle, cell_edge)[0]
+            if self.rule.by == "block":
+                part = split_module.split_of_tile(self.rule, outline, wide)
+            else:
+                part = chunk.split
+                ring = wide if part == "train" else outline
+                if held is not None and shapely.intersects(held, shapely.Polygon(np.column_stack(ring))):
+                    part = None
+            if area is not None and not shapely.intersects(area, shapely.Polygon(np.column_stack(outline))):
+                part = None
+            dealt.append((part, cell))
+        return dealt
+
+    def _row(
+        self, piece: Piece, tile_id: str, part: str, image: np.ndarray, labelled: np.ndarray, valid: np.ndarray
+    ) -> dict[str, Any] | None:
+        """One row of the dataset, None if the tile is not worth keeping; counted in `piece`."""
+        pixels = self.size * self.size
+        counts = np.bincount(labelled.ravel(), minlength=256)
+        known = pixels - int(counts[IGNORE])
+        if not known or known < self.min_labelled * pixels:
+            piece.dropped["too few labelled pixels"] += 1
+            return None
+        if int(valid.sum()) < self.min_valid * pixels:
+            piece.dropped["too few valid pixels"] += 1
+            return None
+        only_background = self.keep_background < 1 and known == counts[self.background]
+        if only_background and not split_module.kept_background(tile_id, self.keep_background, self.rule.seed):
+            piece.dropped["background beyond the share that is kept"] += 1
+            return None
+        # Zero, not what a file holds under its mask: the same rows whatever wrote the file.
+        image = np.where(valid[..., None], image, np.zeros((), image.dtype))
+        if part == "train":
+            for band, statistics in enumerate(piece.statistics):
+                statistics.add(image[..., band][valid])
+        arrays = {"image": npy(image), "labels": npy(labelled), "valid": npy(valid)}
+        sha = hashlib.sha256(f"{part}\0{tile_id}\0".encode())
+        for content in arrays.values():
+            sha.update(content)
+        piece.digest = (piece.digest + int.from_bytes(sha.digest(), "big")) % 2**256
+        piece.tiles[part] += 1
+        piece.valid_pixels[part] += int(valid.sum())
+        piece.class_pixels[part] = piece.class_pixels.get(part, 0) + counts
+        return {"tile_id": tile_id, **arrays}
+
+
+@dataclass(frozen=True)
+class _Strip:
+    window: Window
+    tiles: list[tuple[Window, str, str]]
+
+
+def read_labelled(
+    scene: Scene,
+    window: Window,
+    source: LabelSource,
+    *,
+    nodata: float | None = None,
+    scaled: bool = False,
+    aoi: tuple[bytes, str] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image (h, w, bands), valid (h, w) bool and labels (h, w) uint8 of a window; runs in the decoder's process."""
+    from sattile import raster
+
+    data, valid = raster.read(scene, window, nodata=nodata, scaled=scaled)
+    labelled = label_module.read(source, scene, window)
+    if aoi is not None:
+        labelled = np.where(raster.aoi_mask(aoi[0], aoi[1], scene, window), labelled, np.uint8(IGNORE))
+    return data, valid, labelled
+
+
+def _outlines(scene: Scene, windows: Sequence[Window], pad: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Longitudes and latitudes along the outline of each window, 5 points a side."""
+    from pyproj import Transformer
+
+    steps = np.linspace(0, 1, 5)
+    around = np.concatenate(
+        [
+            np.column_stack([np.zeros(4), steps[:-1]]), np.column_stack([steps[:-1], np.ones(4)]),
+            np.column_stack([np.ones(4), steps[:0:-1]]), np.column_stack([steps[:0:-1], np.zeros(4)]),
+        ]
+    )  # fmt: skip
+    wide = [window.pad(pad) for window in windows]
+    rows = np.array([[window.row + around[:, 0] * window.height] for window in wide])[:, 0]
+    cols = np.array([[window.col + around[:, 1] * window.width] for window in wide])[:, 0]
+    a, b, c, d, e, f = scene.transform
+    transformer = Transformer.from_crs(scene.crs, 4326, always_xy=True)
+    lon, lat = transformer.transform(a * cols + b * rows + c, d * cols + e * rows + f)
+    return list(zip(lon, lat, strict=True))
+
+
+def _aoi_outline(aoi: tuple[bytes, str] | None) -> Any:
+    """The area of interest in EPSG:4326."""
+    if aoi is None:
+        return None
+    import geopandas
+
+    return geopandas.GeoSeries.from_wkb([aoi[0]], crs=aoi[1]).to_crs(4326).iloc[0]
+
+
+# --- back on the driver -----------------------------------------------------------------------------------------------
+
+
+def _describe(
+    scenes: Sequence[Scene],
+    sources: Sequence[Mapping[str, Any]],
+    pieces: Sequence[Piece],
+    classes: tuple[SegmentClass, ...] | None,
+    rule: SplitRule,
+    settings: Mapping[str, Any],
+    values: str,
+) -> dict[str, Any]:
+    """`dataset.json`, all of it from what the tasks counted."""
+    dtype = _dtype(scenes, values)
+    statistics = [BandStatistics(dtype) for _ in scenes[0].bands]
+    splits: dict[str, dict[str, Any]] = {}
+    seen = np.zeros(256, np.int64)
+    dropped: Counter[str] = Counter()
+    for piece in pieces:
+        dropped.update(piece.dropped)
+        for total, one in zip(statistics, piece.statistics, strict=False):
+            total.merge(one)
+    for name in SPLITS:
+        counts = sum((piece.class_pixels[name] for piece in pieces if name in piece.class_pixels), np.zeros(256, int))
+        seen += counts
+        files = sorted(
+            ((path, groups) for piece in pieces for path, groups in piece.files.get(name, ())), key=lambda one: one[0]
+        )
+        splits[name] = {
+            "tiles": sum(piece.tiles[name] for piece in pieces),
+            "scenes": len({piece.scene_id for piece in pieces if piece.tiles[name]}),
+            "files": [path for path, _ in files],
+            "row_groups": [groups for _, groups in files],
+            "rows": [sum(groups) for _, groups in files],
+            "valid_pixels": sum(piece.valid_pixels[name] for piece in pieces),
+            "labelled_pixels": int(counts[:IGNORE].sum()),
+            "counts": counts,
+        }
+    classes = classes or label_module.unnamed_classes(np.flatnonzero(seen[:IGNORE]).tolist())
+    for part in splits.values():
+        counts = part.pop("counts")
+        part["class_pixels"] = {str(one.id): int(counts[one.id]) for one in classes}
+    digest = sum(piece.digest for piece in pieces) % 2**256
+    gsds = [scene.gsd for scene in scenes if scene.gsd]
+    good = {piece.scene_id for piece in pieces}
+    return {
+        "format": FORMAT,
+        "bands": list(scenes[0].band_names),
+        "dtype": dtype,
+        "values": values,
+        "size": settings["size"],
+        "stride": settings["stride"],
+        "gsd": float(np.median(gsds)) if gsds else None,
+        "classes": schema.describe_classes(classes),
+        "ignore": IGNORE,
+        "nodata": "see column valid",
+        "splits": splits,
+        "dropped": dict(sorted(dropped.items())),
+        "statistics": {
+            band: total.summary() for band, total in zip(scenes[0].band_names, statistics, strict=True)
+        },
+        "split_rule": {**asdict(rule), "fixed": dict(sorted(rule.fixed.items()))},
+        "sources": [source for source in sources if source["scene_id"] in good],
+        "settings": dict(settings),
+        "digest": f"{digest:064x}",
+    }  # fmt: skip
+
+
+def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int) -> str:
+    counts = ", ".join(f"{number} {reason}" for reason, number in description["dropped"].items()) or "none was cut"
+    remedy = (
+        f"ground blocks are {rule.cell:.0f} m wide and a buffer of {rule.buffer} px is kept: give a smaller --size, "
+        f"--cell or --buffer, or more scenes"
+        if rule.by == "block"
+        else "give more scenes, a smaller --buffer, or --split block"
+    )
+    return f"no training tile is left (tiles of {size} px left out: {counts}); {remedy}"
+
+
+def _publish(out: str, work: str, description: dict[str, Any], before: Mapping[str, Any] | None) -> None:
+    """Move the parts into place, then `dataset.json`, which makes them the dataset; then drop those of before."""
+    for name in SPLITS:
+        part = description["splits"][name]
+        groups = part.pop("row_groups")
+        moved = []
+        for number, path in enumerate(part["files"]):
+            target = f"part-{number:05d}-{storage.name(path).split('-')[1]}.parquet"
+            storage.rename(storage.join(work, path), storage.join(out, name, target))
+            moved.append(target)
+        part["files"] = moved
+        if moved:
+            metadata = petastorm_metadata(description, dict(zip(moved, map(len, groups), strict=True)))
+            storage.write_bytes(storage.join(out, name, "_common_metadata"), metadata)
+    storage.write_json(storage.join(out, DESCRIPTION), description)
+    for name in SPLITS:
+        listed = set(description["splits"][name]["files"])
+        for entry in storage.list_folder(storage.join(out, name)):
+            base = storage.name(entry.url)
+            if base.startswith("part-") and base not in listed:
+                storage.remove(entry.url)
+        if not listed:
+            storage.remove(storage.join(out, name))

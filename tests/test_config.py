@@ -1,0 +1,77 @@
+"""Settings: one place of declaration, checked values, errors that help."""
+
+from __future__ import annotations
+
+import pytest
+
+from sattile import config
+from sattile.config import Option
+from sattile.errors import UsageError
+
+
+def example(spark, *, out: str, size: int = 256, rate: float | None = None, names: list[str] | None = None,
+            fast: bool = False, band: str | list[str] | None = None) -> str:  # fmt: skip
+    """Do it.
+
+    Args:
+        out: where it
+            goes.
+        size: edge in pixels.
+
+    Returns:
+        Nothing.
+    """
+    return out
+
+
+def test_options_are_the_functions_parameters():
+    assert config.options_of(example) == [
+        Option("out", "str", None, True, "where it goes."),
+        Option("size", "int", 256, False, "edge in pixels."),
+        Option("rate", "float", None, False, ""),
+        Option("names", "list", None, False, ""),
+        Option("fast", "bool", False, False, ""),
+        Option("band", "str", None, False, ""),
+    ]
+
+
+@pytest.mark.parametrize("name", list(config.COMMANDS))
+def test_every_option_of_every_command_is_explained(name):
+    unexplained = [option.name for option in config.COMMANDS[name].options() if not option.help]
+    assert not unexplained
+
+
+def test_file_and_assignments_are_merged(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("max_failed_fraction: 0.2\ntile: {size: 64, ignore: [0, 99]}\nspark: {spark.ui.enabled: false}\n")
+    found = config.load(str(path), ["tile.stride=32", "master=local[2]", "tile.size=128"])
+    assert found == {
+        "max_failed_fraction": 0.2,
+        "tile": {"size": 128, "ignore": "0,99", "stride": 32},
+        "spark": {"spark.ui.enabled": False},
+        "master": "local[2]",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tile: {sise: 64}", r"tile\.sise is no setting; did you mean tile\.size\?"),
+        ("tiles: {size: 64}", "tiles is no setting; did you mean tile"),
+        ("tile: {size: big}", "size 'big' is no int"),
+        ("tile: {size: 1.5}", "size 1.5 is no int"),
+        ("tile: 5", "tile is a section"),
+        ("- a", "give sections"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        config.load(str(path))
+
+
+def test_an_assignment_without_a_value_is_refused():
+    with pytest.raises(UsageError, match="section.name=value"):
+        config.load(None, ["train.epochs"])

@@ -1,0 +1,83 @@
+"""The run record: what a folder is, who may write there, how a job ends."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from sattile.errors import TooManyRefused, UsageError
+from sattile.record import Run
+from sattile.schema import Refusal
+
+
+def finished(folder, settings=None, **options):
+    with Run("tile", str(folder), settings or {"size": 4}, **options) as run:
+        run.given = 2
+        run.done = 2
+        with run.stage("cut", pixels=10):
+            pass
+        run.finish()
+    return run
+
+
+def test_the_record_has_the_keys_of_the_contract(tmp_path):
+    finished(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "_run.json").read_text())
+    assert {"command", "settings", "versions", "inputs", "stages", "evaluated_mpix_per_s", "delivered_mpix_per_s",
+            "peak_memory_mb", "done", "skipped", "quarantined"} <= set(record)  # fmt: skip
+    assert record["stages"][0]["name"] == "cut"
+    assert record["peak_memory_mb"] > 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["_run.json"]
+
+
+def test_other_settings_are_refused_unless_overwritten(tmp_path):
+    finished(tmp_path / "out")
+    with pytest.raises(UsageError, match="size: 4 -> 8"):
+        finished(tmp_path / "out", {"size": 8})
+    assert not finished(tmp_path / "out", {"size": 8}, overwrite=True).finished_before
+    assert finished(tmp_path / "out", {"size": 8}).finished_before
+
+
+def test_another_commands_folder_and_strangers_are_refused(tmp_path):
+    finished(tmp_path / "out")
+    with pytest.raises(UsageError, match="was written by `sattile tile`"), Run("train", str(tmp_path / "out"), {}):
+        pass
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.doc").write_text("")
+    with pytest.raises(UsageError, match=r"thesis\.doc"), Run("train", str(tmp_path / "mine"), {}):
+        pass
+    with pytest.raises(UsageError, match="is a file"), Run("train", str(tmp_path / "mine" / "thesis.doc"), {}):
+        pass
+
+
+def test_a_killed_run_is_finished_by_the_next_with_its_settings_only(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), Run("tile", str(out), {"size": 4}):
+        (out / "half").write_text("")
+        raise KeyboardInterrupt
+    with pytest.raises(UsageError, match="size: 4 -> 8"):
+        finished(out, {"size": 8})
+    assert not finished(out).finished_before
+
+
+def test_a_run_that_made_nothing_leaves_nothing_to_agree_with(tmp_path):
+    with pytest.raises(UsageError), Run("tile", str(tmp_path / "out"), {"size": 4}):
+        raise UsageError("no scenes")
+    finished(tmp_path / "out", {"size": 8})
+
+
+def test_refusals_are_listed_and_too_many_fail_after_all_is_written(tmp_path):
+    with pytest.raises(TooManyRefused, match="1 of 3"), Run("tile", str(tmp_path), {}, max_failed_fraction=0.3) as run:
+        run.given, run.done = 3, 2
+        run.refuse([Refusal("b.tif", "index", "too short"), Refusal("b.tif", "index", "too short")])
+        run.finish()
+    assert json.loads((tmp_path / "_run.json").read_text())["quarantined"] == 2
+    assert pq.read_table(tmp_path / "_quarantine.parquet").to_pylist() == [
+        {"url": "b.tif", "stage": "index", "reason": "too short"}
+    ]
+    with Run("tile", str(tmp_path), {}, max_failed_fraction=0.34) as run:
+        run.given = 3
+        run.finish()
+    assert not (tmp_path / "_quarantine.parquet").exists()

@@ -1,0 +1,94 @@
+"""Storage on local disk: names as given, listing in order, whole or nothing, one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sattile import storage
+from sattile.errors import SattileError, UsageError
+
+AWKWARD = ["plain.tif", "a b, c.tif", "50%.tif", "20%20.tif", "ü+#;.tif", "q?.tif"]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_names_are_kept_as_they_are(tmp_path, name):
+    url = storage.join(str(tmp_path), name)
+    storage.write_bytes(url, b"x")
+    assert storage.read_bytes(url) == b"x"
+    assert [entry.url for entry in storage.list_folder(str(tmp_path))] == [url]
+    assert storage.read_bytes("file:" + url) == storage.read_bytes("file://" + url) == b"x"
+
+
+def test_glob_and_walk_go_in_order_and_leave_out_marks(tmp_path):
+    for name in ["b/2.tif", "a/1.tif", "a/_run.json", ".hidden/3.tif", "a/deep/er/4.tif", "5.tif"]:
+        storage.write_bytes(storage.join(str(tmp_path), name), b"")
+    base = str(tmp_path)
+    assert [e.url[len(base) + 1 :] for e in storage.walk(base)] == ["5.tif", "a/1.tif", "a/deep/er/4.tif", "b/2.tif"]
+    assert [e.url[len(base) + 1 :] for e in storage.glob(base + "/*/*.tif")] == ["a/1.tif", "b/2.tif"]
+    found = sorted(e.url[len(base) + 1 :] for e in storage.glob(base + "/**/*.tif"))
+    assert found == [".hidden/3.tif", "5.tif", "a/1.tif", "a/deep/er/4.tif", "b/2.tif"]
+    assert storage.glob(base + "/nothing/*.tif") == []
+
+
+def test_relative_globs_stay_relative(tmp_path, monkeypatch):
+    storage.write_bytes(storage.join(str(tmp_path), "in/x.tif"), b"")
+    monkeypatch.chdir(tmp_path)
+    assert [entry.url for entry in storage.glob("in/*.tif")] == ["in/x.tif"]
+    assert [entry.url for entry in storage.glob("*/x.tif")] == ["in/x.tif"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    url = str(tmp_path / "f")
+    storage.write_bytes(url, b"old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        storage.write_bytes(url, b"new")
+    assert os.listdir(tmp_path) == ["f"]
+    assert storage.read_bytes(url) == b"old"
+
+
+def test_a_second_job_on_the_same_folder_is_refused(tmp_path):
+    with storage.Lease(str(tmp_path)):
+        with pytest.raises(UsageError, match="being written by another job"), storage.Lease(str(tmp_path)):
+            pass
+    with storage.Lease(str(tmp_path)):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "age"), [("elsewhere:1:x", 61), (f"{os.uname().nodename}:999999999:x", 1)], ids=["run out", "killed"]
+)
+def test_a_dead_jobs_lease_is_taken_over(tmp_path, owner, age):
+    held = {"owner": owner, "time": time.time() - age, "seconds": 60}
+    (tmp_path / storage.Lease.NAME).write_text(json.dumps(held))
+    with storage.Lease(str(tmp_path)) as lease:
+        assert json.loads((tmp_path / lease.NAME).read_text())["owner"] == lease.owner
+
+
+def test_a_lease_is_renewed_while_its_holder_lives(tmp_path):
+    with storage.Lease(str(tmp_path), seconds=0.4):
+        time.sleep(1.0)
+        with pytest.raises(UsageError), storage.Lease(str(tmp_path), seconds=0.4):
+            pass
+
+
+def test_unknown_schemes_are_refused():
+    with pytest.raises(UsageError, match="no storage for ftp"):
+        storage.read_bytes("ftp://host/file")
+
+
+def test_too_small_scratch_says_so():
+    with pytest.raises(SattileError, match="TMPDIR"), storage.scratch(needed=1 << 60):
+        pass
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()))
+def test_the_digest_does_not_depend_on_order(value):
+    assert storage.digest(value) == storage.digest(dict(reversed(value.items())))
