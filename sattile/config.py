@@ -163,14 +163,14 @@ def _argument_texts(doc: str) -> dict[str, str]:
     """The `Args:` of a Google-style docstring, {name: text}."""
     match = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
     texts: dict[str, str] = {}
-    name = ""
+    names: list[str] = []
     for line in (match.group(1) if match else "").splitlines():
-        start = re.match(r"    (\w+)(?: \([^)]*\))?: (.*)", line)
-        if start:
-            name = start.group(1)
-            texts[name] = start.group(2)
-        elif name and line.strip():
-            texts[name] += " " + line.strip()
+        start = re.match(r"    (\w+(?:, \w+)*)(?: \([^)]*\))?: (.*)", line)
+        if start:  # `size, stride: ...` speaks of both
+            names = start.group(1).split(", ")
+            texts |= dict.fromkeys(names, start.group(2))
+        elif names and line.strip():
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
     return texts
 
 

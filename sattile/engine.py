@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sattile.errors import UsageError
@@ -61,8 +62,8 @@ def session(
             "spark.driver.host": "127.0.0.1",
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.memory": "1g",
+            "spark.driver.extraJavaOptions": f"-Dlog4j.configurationFile={Path(__file__).with_name('log4j2.properties')}",
             "spark.ui.enabled": "false",
-            "spark.log.level": "ERROR",
         }
     builder = SparkSession.builder.appName(app_name)
     if master:

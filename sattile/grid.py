@@ -214,10 +214,11 @@ def check_geometry(geometry: Geometry, radius: int | None) -> None:
         raise UsageError(f"merge {geometry.merge!r}: use crop or blend")
     for name in ("size", "stride", "halo"):
         value = getattr(geometry, name)
+        least = (radius or 0) if name == "halo" else step
         if value % step or (value < 1 and name != "halo") or value < 0:
             raise UsageError(
                 f"{name} {value} is no multiple of the network's total stride {step}: pooling grids would shift "
-                f"from window to window; use {name} {max(ceil_to(max(value, 0), step), step)}"
+                f"from window to window; use {name} {ceil_to(max(value, least), step)}"
             )
     if geometry.merge == "crop":
         if radius is None:

@@ -18,7 +18,7 @@ import numpy as np
 from sattile import storage
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
-from sattile.schema import IGNORE, PALETTE, Refusal, Scene, SegmentClass
+from sattile.schema import IGNORE, PALETTE, Refusal, Scene, SegmentClass, parse_classes, unnamed_classes
 
 log = logging.getLogger("sattile")
 
@@ -65,39 +65,6 @@ class Matched:
     sources: Mapping[str, LabelSource]
     refused: tuple[Refusal, ...]
     classes: tuple[SegmentClass, ...] | None
-
-
-def parse_classes(text: str | Sequence[str] | None) -> tuple[SegmentClass, ...] | None:
-    """`land,water` (ids 0, 1) or `land=0,water=1` (also `0:land`) -> classes; colours from the palette.
-
-    A colour may follow: `water=1=#332288`.
-
-    Raises:
-        UsageError: for ids that are taken twice or do not fit 0 to 254.
-    """
-    if not text:
-        return None
-    parts = text.split(",") if isinstance(text, str) else list(text)
-    found = []
-    for position, part in enumerate(parts):
-        fields = [one.strip() for one in part.replace(":", "=").split("=") if one.strip()]
-        color = next((one for one in fields if one.startswith("#")), None)
-        number = next((one for one in fields if one.isdigit()), None)
-        names = [one for one in fields if one not in (color, number)]
-        if len(names) > 1 or not fields:
-            raise UsageError(f"classes: {part!r} is not NAME, NAME=ID or NAME=ID=#rrggbb")
-        class_id = int(number) if number is not None else position
-        name = names[0] if names else f"class_{class_id}"
-        found.append(SegmentClass(class_id, name, color or PALETTE[class_id % len(PALETTE)]))
-    ids = [one.id for one in found]
-    if len(set(ids)) < len(ids) or len({one.name for one in found}) < len(found) or max(ids) >= IGNORE:
-        raise UsageError(f"classes {text!r}: ids must differ, lie in 0 to 254, and names must differ; ids are {ids}")
-    return tuple(sorted(found, key=lambda one: one.id))
-
-
-def unnamed_classes(ids: Sequence[int]) -> tuple[SegmentClass, ...]:
-    """Classes for ids found in label rasters that nobody named."""
-    return tuple(SegmentClass(int(i), f"class_{int(i)}", PALETTE[int(i) % len(PALETTE)]) for i in sorted(ids))
 
 
 def match(

@@ -176,7 +176,9 @@ class Run:
             table = pa.table(list(zip(*rows, strict=True)), schema=schema.QUARANTINE)
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink)
-            storage.write_bytes(url, sink.getvalue().to_pybytes())
+            content = sink.getvalue().to_pybytes()
+            if not storage.exists(url) or storage.read_bytes(url) != content:  # a rerun writes nothing but the record
+                storage.write_bytes(url, content)
         else:
             storage.remove(url)
         peak = max(self.peak_memory, peak_memory_mb())

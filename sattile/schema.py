@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from sattile.errors import UsageError
+
 IGNORE = 255
 """Label of a pixel that has none; the same number as a labels map's nodata."""
 
@@ -109,6 +111,39 @@ class SegmentClass:
 PALETTE = (
     "#ddcc77", "#332288", "#117733", "#cc6677", "#88ccee", "#999933", "#882255", "#44aa99", "#aa4499", "#bbbbbb",
 )  # fmt: skip
+
+
+def parse_classes(text: str | Sequence[str] | None) -> tuple[SegmentClass, ...] | None:
+    """`land,water` (ids 0, 1) or `land=0,water=1` (also `0:land`) -> classes; colours from the palette.
+
+    A colour may follow: `water=1=#332288`.
+
+    Raises:
+        UsageError: for ids that are taken twice or do not fit 0 to 254.
+    """
+    if not text:
+        return None
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    found = []
+    for position, part in enumerate(parts):
+        fields = [one.strip() for one in part.replace(":", "=").split("=") if one.strip()]
+        color = next((one for one in fields if one.startswith("#")), None)
+        number = next((one for one in fields if one.isdigit()), None)
+        names = [one for one in fields if one not in (color, number)]
+        if len(names) > 1 or not fields:
+            raise UsageError(f"classes: {part!r} is not NAME, NAME=ID or NAME=ID=#rrggbb")
+        class_id = int(number) if number is not None else position
+        name = names[0] if names else f"class_{class_id}"
+        found.append(SegmentClass(class_id, name, color or PALETTE[class_id % len(PALETTE)]))
+    ids = [one.id for one in found]
+    if len(set(ids)) < len(ids) or len({one.name for one in found}) < len(found) or max(ids) >= IGNORE:
+        raise UsageError(f"classes {text!r}: ids must differ, lie in 0 to 254, and names must differ; ids are {ids}")
+    return tuple(sorted(found, key=lambda one: one.id))
+
+
+def unnamed_classes(ids: Sequence[int]) -> tuple[SegmentClass, ...]:
+    """Classes for ids found in label rasters that nobody named."""
+    return tuple(SegmentClass(int(i), f"class_{int(i)}", PALETTE[int(i) % len(PALETTE)]) for i in sorted(ids))
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def tile(
     shares = split_module.parse_fractions(fractions)
     buffer = size if buffer is None else buffer
     ignored = _numbers(ignore)
-    named = label_module.parse_classes(classes)
+    named = schema.parse_classes(classes)
     asked = _names(bands)
     settings = {
         "size": size, "stride": stride, "bands": asked, "pattern": pattern, "nodata": nodata, "values": values,
@@ -188,7 +188,7 @@ def tile(
             raise UsageError(f"no scene is left to tile; {storage.join(out, QUARANTINE)} has the reasons")
 
         rule = _rule(found, split, shares, seed, size, cell, buffer, fixed)
-        chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area)
+        chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area, engine.slots(spark))
         pixels = sum(scene.height * scene.width for scene in found)
         work = storage.join(out, f".work-{uuid.uuid4().hex[:8]}")
         cut = partial(
@@ -408,8 +408,9 @@ def _plan(
     size: int,
     stride: int,
     area: Any,
+    slots: int,
 ) -> list[list[tuple[bytes]]]:
-    """Chunks, grouped into tasks of about `TASK_PIXELS` each."""
+    """Chunks, grouped into tasks of about `TASK_PIXELS` each; less where that would leave a slot idle."""
     import shapely
 
     aoi = None
@@ -419,6 +420,7 @@ def _plan(
     tasks: list[list[tuple[bytes]]] = []
     shared: list[tuple[bytes]] = []
     shared_pixels = 0
+    enough = min(TASK_PIXELS / 4, sum(scene.height * scene.width for scene in scenes) / (3 * slots))
     for scene in scenes:
         rows = grid.starts(scene.height, size, stride)
         pixels = scene.height * scene.width
@@ -434,7 +436,7 @@ def _plan(
             if small:
                 shared.append(packed)
                 shared_pixels += pixels
-                if shared_pixels >= TASK_PIXELS / 4:
+                if shared_pixels >= enough:
                     tasks.append(shared)
                     shared, shared_pixels = [], 0
             else:
@@ -772,7 +774,7 @@ def _describe(
             "labelled_pixels": int(counts[:IGNORE].sum()),
             "counts": counts,
         }
-    classes = classes or label_module.unnamed_classes(np.flatnonzero(seen[:IGNORE]).tolist())
+    classes = classes or schema.unnamed_classes(np.flatnonzero(seen[:IGNORE]).tolist())
     for part in splits.values():
         counts = part.pop("counts")
         part["class_pixels"] = {str(one.id): int(counts[one.id]) for one in classes}
@@ -789,7 +791,10 @@ def _describe(
         "gsd": float(np.median(gsds)) if gsds else None,
         "classes": schema.describe_classes(classes),
         "ignore": IGNORE,
-        "nodata": "see column valid",
+        "nodata": {
+            band.name: sorted({str(one.bands[index].nodata) for one in scenes})
+            for index, band in enumerate(scenes[0].bands)
+        },
         "splits": splits,
         "dropped": dict(sorted(dropped.items())),
         "statistics": {

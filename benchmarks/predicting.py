@@ -1,0 +1,173 @@
+"""Prediction against the bare model, and the engine with a cheap model against a plain rasterio loop.
+
+* bare model: as many processes as cores, one thread each, that call the same scorer on one window again and again.
+* plain loop: one process reads blocks with rasterio, applies the same 1x1 model with numpy, writes a tiled GeoTIFF and
+  makes the COG of it (mode overviews): the product that `sattile predict` publishes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import imagery
+
+BANDS = imagery.NAMES
+CLASSES = "land,water"
+WEIGHTS = np.array([[-0.2, 0.5], [-0.3, 0.6], [0.4, -0.1], [0.6, -0.9]], np.float32)
+
+
+def cheap_bundle(folder: Path) -> str:
+    """A 1x1 model: two weighted sums of the bands."""
+    import keras
+
+    from sattile.model import bundle
+
+    out = folder / "cheap"
+    if not (out / "bundle.json").exists():
+        inputs = keras.Input((None, None, len(BANDS)))
+        layer = keras.layers.Conv2D(2, 1, use_bias=False, name="scores")
+        net = keras.Model(inputs, layer(inputs))
+        layer.set_weights([WEIGHTS[None, None]])
+        net.save(folder / "cheap.keras")
+        bundle(keras=str(folder / "cheap.keras"), bands=",".join(BANDS), classes=CLASSES, out=str(out))
+    return str(out)
+
+
+def unet_bundle(folder: Path) -> str:
+    """The default network, untrained: the speed is that of a trained one."""
+    from sattile.model import bundle
+    from sattile.training.networks import build
+
+    out = folder / "unet"
+    if not (out / "bundle.json").exists():
+        statistics = {name: {"mean": 1200.0, "std": 500.0} for name in BANDS}
+        net = build("unet-small", bands=BANDS, classes=CLASSES.split(","), statistics=statistics)
+        net.save(folder / "unet.keras")
+        bundle(keras=str(folder / "unet.keras"), bands=",".join(BANDS), classes=CLASSES, out=str(out))
+    return str(out)
+
+
+def bare(model: str, shape: tuple[int, int, int, int], seconds: float, start: Any) -> float:
+    """Mpix/s of one process that does nothing but call the scorer."""
+    from sattile.model import load_bundle, load_scorer
+
+    score = load_scorer(load_bundle(model), threads=1)
+    batch = np.random.default_rng(0).integers(1, 5_000, shape).astype(np.uint16)
+    score(batch)
+    start.wait()
+    begin = time.monotonic()
+    calls = 0
+    while time.monotonic() - begin < seconds:
+        score(batch)
+        calls += 1
+    return calls * batch[..., 0].size / 1e6 / (time.monotonic() - begin)
+
+
+def bare_speed(model: str, shape: tuple[int, int, int, int], seconds: float = 25) -> float:
+    """Mpix/s of two such processes together."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(2) as pool:
+        start = manager.Barrier(2)
+        return sum(pool.starmap(bare, [(model, shape, seconds, start)] * 2))
+
+
+def plain(scene: str, out: str) -> float:
+    """Seconds of the plain loop."""
+    import rasterio
+    import rasterio.shutil
+    from rasterio.windows import Window
+
+    begin = time.monotonic()
+    with rasterio.open(scene) as source:
+        profile = {
+            "driver": "GTiff", "height": source.height, "width": source.width, "count": 1, "dtype": "uint8",
+            "crs": source.crs, "transform": source.transform, "tiled": True, "blockxsize": 512, "blockysize": 512,
+            "nodata": 255,
+        }  # fmt: skip
+        with rasterio.open(f"{out}.part.tif", "w", **profile) as target:
+            for row in range(0, source.height, 2048):
+                for col in range(0, source.width, 2048):
+                    height, width = min(2048, source.height - row), min(2048, source.width - col)
+                    window = Window(col, row, width, height)
+                    data = np.moveaxis(source.read(window=window), 0, -1)
+                    valid = (data != 0).all(-1)
+                    labels = (data.astype(np.float32) @ WEIGHTS).argmax(-1).astype(np.uint8)
+                    target.write(np.where(valid, labels, 255).astype(np.uint8), 1, window=window)
+    rasterio.shutil.copy(
+        f"{out}.part.tif", f"{out}.tif", driver="COG", blocksize=512, compress="DEFLATE", resampling="mode",
+        overview_resampling="mode",
+    )  # fmt: skip
+    return time.monotonic() - begin
+
+
+def predicted(spark: Any, model: str, scene: Path, out: Path, **options: Any) -> dict[str, Any]:
+    from sattile.prediction import predict
+
+    shutil.rmtree(out, ignore_errors=True)
+    predict(spark, model=model, scenes=[str(scene)], out=str(out), **options)
+    return json.loads((out / "_run.json").read_text())
+
+
+def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]:
+    """Print and return ratios and peaks."""
+    from sattile.engine import session
+
+    found: dict[str, Any] = {}
+    edge = int((megapixels * 1e6) ** 0.5) // 1024 * 1024 or 1024
+    scene, _ = imagery.write(folder, edge)
+    small, _ = imagery.write(folder, 2048)
+    pixels = edge * edge / 1e6
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:  # TensorFlow stays out of this process, as it stays out of Spark's driver
+        cheap, unet = pool.apply(cheap_bundle, (folder,)), pool.apply(unet_bundle, (folder,))
+
+    for cores in (1, 2):
+        spark = session(f"local[{cores}]")
+        try:
+            predicted(spark, cheap, small, folder / "warm")
+            ours, theirs = [], []
+            for _ in range(repeats):
+                record = predicted(spark, cheap, scene, folder / "cheap_out")
+                ours.append(record["delivered_mpix_per_s"])
+                with context.Pool(1) as pool:
+                    pool.apply(time.sleep, (0.1,))
+                    theirs.append(pixels / pool.apply(plain, (str(scene), str(folder / "plain"))))
+            ratio = float(np.median(ours) / np.median(theirs))
+            found[f"cheap_{cores}"] = ratio
+            print(
+                f"cheap model, {pixels:.0f} Mpix, {cores} core(s): sattile {np.median(ours):.1f} Mpix/s, plain loop "
+                f"{np.median(theirs):.1f} on one, ratio {ratio:.2f}, per core {ratio / cores:.2f} (medians of {repeats})"
+            )
+        finally:
+            spark.stop()
+
+    spark = session("local[2]")
+    try:
+        large, _ = imagery.write(folder, edge * 2)
+        peaks = []
+        for one in (scene, large):
+            record = predicted(spark, cheap, one, folder / "memory_out")
+            peaks.append(record["peak_memory_mb"])
+        found["peaks_mb"] = peaks
+        print(f"memory, cheap model: {peaks[0]:.0f} MB a worker at {pixels:.0f} Mpix, {peaks[1]:.0f} at {4 * pixels:.0f}")
+        predicted(spark, unet, small, folder / "warm")
+        record = predicted(spark, unet, scene, folder / "unet_out")
+    finally:
+        spark.stop()
+    settings = record["settings"]
+    window = settings["size"] + 2 * settings["halo"]
+    evaluated = record["evaluated_mpix_per_s"]
+    alone = bare_speed(unet, (settings["batch"], window, window, len(BANDS)))
+    found["unet"] = evaluated / alone
+    print(
+        f"U-Net, {pixels:.0f} Mpix, 2 cores, windows of {window} px: sattile {evaluated:.2f} Mpix/s evaluated, bare model "
+        f"{alone:.2f}, ratio {evaluated / alone:.2f}; peak {record['peak_memory_mb']:.0f} MB a worker"
+    )
+    return found

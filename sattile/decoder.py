@@ -1,0 +1,279 @@
+"""Runs functions in a child process, so that a file on which GDAL dies or hangs costs that file and not the job.
+
+Foreign files reach GDAL through here only. The child is a plain interpreter started afresh: it holds no Spark socket,
+no lock of a thread that was forked away, and never imports the caller's main module (multiprocessing's spawn would: a
+script without the `__main__` guard would run itself again). Arrays come back out of band (pickle protocol 5): one
+copy into the pipe and one out, with none inside Python.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from sattile.errors import Refused, SattileError
+
+T = TypeVar("T")
+
+TIMEOUT = 120.0
+
+# What GDAL may do in the child; a setting of the user's own environment goes before it.
+GDAL_SETTINGS = {
+    # Bounded memory. A row of 512 px tiles of a Sentinel-2 scene, 4 bands and the halo's tiles included, is 90 MB.
+    "GDAL_CACHEMAX": "256",
+    # Spark gives a task one core.
+    "GDAL_NUM_THREADS": "1",
+    # Folders of 100,000 scenes are not listed at every open; sidecars (.msk, .aux.xml, .tfw) are found by their
+    # names all the same, which EMPTY_DIR would prevent: a mask that is not seen makes nodata valid.
+    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",
+    # A sidecar may name other files (an .aux.xml its overviews): none of them over the network.
+    "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".none",
+    # libtiff's remarks on every odd tag are not for a job's log; errors come as exceptions.
+    "CPL_LOG": os.devnull,
+}
+
+_COUNT = struct.Struct("!Q")
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from sattile.decoder import _serve; _serve(int(sys.argv[1]), int(sys.argv[3]))"
+)
+
+
+class Decoder:
+    """One child process that runs functions one after the other; started at the first, and again after a crash.
+
+    Not for several threads at once. A context manager; unclosed, the child ends when its parent does.
+
+    Args:
+        timeout: seconds that one function may take.
+    """
+
+    def __init__(self, timeout: float = TIMEOUT):
+        self.timeout = timeout
+        self._owner = os.getpid()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._deadline: float | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child; None while there is none."""
+        return self._child.pid if self._child else None
+
+    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Start a function; its result is to be taken with `result` before the next.
+
+        Args:
+            function: importable by name in another process (module level, not of `__main__`).
+        """
+        if self._deadline is not None:
+            raise SattileError("the decoder is busy: take the result of the last function first")
+        message = pickle.dumps((function, args, kwargs), protocol=5)
+        for attempt in (1, 2):
+            connection = self._start()
+            try:
+                _send(connection, message, [])
+                break
+            except OSError:  # the child was killed while idle, by the system perhaps: no fault of this function
+                self.close()
+                if attempt == 2:
+                    raise
+        self._deadline = time.monotonic() + self.timeout
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What the submitted function returned.
+
+        Args:
+            timeout: seconds from now; else those of the decoder, from `submit` on.
+
+        Raises:
+            Refused: if GDAL crashed or took too long.
+            Exception: what the function raised, as it is.
+        """
+        if self._deadline is None or self._socket is None:
+            raise SattileError("nothing was submitted to the decoder")
+        limit = self.timeout if timeout is None else timeout
+        # A second at least: whoever waits late must still find what has been ready for long.
+        remaining = max(self._deadline - time.monotonic(), 1.0) if timeout is None else timeout
+        self._deadline = None
+        ready, _, _ = select.select([self._socket], [], [], remaining)
+        if not ready:
+            self.close()
+            raise Refused(f"reading took longer than {limit:g} s, and was given up; the file may be damaged")
+        try:
+            self._socket.settimeout(max(self.timeout, 1.0))
+            message, buffers = _receive(self._socket)
+        except (OSError, EOFError):
+            raise Refused(self._obituary()) from None
+        except BaseException:
+            self.close()  # half a message is left in the pipe
+            raise
+        failed, value = pickle.loads(message, buffers=buffers)
+        if failed:
+            raise value
+        return value
+
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """`submit` and `result`."""
+        self.submit(function, *args, **kwargs)
+        try:
+            return self.result()
+        except KeyboardInterrupt:
+            self.close()
+            raise
+
+    def _start(self) -> socket.socket:
+        if self._child is not None and self._child.poll() is not None:
+            self.close()
+        if self._socket is None:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                for end in (ours, theirs):
+                    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                        end.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+                environment = {**GDAL_SETTINGS, **os.environ}
+                self._child = subprocess.Popen(
+                    [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # a Spark worker's standard output is its line to the JVM
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                )
+            self._socket = ours
+        return self._socket
+
+    def _obituary(self) -> str:
+        """Why the child ended, after it did."""
+        child = self._child
+        status: int | None = None
+        if child is not None:
+            with suppress(subprocess.TimeoutExpired):
+                status = child.wait(5)
+        self.close()
+        if status is not None and status < 0:
+            name = signal.Signals(-status).name if -status in set(signal.Signals) else "?"
+            hint = "; memory may have run out" if -status == signal.SIGKILL else ""
+            return f"GDAL crashed (signal {-status}, {name}{hint}) on this file; it is probably damaged"
+        return f"GDAL ended the reading process (exit status {status}) on this file; it is probably damaged"
+
+    def close(self) -> None:
+        """End the child."""
+        connection, self._socket = self._socket, None
+        child, self._child = self._child, None
+        self._deadline = None
+        if connection is not None:
+            connection.close()
+        # A fork of the process that made this decoder holds a copy of it: the child is not the fork's to end.
+        if child is not None and self._owner == os.getpid():
+            child.kill()
+            child.wait()
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+
+_mine: Decoder | None = None
+
+
+def decoder(timeout: float | None = None) -> Decoder:
+    """The decoder of this process, started when first used; a fork gets its own.
+
+    Args:
+        timeout: seconds one function may take, from now on; unchanged if not given.
+    """
+    global _mine
+    if _mine is None or _mine._owner != os.getpid():
+        _mine = Decoder()
+        atexit.register(_mine.close)
+    if timeout is not None:
+        _mine.timeout = timeout
+    return _mine
+
+
+def _serve(descriptor: int, parent: int) -> None:
+    """The child's life: functions in, results out, until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    connection = socket.socket(fileno=descriptor)
+    while True:
+        try:
+            message, _ = _receive(connection)
+        except (EOFError, OSError):
+            break
+        buffers: list[pickle.PickleBuffer] = []
+        try:
+            function, args, kwargs = pickle.loads(message)
+            answer = pickle.dumps((False, function(*args, **kwargs)), protocol=5, buffer_callback=buffers.append)
+        except BaseException as error:
+            buffers = []
+            answer = _pack(error)
+        try:
+            _send(connection, answer, [buffer.raw() for buffer in buffers])
+        except OSError:
+            break
+    os._exit(0)  # no clean-up of libraries: it has been seen to hang, and there is nothing to save
+
+
+def _end_with(parent: int) -> None:
+    """A child that is inside a long read does not see its pipe close: it watches its parent too."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
+
+
+def _pack(error: BaseException) -> bytes:
+    if not isinstance(error, SattileError):
+        error.add_note("in the decoder:\n" + "".join(traceback.format_exception(error)))
+    error.__traceback__ = None
+    try:
+        packed = pickle.dumps((True, error), protocol=5)
+        pickle.loads(packed)  # some exceptions pickle and cannot be made again
+        return packed
+    except Exception:
+        return pickle.dumps((True, SattileError(f"{type(error).__name__}: {error}")), protocol=5)
+
+
+def _send(connection: socket.socket, message: bytes, buffers: list[memoryview]) -> None:
+    sizes = [len(message), *(buffer.nbytes for buffer in buffers)]
+    connection.sendall(_COUNT.pack(len(sizes)) + b"".join(map(_COUNT.pack, sizes)) + message)
+    for buffer in buffers:
+        connection.sendall(buffer)
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[bytearray]]:
+    (count,) = _COUNT.unpack(_receive_exactly(connection, _COUNT.size))
+    sizes = [_COUNT.unpack(_receive_exactly(connection, _COUNT.size))[0] for _ in range(count)]
+    message = bytes(_receive_exactly(connection, sizes[0]))
+    return message, [_receive_exactly(connection, size) for size in sizes[1:]]
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            raise EOFError
+        view = view[got:]
+    return data

@@ -1,0 +1,934 @@
+"""Reads rasters: what a file is, windows of a scene with their valid pixels, labels on a scene's grid.
+
+The owner of rasterio. Everything here opens foreign files: on executors it runs inside `decoder`. A scene's file is a
+GeoTIFF, COG or JPEG 2000; the first bytes decide which driver may open it, and nothing else is opened: a VRT or XML
+file could pull in other files and addresses.
+
+What is read is what is stored. An alpha band is no data band, it says what is valid; a palette's band is its indices
+(a class map, usually); a file of several pages is its first page; a file without a CRS, or without a position, is
+taken on its own pixel grid. Refused, with the way out: complex numbers, positions by ground control points or RPCs
+alone, single strips or tiles too large to decode.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import PurePosixPath
+
+import numpy as np
+import pyproj
+import rasterio
+import rasterio.features
+import shapely
+from affine import Affine
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window as RasterioWindow
+from shapely.geometry.base import BaseGeometry
+
+from sattile import storage
+from sattile.errors import Refused
+from sattile.grid import Window
+from sattile.schema import IGNORE, Band, Scene
+
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+JPEG2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
+
+MAX_BLOCK_BYTES = 1 << 30
+OPEN_FILES = 16
+STRIP = 64
+# Labels much finer than the scene: at most this many of their pixels are held at once.
+MAX_LABEL_PIXELS = 1 << 26
+
+_IDENTITY = Affine.identity()
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What one raster file is, from its header.
+
+    Attributes:
+        url: the file.
+        height, width: in pixels.
+        bands: those that hold data (alpha left out); their names are the file's descriptions, "" where it has none.
+        crs: `EPSG:n` or WKT2; None if it has none, or one without a position on it.
+        transform: see `schema.Scene`.
+        gsd: in metres; None without a CRS that lies on Earth.
+        datetime: ISO 8601 in UTC; None if not stated.
+        footprint: WKB in EPSG:4326; None without a CRS that lies on Earth.
+        identity: [size in bytes, mtime in ns].
+    """
+
+    url: str
+    height: int
+    width: int
+    bands: tuple[Band, ...]
+    crs: str | None
+    transform: tuple[float, float, float, float, float, float]
+    gsd: float | None = None
+    datetime: str | None = None
+    footprint: bytes | None = None
+    identity: list[int] = field(default_factory=list)
+
+
+def describe_file(url: str) -> FileInfo:
+    """What a file is, from its header; no pixel is read.
+
+    Raises:
+        Refused: if it can't be used; says why and, where there is one, the way out.
+    """
+    entry = storage.stat(url)
+    if entry is None:
+        raise Refused(f"the file is gone: {url}")
+    with _open(url) as source:
+        try:
+            return _describe(url, source, [entry.size, entry.mtime])
+        except Refused:
+            raise
+        except Exception as error:  # whatever a strange header makes rasterio, pyproj or shapely say
+            reason = _reason(error, storage.local_path(url))
+            raise Refused(f"its header is not understood: {type(error).__name__}: {reason}") from None
+
+
+def _describe(url: str, source: rasterio.DatasetReader, identity: list[int]) -> FileInfo:
+    crs, transform = _position(source)
+    bands = _data_bands(url, source)
+    _check_blocks(source)
+    return FileInfo(
+        url=url,
+        height=source.height,
+        width=source.width,
+        bands=bands,
+        crs=crs,
+        transform=transform,
+        gsd=ground_sample_distance(crs, transform, source.height, source.width),
+        datetime=_datetime(source),
+        footprint=footprint(crs, transform, source.height, source.width),
+        identity=identity,
+    )
+
+
+def _open(url: str) -> rasterio.DatasetReader:
+    path = storage.filesystem(url).open_local(url)
+    try:
+        driver = _driver(path)
+        _driver_of_mask(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            # Of a str, rasterio would take what stands before a ":" or after a "?" or "#" for parts of a URL.
+            return rasterio.open(PurePosixPath(path), driver=driver)
+    except OSError as error:  # RasterioIOError is one
+        raise Refused(f"cannot be opened: {_reason(error, path)}") from None
+    except (RasterioError, ValueError, AttributeError) as error:
+        # rasterio raises AttributeError for a TIFF's colour space that it has no name for
+        raise Refused(f"cannot be opened: rasterio does not understand its header ({_reason(error, path)})") from None
+
+
+def _driver(path: str) -> str:
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if not head:
+        raise Refused("the file is empty")
+    if head[:4] in TIFF:
+        return "GTiff"
+    if any(head.startswith(magic) for magic in JPEG2000):
+        return "JP2OpenJPEG"
+    raise Refused("is neither GeoTIFF, COG nor JPEG 2000; convert it: gdal_translate -of COG IN OUT.tif")
+
+
+def _driver_of_mask(path: str) -> None:
+    """GDAL opens a mask beside the file with any driver it has: let it be a TIFF."""
+    for suffix in (".msk", ".MSK"):
+        try:
+            with open(path + suffix, "rb") as file:
+                good = file.read(4) in TIFF
+        except OSError:
+            continue
+        if not good:
+            raise Refused(f"the mask beside it ({storage.name(path)}{suffix}) is no TIFF; remove it, or write it again")
+
+
+def _reason(error: BaseException, path: str) -> str:
+    """GDAL's own message at the bottom of a chain of exceptions, without paths and function names."""
+    messages = []
+    seen: BaseException | None = error
+    while seen is not None:
+        messages.append(str(getattr(seen, "errmsg", "") or seen))
+        seen = seen.__cause__ or seen.__context__
+    texts = [one for one in messages if one and not one.startswith("Read failed. See previous")]
+    text = texts[-1] if texts else str(error)
+    text = text.replace(path, storage.name(path))
+    name = re.escape(storage.name(path))
+    text = re.sub(rf"^(?:'?{name}'?(?:, band \d+)?:\s*)+", "", text)
+    text = re.sub(r"^(?:[A-Za-z0-9_]+\(\)?:?\s*|TIFF\w+:\s*)+", "", text)
+    return " ".join(text.split()).rstrip(".") or type(error).__name__
+
+
+def _position(source: rasterio.DatasetReader) -> tuple[str | None, tuple[float, float, float, float, float, float]]:
+    transform = source.transform
+    coefficients = tuple(transform)[:6]
+    if transform == _IDENTITY:
+        points, _ = source.gcps
+        if points or source.rpcs:
+            what = f"{len(points)} ground control points" if points else "rational polynomial coefficients (RPC)"
+            raise Refused(
+                f"is placed by {what} alone, not on a grid; put it on one first: gdalwarp -t_srs EPSG:4326 "
+                f"{'-tps ' if points else '-rpc '}IN OUT.tif"
+            )
+        return None, coefficients  # a CRS without a position on it places nothing
+    if not all(map(math.isfinite, coefficients)) or abs(transform.determinant) == 0:
+        raise Refused(f"its geotransform {coefficients} is no grid: pixels without an area")
+    return crs_text(source.crs), coefficients
+
+
+def crs_text(crs: CRS | None) -> str | None:
+    """`EPSG:n` where the CRS is exactly that, else WKT2; None for none."""
+    if crs is None or not crs:
+        return None
+    epsg = crs.to_epsg(confidence_threshold=100)
+    if epsg is not None:
+        return f"EPSG:{epsg}"
+    try:
+        return crs.to_wkt(version="WKT2_2019")
+    except RasterioError:
+        return crs.to_wkt()
+
+
+def _data_bands(url: str, source: rasterio.DatasetReader) -> tuple[Band, ...]:
+    if not source.count:
+        raise Refused("holds no raster, only sub-datasets or nothing; extract one: gdal_translate")
+    bands = []
+    colours = source.colorinterp
+    for index in source.indexes:
+        if colours[index - 1] == ColorInterp.alpha:
+            continue
+        dtype = source.dtypes[index - 1]
+        if dtype.startswith("complex"):
+            raise Refused(
+                f"holds complex numbers ({dtype}); sattile reads real ones: write amplitude or intensity first, "
+                f"e.g. with a derived VRT band: gdal_translate DERIVED_SUBDATASET:AMPLITUDE:IN OUT.tif"
+            )
+        nodata = source.nodatavals[index - 1]
+        scale, offset = source.scales[index - 1], source.offsets[index - 1]
+        stated = (scale, offset) != (1.0, 0.0)
+        bands.append(
+            Band(
+                name=(source.descriptions[index - 1] or "").strip(),
+                url=url,
+                index=index,
+                dtype=dtype,
+                nodata=None if nodata is None else float(nodata),
+                scale=scale if stated else None,
+                offset=offset if stated else None,
+            )
+        )
+    if not bands:
+        raise Refused("holds an alpha band and no data")
+    return tuple(bands)
+
+
+def _check_blocks(source: rasterio.DatasetReader) -> None:
+    """A strip or tile is decoded whole: one of gigabytes would take the worker's memory."""
+    interleaved = source.count if source.profile.get("interleave") == "pixel" else 1
+    for (height, width), dtype in zip(source.block_shapes, source.dtypes, strict=True):
+        size = height * width * np.dtype(dtype if not dtype.startswith("complex") else "c16").itemsize * interleaved
+        if size > MAX_BLOCK_BYTES:
+            raise Refused(
+                f"its pixels are stored in pieces of {height} x {width}, {size / 1e9:.1f} GB each, which must be "
+                f"decoded whole; write it in tiles: gdal_translate -of COG IN OUT.tif"
+            )
+
+
+def _datetime(source: rasterio.DatasetReader) -> str | None:
+    text = source.tags(ns="IMAGERY").get("ACQUISITIONDATETIME") or source.tags().get("ACQUISITIONDATETIME")
+    return iso_datetime(text) or iso_datetime(source.tags().get("TIFFTAG_DATETIME"))
+
+
+def iso_datetime(text: str | None) -> str | None:
+    """`2020:05:17 10:11:12` (TIFF) or ISO 8601, with UTC if it names no zone -> ISO 8601 in UTC; None if neither."""
+    if not text:
+        return None
+    tiff = re.fullmatch(r"(\d{4}):(\d\d):(\d\d) (\d\d:\d\d:\d\d)\0?", text.strip())
+    try:
+        when = datetime.fromisoformat("{}-{}-{}T{}".format(*tiff.groups()) if tiff else text.strip())
+    except ValueError:
+        return None
+    when = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+    return when.isoformat(timespec="milliseconds" if when.microsecond else "seconds").replace("+00:00", "Z")
+
+
+# ---------------------------------------------------------------- where a grid lies on Earth
+
+
+@lru_cache(maxsize=64)
+def _to_lonlat(crs: str) -> pyproj.Transformer | None:
+    """None for a CRS that does not lie on Earth (a drawing's)."""
+    try:
+        return pyproj.Transformer.from_crs(pyproj.CRS.from_user_input(crs), "EPSG:4326", always_xy=True)
+    except pyproj.exceptions.ProjError:
+        return None
+
+
+def ground_sample_distance(crs: str | None, transform: Sequence[float], height: int, width: int) -> float | None:
+    """Pixel size on the ground in metres: geometric mean of both axes at the grid's centre.
+
+    Measured on the ellipsoid; where that is the nominal size to 1 % (UTM is off by up to 0.04 % by construction),
+    the nominal one is given. Web Mercator at 60 degrees is off by 2.
+    """
+    to_lonlat = _to_lonlat(crs) if crs else None
+    if crs is None or to_lonlat is None:
+        return None
+    affine = Affine(*transform)
+    col, row = width / 2, height / 2
+    xs, ys = zip(*(affine * at for at in ((col, row), (col + 1, row), (col, row + 1))), strict=True)
+    lons, lats = to_lonlat.transform(xs, ys)
+    if not (np.isfinite(lons).all() and np.isfinite(lats).all()) or max(map(abs, lats)) > 90:
+        return None
+    _, _, metres = pyproj.Geod(ellps="WGS84").inv([lons[0]] * 2, [lats[0]] * 2, lons[1:], lats[1:])
+    measured = math.sqrt(metres[0] * metres[1])
+    definition = pyproj.CRS.from_user_input(crs)
+    if definition.is_projected:
+        unit = definition.axis_info[0].unit_conversion_factor
+        nominal = unit * math.sqrt(math.hypot(affine.a, affine.d) * math.hypot(affine.b, affine.e))
+        if abs(measured - nominal) <= 0.01 * nominal:
+            return nominal
+    return measured if measured > 0 else None
+
+
+def footprint(crs: str | None, transform: Sequence[float], height: int, width: int) -> bytes | None:
+    """Outline of a grid in EPSG:4326 (lon, lat) as WKB; a MultiPolygon where it crosses the antimeridian.
+
+    Sides have 21 points each, since straight lines of one CRS are curves in another. A grid around a pole reaches up
+    to it. Where corners are not on Earth (full-disk images), the hull of the pixels that are.
+    """
+    to_lonlat = _to_lonlat(crs) if crs else None
+    if to_lonlat is None:
+        return None
+    steps = np.linspace(0, 1, 21)
+    forth, back = steps[:-1], steps[:0:-1]
+    cols = np.concatenate([forth, np.ones(20), back, np.zeros(20)]) * width
+    rows = np.concatenate([np.zeros(20), forth, np.ones(20), back]) * height
+    lons, lats = _project(to_lonlat, transform, cols, rows)
+    good = np.isfinite(lons) & np.isfinite(lats)
+    if good.all():
+        shape = _ring(lons, lats)
+    else:
+        grid_cols, grid_rows = (one.ravel() for one in np.meshgrid(steps * width, steps * height))
+        lons, lats = _project(to_lonlat, transform, grid_cols, grid_rows)
+        good = np.isfinite(lons) & np.isfinite(lats)
+        shape = shapely.MultiPoint(np.column_stack([lons[good], lats[good]])).convex_hull
+    shape = _within_world(shapely.make_valid(shape))
+    return None if shape.is_empty else shapely.to_wkb(shapely.normalize(shape))
+
+
+def _project(
+    to_lonlat: pyproj.Transformer, transform: Sequence[float], cols: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    lons, lats = to_lonlat.transform(*_apply(transform, cols, rows))
+    return np.asarray(lons), np.asarray(lats)
+
+
+def _apply(transform: Iterable[float], cols: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b, c, d, e, f = tuple(transform)[:6]
+    return a * cols + b * rows + c, d * cols + e * rows + f
+
+
+def _ring(lons: np.ndarray, lats: np.ndarray) -> BaseGeometry:
+    """A closed line over the globe as a polygon whose longitudes go on beyond 180, and to the pole it goes around."""
+    turned = np.unwrap(np.append(lons, lons[0]), period=360)
+    closed = np.append(lats, lats[0])
+    points = np.column_stack([turned, closed])
+    around = turned[-1] - turned[0]
+    if abs(around) > 180:
+        pole = math.copysign(90, lats.mean())
+        points = np.vstack([points, [[turned[-1], pole], [turned[0], pole]]])
+    return shapely.Polygon(points)
+
+
+def _within_world(shape: BaseGeometry) -> BaseGeometry:
+    parts = []
+    west, _, east, _ = shape.bounds if not shape.is_empty else (0, 0, 0, 0)
+    for turn in range(math.floor((west + 180) / 360), math.floor((east + 180) / 360) + 1):
+        world = shapely.box(-180 + 360 * turn, -90, 180 + 360 * turn, 90)
+        part = shapely.intersection(shape, world)
+        moved = shapely.transform(part, lambda at, turn=turn: at - [360 * turn, 0])
+        parts += [one for one in shapely.get_parts(moved) if one.geom_type == "Polygon" and one.area > 0]
+    return shapely.union_all(parts) if parts else shapely.Polygon()
+
+
+# ---------------------------------------------------------------- windows of a scene
+
+
+class _Files:
+    """The files opened last: consecutive windows come from the same ones, and GDAL's cache lives in them."""
+
+    def __init__(self, limit: int = OPEN_FILES):
+        self.limit = limit
+        self._open: OrderedDict[tuple[str, int, int], rasterio.DatasetReader] = OrderedDict()
+
+    def get(self, url: str) -> rasterio.DatasetReader:
+        entry = storage.stat(url)
+        if entry is None:
+            raise Refused(f"the file is gone: {url}")
+        key = (url, entry.size, entry.mtime)
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        source = _open(url)
+        for old in [one for one in self._open if one[0] == url]:
+            self._open.pop(old).close()
+        self._open[key] = source
+        while len(self._open) > self.limit:
+            self._open.popitem(last=False)[1].close()
+        return source
+
+    def identity(self, url: str) -> list[int]:
+        return next(([size, mtime] for name, size, mtime in self._open if name == url), [])
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+_files = _Files()
+
+
+def close_files() -> None:
+    """Close what `read` keeps open."""
+    _files.close()
+
+
+def read(
+    scene: Scene, window: Window, *, nodata: float | None = None, scaled: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read a window of a scene, on the scene's grid.
+
+    Bands of files on other grids are interpolated bilinearly from their valid pixels, each pixel by itself, so that
+    a part of a read is the read of that part, to the bit.
+
+    Args:
+        scene: its bands, in the order wanted.
+        window: may reach outside the scene.
+        nodata: missing value of all bands, before whatever the files say.
+        scaled: physical values (stored * scale + offset) instead of stored ones.
+
+    Returns:
+        data: (height, width, bands), the smallest dtype that holds all bands; float32 if scaled; 0 outside the scene.
+        valid: (height, width) bool: every band is valid, as the files' masks, declared nodata or alpha say, and finite.
+
+    Raises:
+        Refused: for damaged pixels, a file that changed or went, a band without the scale and offset that are wanted.
+    """
+    if scaled:
+        for band in scene.bands:
+            if band.scale is None and band.offset is None:
+                raise Refused(
+                    f"band {band.name} states no scale and offset, and physical values are wanted; state them in "
+                    f"the file (gdal_edit.py -scale S -offset O FILE) or in its STAC item"
+                )
+    dtype = result_dtype(scene)
+    data = np.zeros((*window.shape, len(scene.bands)), dtype)
+    valid = np.zeros(window.shape, bool)
+    inside = window & Window(0, 0, scene.height, scene.width)
+    if inside.area:
+        place = inside.slices(window)
+        good = np.ones(inside.shape, bool)
+        for url, positions in _by_file(scene.bands).items():
+            bands = [scene.bands[position] for position in positions]
+            source = _source(scene, url)
+            shift = _shift(scene, source, url)
+            if shift is None:
+                direct = positions == list(range(len(scene.bands)))
+                part = data[place] if direct else np.empty((*inside.shape, len(bands)), dtype)
+                good &= _read_pixels(source, bands, inside, nodata, part)
+                if not direct:
+                    data[place][..., positions] = part
+            else:
+                part, part_good = _read_between(source, bands, inside, nodata, shift, dtype)
+                data[place][..., positions] = part
+                good &= part_good
+        valid[place] = good
+    if scaled:
+        scales = np.array([1.0 if band.scale is None else band.scale for band in scene.bands])
+        offsets = np.array([0.0 if band.offset is None else band.offset for band in scene.bands])
+        physical = np.zeros(data.shape, np.float32)
+        place = inside.slices(window)
+        if inside.area:
+            # In float64: float32 products of large stored numbers are off in the last digits.
+            physical[place] = data[place].astype(np.float64) * scales + offsets
+        data = physical
+    return data, valid
+
+
+def result_dtype(scene: Scene) -> np.dtype:
+    """The smallest dtype that holds every band of a scene."""
+    return np.result_type(*(np.dtype(band.dtype) for band in scene.bands))
+
+
+def _by_file(bands: Iterable[Band]) -> dict[str, list[int]]:
+    positions: dict[str, list[int]] = {}
+    for position, band in enumerate(bands):
+        positions.setdefault(band.url, []).append(position)
+    return positions
+
+
+def _source(scene: Scene, url: str) -> rasterio.DatasetReader:
+    source = _files.get(url)
+    expected, found = scene.identity.get(url), _files.identity(url)
+    if expected and found and list(expected) != found:
+        raise Refused(
+            f"{url} changed while it was in use (size and time were {list(expected)}, are {found}); run again"
+        )
+    return source
+
+
+def _shift(scene: Scene, source: rasterio.DatasetReader, url: str) -> tuple[float, float, float, float] | None:
+    """How the scene's pixels lie in the file's: (row step, row offset, col step, col offset); None if they coincide."""
+    if (source.height, source.width) == (scene.height, scene.width) and tuple(source.transform)[:6] == scene.transform:
+        return None
+    return shift_between(
+        scene.transform, (scene.height, scene.width), tuple(source.transform)[:6], (source.height, source.width), url
+    )
+
+
+def shift_between(
+    grid: Sequence[float], shape: tuple[int, int], other: Sequence[float], other_shape: tuple[int, int], url: str
+) -> tuple[float, float, float, float] | None:
+    """How one grid's pixels lie in another's.
+
+    Returns:
+        (row step, row offset, col step, col offset): pixel corner (r, c) of the grid is at (r * row step + row offset,
+        c * col step + col offset) of the other; None if the two coincide.
+
+    Raises:
+        Refused: if one is turned against the other.
+    """
+    between = ~Affine(*other) * Affine(*grid)
+    span = max(shape)
+    if abs(between.b) * span > 0.01 or abs(between.d) * span > 0.01:
+        raise Refused(
+            f"{storage.name(url)} is turned against the scene's other files; bring them onto one grid with gdalwarp"
+        )
+    # Transforms carry the noise of their last digits: a thousandth of a pixel over the whole scene is none.
+    row_step, col_step = round(between.e, 12), round(between.a, 12)
+    row_offset, col_offset = round(between.f, 6), round(between.c, 6)
+    still = abs(between.e - 1) * span < 1e-3 and abs(between.a - 1) * span < 1e-3
+    if still and max(abs(row_offset), abs(col_offset)) < 1e-3 and tuple(shape) == tuple(other_shape):
+        return None
+    if row_step <= 0 or col_step <= 0:
+        raise Refused(
+            f"{storage.name(url)} is flipped against the scene's other files; bring them onto one grid with gdalwarp"
+        )
+    return row_step, row_offset, col_step, col_offset
+
+
+def _read_pixels(
+    source: rasterio.DatasetReader, bands: Sequence[Band], window: Window, nodata: float | None, out: np.ndarray
+) -> np.ndarray:
+    """Fill `out` (height, width, bands) with a window of one file on its own grid; returns valid (height, width)."""
+    area = RasterioWindow(window.col, window.row, window.width, window.height)
+    indexes = [band.index for band in bands]
+    try:
+        # GDAL writes into the pixel-interleaved array itself: no copy to turn the axes.
+        source.read(indexes, window=area, out=np.moveaxis(out, 2, 0))
+        return _valid(source, bands, area, nodata, out)
+    except (RasterioError, OSError) as error:
+        path = storage.local_path(bands[0].url)
+        raise Refused(f"pixels cannot be read: {_reason(error, path)} (in {storage.name(path)})") from None
+
+
+def _valid(
+    source: rasterio.DatasetReader, bands: Sequence[Band], area: RasterioWindow, nodata: float | None, data: np.ndarray
+) -> np.ndarray:
+    valid = np.ones(data.shape[:2], bool)
+    whole_file_mask = False
+    for position, band in enumerate(bands):
+        values = data[..., position]
+        flags = source.mask_flag_enums[band.index - 1]
+        override = nodata if nodata is not None else band.nodata if band.forced else None
+        if override is not None:
+            valid &= _differs(values, override, band.dtype)
+        elif MaskFlags.all_valid in flags:
+            if band.nodata is not None:  # said by the scene's STAC item, not by the file
+                valid &= _differs(values, band.nodata, band.dtype)
+            elif not whole_file_mask and ColorInterp.alpha in source.colorinterp:
+                # GDAL takes alpha for a mask in files of 2 and 4 bands only; RGB + NIR + alpha is common, too.
+                valid &= source.read(source.colorinterp.index(ColorInterp.alpha) + 1, window=area) != 0
+                whole_file_mask = True
+        elif MaskFlags.per_dataset in flags:
+            if not whole_file_mask:
+                valid &= source.read_masks(band.index, window=area) != 0
+                whole_file_mask = True
+        elif _is_plain(band) and band.nodata is not None:
+            # The same as GDAL's mask, which would go through the pixels once more.
+            valid &= _differs(values, band.nodata, band.dtype)
+        else:
+            valid &= source.read_masks(band.index, window=area) != 0
+        if np.dtype(band.dtype).kind == "f":
+            valid &= np.isfinite(values)
+    return valid
+
+
+def _is_plain(band: Band) -> bool:
+    """Whether GDAL's nodata test on this band is a plain comparison of small integers."""
+    dtype = np.dtype(band.dtype)
+    return dtype.kind in "iu" and dtype.itemsize <= 4 and band.nodata is not None and float(band.nodata).is_integer()
+
+
+def _differs(values: np.ndarray, nodata: float, dtype: str) -> np.ndarray:
+    """Where values of a band stored as `dtype` are not its missing value."""
+    stored = np.dtype(dtype)
+    if stored.kind == "f":
+        if math.isnan(nodata):
+            return ~np.isnan(values)
+        with np.errstate(over="ignore"):
+            return values != stored.type(nodata)
+    if not math.isfinite(nodata) or not float(nodata).is_integer():
+        return np.ones(values.shape, bool)
+    limits = np.iinfo(stored)
+    if not limits.min <= int(nodata) <= limits.max:
+        return np.ones(values.shape, bool)
+    return values != values.dtype.type(int(nodata))
+
+
+def _read_between(
+    source: rasterio.DatasetReader,
+    bands: Sequence[Band],
+    window: Window,
+    nodata: float | None,
+    shift: tuple[float, float, float, float],
+    dtype: np.dtype,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bands of a file on another grid, bilinear, each pixel from the file's pixels alone.
+
+    A pixel is valid where the file's pixel that holds its centre is; its value is the mean of the valid ones of the
+    four pixels around its centre, by distance.
+    """
+    row_step, row_offset, col_step, col_offset = shift
+    rows = _Axis(window.row, window.height, row_step, row_offset, source.height)
+    cols = _Axis(window.col, window.width, col_step, col_offset, source.width)
+    data = np.zeros((*window.shape, len(bands)), dtype)
+    if rows.empty or cols.empty:
+        return data, np.zeros(window.shape, bool)
+    needed = Window(rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start)
+    stored = np.empty((*needed.shape, len(bands)), dtype)
+    valid = np.ones(window.shape, bool)
+    good = _read_pixels_apart(source, bands, needed, nodata, stored)
+    # 16-bit numbers and their weighted means are safe in float32, at half the time.
+    real = np.dtype(np.float32 if dtype.kind in "iu" and dtype.itemsize <= 2 else np.float64)
+    whole_numbers = dtype.kind in "iu"
+    for position in range(len(bands)):
+        usable = good[..., position]
+        complete = bool(usable.all())
+        values = np.where(usable, stored[..., position], 0).astype(real)
+        across = _mix_across(values, cols)
+        share_across = None if complete else _mix_across(usable.astype(real), cols)
+        four_across = None if complete else usable[:, cols.low] & usable[:, cols.high]
+        here_across = usable[:, cols.nearest] & cols.inside
+        for start in range(0, window.height, STRIP):  # a strip's intermediate arrays stay in the CPU's cache
+            strip = slice(start, start + STRIP)
+            low, high = rows.low[strip], rows.high[strip]
+            total = _mix_down(across, rows, strip)
+            if share_across is not None and four_across is not None:
+                weight = _mix_down(share_across, rows, strip)
+                # Weights of four valid pixels are 1 but for the last bit: not divided, as in a window without nodata.
+                divided = (weight > 0) & ~(four_across[low] & four_across[high])
+                np.divide(total, weight, out=total, where=divided)
+            here = here_across[rows.nearest[strip]] & rows.inside[strip, None]
+            if whole_numbers:  # a mean is never outside what it is of: no clipping
+                total += real.type(0.5)
+                np.floor(total, out=total)
+            total[~here] = 0
+            data[strip, :, position] = total
+            valid[strip] &= here
+    return data, valid
+
+
+def _read_pixels_apart(
+    source: rasterio.DatasetReader, bands: Sequence[Band], window: Window, nodata: float | None, out: np.ndarray
+) -> np.ndarray:
+    """As `_read_pixels`, with valid pixels of each band apart: (height, width, bands)."""
+    area = RasterioWindow(window.col, window.row, window.width, window.height)
+    together = _read_pixels(source, bands, window, nodata, out)
+    if len(bands) == 1 or together.all():
+        return np.repeat(together[..., None], len(bands), axis=2)
+    return np.stack(
+        [_valid(source, [band], area, nodata, out[..., [at]]) for at, band in enumerate(bands)],
+        axis=2,
+    )
+
+
+class _Axis:
+    """Where the pixels of one axis of a window lie between the pixels of another grid.
+
+    Computed from each pixel's own number, never from the window: any window gives the same for the same pixel.
+    """
+
+    def __init__(self, begin: int, length: int, step: float, offset: float, extent: int):
+        at = (np.arange(begin, begin + length) + 0.5) * step + offset
+        holding = np.floor(at).astype(np.int64)
+        self.inside = (holding >= 0) & (holding < extent)
+        self.empty = not self.inside.any()
+        if self.empty:
+            return
+        below = np.floor(at - 0.5)
+        self.share = at - 0.5 - below
+        low = np.clip(below.astype(np.int64), 0, extent - 1)
+        high = np.clip(below.astype(np.int64) + 1, 0, extent - 1)
+        nearest = np.clip(holding, 0, extent - 1)
+        used = [index[self.inside] for index in (low, high, nearest)]
+        self.start = int(min(one.min() for one in used))
+        self.stop = int(max(one.max() for one in used)) + 1
+        self.low, self.high, self.nearest = (
+            np.clip(index, self.start, self.stop - 1) - self.start for index in (low, high, nearest)
+        )
+
+
+def _mix_across(values: np.ndarray, cols: _Axis) -> np.ndarray:
+    share = cols.share.astype(values.dtype)
+    return values[:, cols.low] * (1 - share) + values[:, cols.high] * share
+
+
+def _mix_down(values: np.ndarray, rows: _Axis, strip: slice) -> np.ndarray:
+    share = rows.share[strip, None].astype(values.dtype)
+    upper = values[rows.low[strip]]
+    upper *= 1 - share
+    lower = values[rows.high[strip]]
+    lower *= share
+    upper += lower
+    return upper
+
+
+# ---------------------------------------------------------------- labels on a scene's grid
+
+
+def read_labels(url: str, scene: Scene, window: Window, *, band: int = 1) -> np.ndarray:
+    """Labels of a raster on any grid, on the scene's, by the pixel that holds each pixel's centre.
+
+    Args:
+        url: the raster; without a position it must have the scene's height and width.
+        window: may reach outside the scene.
+        band: counted from 1.
+
+    Returns:
+        (height, width) uint8; `IGNORE` outside the raster and where it is nodata.
+
+    Raises:
+        Refused: if it can't be read or placed, or holds values other than whole numbers from 0 to 255.
+    """
+    source = _files.get(url)
+    if band not in source.indexes:
+        raise Refused(f"labels {url} have {source.count} bands, and band {band} is wanted")
+    described = next((one for one in _data_bands(url, source) if one.index == band), None)
+    if described is None:
+        raise Refused(f"band {band} of labels {url} is an alpha band")
+    _check_blocks(source)
+    crs, transform = _position(source)
+    place = _placement(url, crs, transform, (source.height, source.width), scene)
+    labels = np.full(window.shape, IGNORE, np.uint8)
+    inside = window & Window(0, 0, scene.height, scene.width)
+    if inside.area:
+        labels[inside.slices(window)] = _sample(source, described, place, inside)
+    return labels
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """From pixels of a scene to those of a raster: by one affine map, or by way of two CRSs."""
+
+    to_raster: Affine
+    scene: Affine
+    transformer: pyproj.Transformer | None = None
+
+    SPACING = 16
+
+    def locate(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Pixel (row, col) of the raster that holds each pixel centre of a window; each (height, width) int64.
+
+        Between two CRSs, computed at every 16th pixel of the scene and interpolated between: 250 times fewer
+        projections, off by less than a thousandth of a pixel. The lattice is the scene's, so windows agree.
+        """
+        if self.transformer is None:
+            between = self.to_raster * self.scene
+            cols = np.arange(window.col, window.stop_col) + 0.5
+            rows = (np.arange(window.row, window.stop_row) + 0.5)[:, None]
+            # Noise of the last digits would decide where centres lie on an edge.
+            at_col = np.round(between.a * cols + between.b * rows + between.c, 6)
+            at_row = np.round(between.d * cols + between.e * rows + between.f, 6)
+            return _floor(at_row), _floor(at_col)
+        first_row, first_col = window.row // self.SPACING, window.col // self.SPACING
+        nodes_down = np.arange(first_row, (window.stop_row - 1) // self.SPACING + 2) * self.SPACING + 0.5
+        nodes_right = np.arange(first_col, (window.stop_col - 1) // self.SPACING + 2) * self.SPACING + 0.5
+        cols, rows = np.meshgrid(nodes_right, nodes_down)
+        xs, ys = _apply(self.scene, cols, rows)
+        xs, ys = (np.asarray(one).reshape(cols.shape) for one in self.transformer.transform(xs, ys))
+        at_cols, at_rows = _apply(self.to_raster, xs, ys)
+        down = np.arange(window.row, window.stop_row)
+        right = np.arange(window.col, window.stop_col)
+        found = []
+        for nodes in (at_rows, at_cols):
+            i, s = down // self.SPACING - first_row, (down % self.SPACING / self.SPACING)[:, None]
+            j, t = right // self.SPACING - first_col, right % self.SPACING / self.SPACING
+            with np.errstate(invalid="ignore"):
+                along = nodes[:, j] * (1 - t) + nodes[:, j + 1] * t
+                found.append(_floor(np.round(along[i] * (1 - s) + along[i + 1] * s, 6)))
+        return found[0], found[1]
+
+
+def _floor(values: np.ndarray) -> np.ndarray:
+    """Whole pixel numbers; -1 (outside) for what lies nowhere."""
+    values = np.floor(values)
+    return np.where(np.isfinite(values) & (np.abs(values) < 2**40), values, -1).astype(np.int64)
+
+
+def _placement(
+    url: str, crs: str | None, transform: Sequence[float], shape: tuple[int, int], scene: Scene
+) -> _Placement:
+    same_shape = shape == (scene.height, scene.width)
+    unplaced = crs is None and tuple(transform) == tuple(_IDENTITY)[:6]
+    if unplaced or (crs is None and scene.crs is None):
+        if not same_shape or not (unplaced or tuple(transform) == scene.transform):
+            raise Refused(
+                f"labels {url} have no CRS, so their pixels must be the scene's; they are {shape[0]} x {shape[1]}, the "
+                f"scene is {scene.height} x {scene.width}"
+                + ("" if not same_shape else ", and their geotransforms differ")
+            )
+        return _Placement(_IDENTITY, _IDENTITY)
+    if crs is None or scene.crs is None:
+        which = f"labels {url} have" if crs is None else "the scene has"
+        raise Refused(f"{which} no CRS, so the two can't be laid over each other; state it: gdal_edit.py -a_srs EPSG:N")
+    transformer = _between(scene.crs, crs)
+    return _Placement(~Affine(*transform), Affine(*scene.transform), transformer)
+
+
+def same_crs(one: str | None, other: str | None) -> bool:
+    """Whether two CRSs, however written, are the same; None is only None's."""
+    if one == other or one is None or other is None:
+        return one == other
+    return _between(one, other) is None
+
+
+@lru_cache(maxsize=64)
+def _between(crs: str, other: str) -> pyproj.Transformer | None:
+    """None if the two are the same."""
+    one, two = pyproj.CRS.from_user_input(crs), pyproj.CRS.from_user_input(other)
+    if one.equals(two, ignore_axis_order=True):
+        return None
+    try:
+        return pyproj.Transformer.from_crs(one, two, always_xy=True)
+    except pyproj.exceptions.ProjError as error:
+        raise Refused(f"there is no way from CRS {one.name} to {two.name}: {error}") from None
+
+
+def _sample(source: rasterio.DatasetReader, band: Band, place: _Placement, window: Window) -> np.ndarray:
+    labels = np.full(window.shape, IGNORE, np.uint8)
+    rows, cols = place.locate(window)
+    hit = (rows >= 0) & (rows < source.height) & (cols >= 0) & (cols < source.width)
+    if not hit.any():
+        return labels
+    rows, cols = rows[hit], cols[hit]
+    needed = Window(
+        int(rows.min()), int(cols.min()), int(rows.max() - rows.min()) + 1, int(cols.max() - cols.min()) + 1
+    )
+    if needed.area > MAX_LABEL_PIXELS and window.area > 1:
+        for part in _halves(window):
+            labels[part.slices(window)] = _sample(source, band, place, part)
+        return labels
+    stored = np.empty((*needed.shape, 1), np.dtype(band.dtype))
+    valid = _read_pixels(source, [band], needed, None, stored)
+    values, good = stored[rows - needed.row, cols - needed.col, 0], valid[rows - needed.row, cols - needed.col]
+    used = values[good]
+    if used.size:
+        low, high = used.min(), used.max()
+        if low < 0 or high > IGNORE or (used.dtype.kind == "f" and (used != np.floor(used)).any()):
+            raise Refused(
+                f"labels {band.url} hold values from {low:g} to {high:g}; class ids are whole numbers from 0 to 254 "
+                f"(declare the value of missing pixels as nodata: gdal_edit.py -a_nodata V FILE)"
+            )
+    chosen = np.full(values.shape, IGNORE, np.uint8)
+    chosen[good] = used.astype(np.uint8)
+    labels[hit] = chosen
+    return labels
+
+
+def _halves(window: Window) -> tuple[Window, Window]:
+    if window.height >= window.width:
+        half = window.height // 2
+        return (
+            Window(window.row, window.col, half, window.width),
+            Window(window.row + half, window.col, window.height - half, window.width),
+        )
+    half = window.width // 2
+    return (
+        Window(window.row, window.col, window.height, half),
+        Window(window.row, window.col + half, window.height, window.width - half),
+    )
+
+
+def rasterize(shapes: Sequence[tuple[bytes, int]], crs: str | None, scene: Scene, window: Window) -> np.ndarray:
+    """Draw shapes onto a window of the scene's grid: a pixel is in a shape that holds its centre.
+
+    Args:
+        shapes: (WKB, value) pairs, values 0 to 254; later ones win.
+        crs: of the shapes; None only for a scene without one (coordinates are then those of its transform).
+
+    Returns:
+        (height, width) uint8; `IGNORE` outside all shapes and outside the scene.
+    """
+    labels = np.full(window.shape, IGNORE, np.uint8)
+    inside = window & Window(0, 0, scene.height, scene.width)
+    if not inside.area:
+        return labels
+    box = shapely.box(inside.col, inside.row, inside.stop_col, inside.stop_row)
+    drawn = []
+    for wkb, value in shapes:
+        shape = _in_pixels(bytes(wkb), crs, scene.crs, scene.transform)
+        if not shape.is_empty and shapely.intersects(shape, box):
+            # Whole numbers of 1/65536 pixel: moving them to the window's corner is exact, so windows agree.
+            moved = shapely.transform(shape, lambda at: np.round(at * 65536) / 65536 - [inside.col, inside.row])
+            drawn.append((moved, int(value)))
+    if drawn:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            labels[inside.slices(window)] = rasterio.features.rasterize(
+                drawn, out_shape=inside.shape, fill=IGNORE, transform=_IDENTITY, dtype=np.uint8
+            )
+    return labels
+
+
+@lru_cache(maxsize=1024)
+def _in_pixels(wkb: bytes, crs: str | None, scene_crs: str | None, transform: tuple[float, ...]) -> BaseGeometry:
+    """A shape in (col, row) of a scene."""
+    shape = shapely.from_wkb(wkb)
+    if (crs is None) != (scene_crs is None):
+        which = "the shapes have" if crs is None else "the scene has"
+        raise Refused(f"{which} no CRS, so the two can't be laid over each other; state it")
+    transformer = _between(crs, scene_crs) if crs is not None and scene_crs is not None else None
+    if transformer is not None:
+        # A straight side of one CRS is a curve in the other.
+        west, south, east, north = shape.bounds if not shape.is_empty else (0, 0, 0, 0)
+        longest = max(east - west, north - south) / 64
+        shape = shapely.segmentize(shape, longest) if longest > 0 else shape
+        shape = shapely.transform(shape, lambda at: np.column_stack(transformer.transform(at[:, 0], at[:, 1])))
+        if not np.isfinite(shapely.get_coordinates(shape)).all():
+            raise Refused("a shape reaches beyond where the scene's CRS is defined; cut it to the scene first")
+    inverse = ~Affine(*transform)
+    return shapely.transform(shape, lambda at: np.column_stack(_apply(inverse, at[:, 0], at[:, 1])))
+
+
+def aoi_mask(geometry: bytes, crs: str | None, scene: Scene, window: Window) -> np.ndarray:
+    """Which pixels of a window have their centre in an area of interest: (height, width) bool.
+
+    Args:
+        geometry: WKB.
+        crs: of the geometry, e.g. `EPSG:4326`.
+    """
+    return rasterize([(geometry, 1)], crs, scene, window) == 1

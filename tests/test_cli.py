@@ -1,0 +1,101 @@
+"""The command line: help that helps, exit statuses of the contract."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sattile import cli, config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sattile.cli", *arguments], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_the_overview_names_every_command(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in config.COMMANDS)
+
+
+@pytest.mark.parametrize("name", list(config.COMMANDS))
+def test_help_shows_an_example_that_parses(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    command = config.COMMANDS[name]
+    assert command.example in shown
+    words = shlex.split(command.example)
+    assert words[:2] == ["sattile", name]
+    parsed = vars(cli.parser(command).parse_args(words[2:]))
+    required = [option.name for option in command.options() if option.required]
+    assert all(parsed.get(option) for option in required)
+
+
+@pytest.mark.parametrize("name", list(config.COMMANDS))
+def test_every_command_is_a_job(name):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert f"usage: sattile {name}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predikt"], "'predikt' is no command; did you mean predict?"),
+        (["predict"], "`sattile predict` needs --model, --scenes, --out"),
+        (["tile", "--sise", "3"], "--sise"),
+        (["tile", "--size", "big"], "invalid int value: 'big'"),
+        (["index", "x", "--out", "o", "--set", "index.bandz=a"], "did you mean index.bands?"),
+        (["index", "x", "--out", "o", "--conf", "nowhere.yaml"], "does not exist"),
+    ],
+)
+def test_wrong_usage_is_2_and_says_what_is_wrong(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_statuses_of_a_real_run(tmp_path):
+    from scenes_for_tests import position_image, write_scene
+
+    for index in range(3):
+        write_scene(tmp_path / "scenes" / f"s{index}.tif", position_image(40, 60, 2))
+    (tmp_path / "scenes" / "s1.tif").write_bytes(b"II*\0 not a TIFF")
+    scenes, out = str(tmp_path / "scenes" / "*.tif"), str(tmp_path / "catalog")
+    missing = call("index", str(tmp_path / "nowhere.tif"), "--out", out, "--master", "local[1]")
+    assert missing.returncode == 2
+    assert "nowhere.tif" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    refused = call("index", scenes, "--out", out, "--master", "local[1]")
+    assert refused.returncode == 3, refused.stderr
+    assert "s1.tif" in refused.stderr
+    assert (tmp_path / "catalog" / "scenes.parquet").exists()
+    allowed = call("index", scenes, "--out", out, "--master", "local[1]", "--max-failed-fraction", "0.5")
+    assert allowed.returncode == 0, allowed.stderr
+    assert allowed.stdout.strip().startswith(out)
+
+
+def test_spark_submit_runs_a_job_and_returns_its_status(tmp_path):
+    from scenes_for_tests import position_image, write_scene
+
+    write_scene(tmp_path / "a b.tif", position_image(40, 60, 2))
+    submit = [str(ROOT / "spark-submit.sh"), "local[1]", "jobs/index.py"]
+    done = subprocess.run(
+        [*submit, str(tmp_path / "a b.tif"), "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "scenes.parquet").exists()
+    wrong = subprocess.run([*submit, "--out", str(tmp_path / "o")], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2

@@ -1,0 +1,223 @@
+"""The decoder survives what kills or stops its child, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from sattile.decoder import GDAL_SETTINGS, Decoder, decoder
+from sattile.errors import Refused, SattileError, UsageError
+
+
+def pid() -> int:
+    return os.getpid()
+
+
+def add(a: int, *, b: int) -> int:
+    return a + b
+
+
+def die(with_signal: int) -> None:
+    os.kill(os.getpid(), with_signal)
+
+
+def leave(status: int) -> None:
+    os._exit(status)
+
+
+def sleep(seconds: float) -> str:
+    time.sleep(seconds)
+    return "awake"
+
+
+def fail(kind: type[Exception]) -> None:
+    raise kind("because")
+
+
+class Unpicklable(Exception):  # noqa: N818
+    def __init__(self, a: int, b: int):
+        super().__init__("only one argument is kept")
+
+
+def fail_unpicklable() -> None:
+    raise Unpicklable(1, 2)
+
+
+def ramp(height: int, width: int, bands: int) -> tuple[np.ndarray, np.ndarray]:
+    data = np.arange(height * width * bands, dtype=np.uint16).reshape(height, width, bands)
+    return data, data[..., 0] % 2 == 0
+
+
+def environment(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{process}/stat") as file:
+        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def gone_within(process: int, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while alive(process) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not alive(process)
+
+
+def test_runs_in_another_process_and_keeps_it():
+    with Decoder() as one:
+        child = one.call(pid)
+        assert child != os.getpid()
+        assert one.call(pid) == child == one.pid
+        assert one.call(add, 2, b=3) == 5
+    assert not alive(child)
+
+
+def test_arrays_come_back_equal_and_writable():
+    with Decoder() as one:
+        data, valid = one.call(ramp, 33, 21, 4)
+        expected, expected_valid = ramp(33, 21, 4)
+        assert data.dtype == np.uint16
+        assert np.array_equal(data, expected)
+        assert np.array_equal(valid, expected_valid)
+        data[0, 0, 0] = 7
+
+
+def test_a_large_window_comes_back_in_far_less_time_than_it_takes_to_decode():
+    with Decoder() as one:
+        one.call(ramp, 16, 16, 4)
+        one.submit(ramp, 2048, 2048, 4)
+        time.sleep(0.5)  # computed by now: what is left is the way back
+        start = time.perf_counter()
+        data, _ = one.result()
+        seconds = time.perf_counter() - start
+    assert data.shape == (2048, 2048, 4)
+    assert seconds < 0.5  # about 0.02 on an idle core; decoding the same from deflate takes 0.1 to 0.4
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
+def test_a_crash_is_refused_and_the_next_call_works(number):
+    with Decoder() as one:
+        first = one.call(pid)
+        with pytest.raises(Refused, match=f"crashed .signal {int(number)}"):
+            one.call(die, int(number))
+        assert one.call(pid) != first
+
+
+def test_a_crash_of_an_idle_child_costs_nobody():
+    with Decoder() as one:
+        child = one.call(pid)
+        os.kill(child, signal.SIGKILL)
+        assert gone_within(child, 5)
+        assert one.call(add, 1, b=1) == 2
+
+
+def test_an_exit_is_refused():
+    with Decoder() as one:
+        with pytest.raises(Refused, match="exit status 3"):
+            one.call(leave, 3)
+        assert one.call(add, 1, b=1) == 2
+
+
+def test_a_hang_is_refused_its_child_killed_and_the_next_call_works():
+    with Decoder(timeout=30) as one:
+        child = one.call(pid)
+        one.timeout = 1
+        with pytest.raises(Refused, match="longer than 1 s"):
+            one.call(sleep, 60)
+        assert not alive(child)
+        one.timeout = 30
+        assert one.call(add, 1, b=1) == 2
+
+
+def test_what_was_ready_in_time_is_found_by_a_late_caller():
+    with Decoder(timeout=30) as one:
+        one.call(pid)
+        one.timeout = 1.5
+        one.submit(sleep, 0.1)
+        time.sleep(2)
+        assert one.result() == "awake"
+
+
+@pytest.mark.parametrize("kind", [Refused, UsageError, ValueError, MemoryError])
+def test_exceptions_pass_as_they_are(kind):
+    with Decoder() as one:
+        with pytest.raises(kind, match="because") as caught:
+            one.call(fail, kind)
+        assert type(caught.value) is kind
+        assert one.call(add, 1, b=1) == 2
+        if kind is Refused:
+            assert caught.value.reason == "because"
+
+
+def test_an_exception_that_cannot_travel_is_told():
+    with Decoder() as one, pytest.raises(SattileError, match="Unpicklable: only one argument"):
+        one.call(fail_unpicklable)
+
+
+def test_one_outstanding():
+    with Decoder() as one:
+        with pytest.raises(SattileError, match="nothing was submitted"):
+            one.result()
+        one.submit(add, 1, b=1)
+        with pytest.raises(SattileError, match="busy"):
+            one.submit(add, 1, b=1)
+        assert one.result() == 2
+
+
+def test_gdal_is_bounded_in_the_child_only():
+    with Decoder() as one:
+        for name, value in GDAL_SETTINGS.items():
+            assert one.call(environment, name) == os.environ.get(name, value)
+    assert "GDAL_CACHEMAX" not in os.environ
+
+
+def test_a_process_has_one_decoder_and_a_fork_another():
+    mine = decoder()
+    assert decoder() is mine
+    child = mine.call(pid)
+    fork = os.fork()
+    if fork == 0:
+        own = decoder()
+        good = own is not mine and own.call(pid) != child
+        mine.close()  # a copy: must not end the parent's child
+        own.close()
+        os._exit(0 if good else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == 0
+    assert mine.call(pid) == child
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_child_ends_with_its_parent(tmp_path, busy):
+    """A script without a `__main__` guard, too, which spawn would run again in the child."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys, time
+            sys.path.insert(0, {os.path.dirname(__file__)!r})
+            import test_decoder
+            from sattile.decoder import decoder
+            print(decoder().call(test_decoder.pid), flush=True)
+            if {busy}:
+                decoder().submit(test_decoder.sleep, 60)
+            time.sleep(60)
+            """
+        )
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        assert alive(child)
+        parent.kill()
+    assert gone_within(child, 10)

@@ -1,0 +1,353 @@
+"""Tiles datasets, cut by real Spark from real files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pyarrow.parquet as pq
+import pytest
+import rasterio
+import shapely
+from scenes_for_tests import position_image, write_scene
+
+from sattile import storage
+from sattile.dataset import read_dataset
+from sattile.errors import TooManyRefused, UsageError
+from sattile.tiles import tile
+
+NAMES = ("B02", "B03", "B04")
+
+
+def archive(folder: Path, *, count: int = 3, height: int = 203, width: int = 331, gap: int = 5_000, nodata: int | None = 0):
+    """Scenes side by side on the ground, 5 km apart, with labels by column parity; a nodata corner each."""
+    for index in range(count):
+        image = position_image(height, width, 3, col0=1000 * index)
+        image[:, :20, :30] = 0
+        where = {"west": 600_000 + gap * index}
+        write_scene(folder / "scenes" / f"s{index}.tif", image, names=NAMES, nodata=nodata, **where)
+        labels = ((np.indices((height, width)).sum(0) // 8) % 2).astype(np.uint8)
+        labels[-11:] = 255
+        write_scene(folder / "labels" / f"s{index}.tif", labels[None], nodata=255, **where)
+    return {"scenes": [str(folder / "scenes")], "labels": str(folder / "labels")}
+
+
+def rows_of(dataset: str) -> pandas.DataFrame:
+    """All rows of a dataset, decoded, with their split."""
+    found = []
+    for split, part in read_dataset(dataset)["splits"].items():
+        for name in part["files"]:
+            frame = pq.read_table(os.path.join(dataset, split, name)).to_pandas()
+            for column in ("image", "labels", "valid"):
+                frame[column] = [np.load(io.BytesIO(value), allow_pickle=False) for value in frame[column]]
+            found.append(frame.assign(split=split))
+    return pandas.concat(found, ignore_index=True).sort_values("tile_id", ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def made(spark, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiles")
+    given = archive(folder)
+    out = tile(spark, **given, out=str(folder / "out"), size=64, stride=48, classes="even,odd", split="scene")
+    return folder, given, out
+
+
+def test_every_pixel_of_a_tile_is_the_scenes(made):
+    folder, _, out = made
+    rows = rows_of(out)
+    assert Counter(rows["split"]).keys() == {"train", "val", "test"}
+    for scene_id, part in rows.groupby("scene_id"):
+        with rasterio.open(folder / "scenes" / f"{scene_id}.tif") as file:
+            image = np.moveaxis(file.read(), 0, -1)
+        with rasterio.open(folder / "labels" / f"{scene_id}.tif") as file:
+            labels = file.read(1)
+        seen = np.zeros(image.shape[:2], bool)
+        for row in part.itertuples():
+            where = slice(row.row, row.row + 64), slice(row.col, row.col + 64)
+            valid = (image[where] != 0).all(-1)
+            assert (row.valid == valid).all()
+            assert (row.image == np.where(valid[..., None], image[where], 0)).all()
+            assert (row.labels == np.where(valid, labels[where], 255)).all()
+            assert row.tile_id == f"{scene_id}/{row.row}/{row.col}"
+            seen[where] = True
+        assert seen.all(), "right and bottom edge are reached"
+
+
+def test_one_scene_is_in_one_split(made):
+    rows = rows_of(made[2])
+    assert rows.groupby("scene_id")["split"].nunique().max() == 1
+
+
+def test_the_description_counts_what_is_there(made):
+    description, rows = read_dataset(made[2]), rows_of(made[2])
+    assert description["bands"] == list(NAMES)
+    assert [one["name"] for one in description["classes"]] == ["even", "odd"]
+    for split, part in description["splits"].items():
+        mine = rows[rows["split"] == split]
+        assert part["tiles"] == sum(part["rows"]) == len(mine)
+        labels = np.concatenate([value.ravel() for value in mine["labels"]])
+        assert part["class_pixels"] == {"0": int((labels == 0).sum()), "1": int((labels == 1).sum())}
+        assert part["valid_pixels"] == sum(int(value.sum()) for value in mine["valid"])
+    train = rows[rows["split"] == "train"]
+    for band, name in enumerate(NAMES):
+        values = np.concatenate([r.image[..., band][r.valid] for r in train.itertuples()]).astype(np.float64)
+        found = description["statistics"][name]
+        assert found["mean"] == pytest.approx(values.mean(), rel=1e-12)
+        assert found["std"] == pytest.approx(values.std(), rel=1e-12)
+        assert found["percentiles"]["50"] == np.sort(values)[int(np.ceil(len(values) / 2)) - 1]
+
+
+def test_the_same_rows_for_any_order_partitioning_and_rerun(spark, made, tmp_path, monkeypatch):
+    folder, given, out = made
+    monkeypatch.setattr("sattile.tiles.SMALL_PIXELS", 1)
+    monkeypatch.setattr("sattile.tiles.TASK_PIXELS", 20_000)
+    scenes = [str(folder / "scenes" / f"s{i}.tif") for i in (2, 0, 1, 0)]
+    options = {"size": 64, "stride": 48, "classes": "even,odd", "split": "scene"}
+    other = tile(spark, scenes=scenes, labels=given["labels"], out=str(tmp_path / "o"), **options)
+    assert read_dataset(other)["digest"] == read_dataset(out)["digest"]
+    assert read_dataset(other)["statistics"] == read_dataset(out)["statistics"]
+    before = {entry.url: (entry.size, entry.mtime) for entry in storage.walk(other)}
+    tile(spark, scenes=scenes, labels=given["labels"], out=other, **options)
+    assert before == {entry.url: (entry.size, entry.mtime) for entry in storage.walk(other)}
+    assert json.loads((tmp_path / "o" / "_run.json").read_text())["skipped"] == 3
+
+
+def test_a_changed_label_is_seen(spark, tmp_path):
+    given = archive(tmp_path)
+    options = {"out": str(tmp_path / "out"), "size": 64, "classes": "even,odd", "split": "scene"}
+    before = read_dataset(tile(spark, **given, **options))["digest"]
+    with rasterio.open(tmp_path / "labels" / "s1.tif", "r+") as file:
+        file.write(np.ones((1, 9, 9), np.uint8), window=rasterio.windows.Window(100, 100, 9, 9))
+    assert read_dataset(tile(spark, **given, **options))["digest"] != before
+    listed = {name for split, part in read_dataset(options["out"])["splits"].items() for name in part["files"]}
+    assert {path.name for path in (tmp_path / "out").rglob("*.parquet")} == listed
+
+
+def test_petastorm_pandas_and_spark_read_it(spark, made):
+    from petastorm import make_reader
+
+    rows = rows_of(made[2])
+    train = rows[rows["split"] == "train"].set_index("tile_id")
+    url = os.path.join(made[2], "train")
+    with make_reader("file://" + url, reader_pool_type="dummy", num_epochs=1) as reader:
+        seen = {row.tile_id: row for row in reader}
+    assert seen.keys() == set(train.index)
+    for tile_id, row in seen.items():
+        assert (row.image == train.loc[tile_id].image).all()
+        assert row.image.dtype == np.uint16
+        assert (row.labels == train.loc[tile_id].labels).all()
+        assert (row.valid == train.loc[tile_id].valid).all()
+    assert set(pandas.read_parquet(url)["tile_id"]) == set(train.index)
+    assert spark.read.parquet(url).count() == len(train)
+
+
+def test_blocks_of_ground_keep_a_buffer_between_splits(spark, tmp_path):
+    image = position_image(901, 1203, 1)
+    write_scene(tmp_path / "scenes" / "a.tif", image)
+    write_scene(tmp_path / "scenes" / "later.tif", image, west=600_170, north=4_999_830)
+    write_scene(tmp_path / "labels.tif", np.ones((1, 1200, 1500), np.uint8))
+    out = tile(
+        spark, scenes=[str(tmp_path / "scenes")], labels=str(tmp_path / "labels.tif"), out=str(tmp_path / "out"),
+        size=32, split="block", fractions="0.6,0.2,0.2", buffer=20, seed=1,
+    )  # fmt: skip
+    rows = rows_of(out)
+    assert set(rows["split"]) == {"train", "val", "test"}
+    assert rows[rows["split"] == "train"]["scene_id"].nunique() == 2
+    # Ground in pixels of 10 m: the second scene lies 17 pixels to the south-east.
+    shift = rows["scene_id"].eq("later") * 17
+    boxes = shapely.box(rows["col"] + shift, rows["row"] + shift, rows["col"] + shift + 32, rows["row"] + shift + 32)
+    train, held = boxes[rows["split"] == "train"], boxes[rows["split"] != "train"]
+    # A pixel of tolerance: the buffer is measured on the ellipsoid's own grid.
+    assert shapely.distance(shapely.union_all(train), shapely.union_all(held)) >= 19
+
+
+def test_scenes_of_one_place_on_several_dates_share_a_split(spark, tmp_path):
+    for place in range(4):
+        for date in range(3):
+            image = position_image(64, 96, 1) + date
+            where = {"west": 600_000 + 20_000 * place + 10 * date}
+            write_scene(tmp_path / "scenes" / f"p{place}_d{date}.tif", image, **where)
+            write_scene(tmp_path / "labels" / f"p{place}_d{date}.tif", np.ones((1, 64, 96), np.uint8), **where)
+    out = tile(spark, scenes=[str(tmp_path / "scenes")], labels=str(tmp_path / "labels"), out=str(tmp_path / "out"),
+               size=32, split="scene", fractions="0.5,0.25,0.25")  # fmt: skip
+    rows = rows_of(out)
+    assert rows.groupby(rows["scene_id"].str[:2])["split"].nunique().max() == 1
+    assert rows["split"].nunique() == 3
+
+
+def test_training_tiles_on_the_ground_of_test_scenes_are_left_out(spark, tmp_path):
+    # Neighbours overlap by a quarter: not one place, but common ground.
+    given = archive(tmp_path, count=6, height=160, width=160, gap=1_200)
+    out = tile(spark, **given, out=str(tmp_path / "out"), size=32, buffer=0, split="scene",
+               fractions="0.5,0.25,0.25")  # fmt: skip
+    rows = rows_of(out)
+    left = rows["scene_id"].str[1:].astype(int) * 120 + rows["col"]
+    boxes = shapely.box(left, rows["row"], left + 32, rows["row"] + 32)
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        first, second = boxes[rows["split"] == one], boxes[rows["split"] == other]
+        assert shapely.union_all(first).intersection(shapely.union_all(second)).area == 0
+
+
+def test_pairs_with_a_split_are_taken_as_they_are(spark, tmp_path, caplog):
+    archive(tmp_path, count=2, gap=0)
+    (tmp_path / "pairs.csv").write_text(
+        "scene,labels,split\nscenes/s0.tif,labels/s0.tif,train\nscenes/s1.tif,labels/s1.tif,val\n"
+    )
+    out = tile(spark, pairs=str(tmp_path / "pairs.csv"), out=str(tmp_path / "out"), size=64, classes="even,odd")
+    assert {(row.scene_id, row.split) for row in rows_of(out).itertuples()} == {("s0", "train"), ("s1", "val")}
+    assert len(rows_of(out)) == 2 * 4 * 6
+    assert "show common ground" in caplog.text
+
+
+def test_vector_labels_are_drawn_onto_the_grid(spark, tmp_path):
+    write_scene(tmp_path / "a.tif", position_image(100, 140, 1))
+    to_ground = lambda box: shapely.box(600_000 + 10 * box[1], 5_000_000 - 10 * box[2], 600_000 + 10 * box[3],
+                                        5_000_000 - 10 * box[0])  # noqa: E731  # fmt: skip
+    import geopandas
+
+    shapes = {"Sand": (10, 20, 30, 60), "Marsh, wet": (50, 5, 90, 44), "Cloud": (0, 100, 9, 120)}
+    frame = geopandas.GeoDataFrame(
+        {"kind": list(shapes)}, geometry=[to_ground(b) for b in shapes.values()], crs=32632
+    ).to_crs(4326)
+    for name in ("l.geojson", "l.gpkg", "l.shp"):
+        frame.to_file(tmp_path / name)
+        out = tile(spark, scenes=[str(tmp_path / "a.tif")], labels=str(tmp_path / name), attribute="kind", size=140,
+                   classes="Sand=1,Cloud=7",
+                   fractions="1,0,0", out=str(tmp_path / (name + ".out")))  # fmt: skip
+        (row,) = rows_of(out).itertuples()
+        expected = np.full((140, 140), 255)
+        expected[10:30, 20:60] = 1
+        expected[0:9, 100:120] = 7
+        assert (row.labels == expected).mean() > 0.999, name  # the outline went through degrees
+        assert row.valid[:100].all()
+        assert not row.valid[100:].any()
+
+
+def test_without_classes_an_attributes_values_are_the_classes(spark, tmp_path):
+    import geopandas
+
+    write_scene(tmp_path / "a.tif", position_image(64, 64, 1))
+    box = shapely.box(600_000, 4_999_800, 600_300, 5_000_000)
+    geopandas.GeoDataFrame({"kind": ["Marsh", "Alder"]}, geometry=[box, box], crs=32632).to_file(tmp_path / "l.gpkg")
+    out = tile(spark, scenes=[str(tmp_path / "a.tif")], labels=str(tmp_path / "l.gpkg"), attribute="kind", size=64,
+               fractions="1,0,0", background="Marsh", out=str(tmp_path / "o"))  # fmt: skip
+    assert [(one["id"], one["name"]) for one in read_dataset(out)["classes"]] == [(0, "Alder"), (1, "Marsh")]
+    (row,) = rows_of(out).itertuples()
+    assert (row.labels[:20, :30] == 0).all()  # later shapes lie on top
+    assert (row.labels[20:] == 1).all()
+
+
+def test_small_scenes_are_padded_and_thin_tiles_left_out(spark, tmp_path):
+    write_scene(tmp_path / "a.tif", position_image(20, 50, 2))
+    write_scene(tmp_path / "l.tif", np.ones((1, 20, 50), np.uint8))
+    given = {"scenes": [str(tmp_path / "a.tif")], "labels": str(tmp_path / "l.tif"), "size": 64, "fractions": "1,0,0"}
+    (row,) = rows_of(tile(spark, **given, out=str(tmp_path / "o"))).itertuples()
+    assert row.valid.sum() == 20 * 50
+    assert (row.labels == 255).sum() == 64 * 64 - 20 * 50
+    with pytest.raises(UsageError, match="1 too few valid pixels"):
+        tile(spark, **given, out=str(tmp_path / "p"), min_valid=0.5)
+
+
+def test_background_tiles_are_thinned(spark, tmp_path):
+    write_scene(tmp_path / "a.tif", position_image(320, 320, 1))
+    labels = np.zeros((1, 320, 320), np.uint8)
+    labels[:, :32] = 1
+    write_scene(tmp_path / "l.tif", labels)
+    out = tile(spark, scenes=[str(tmp_path / "a.tif")], labels=str(tmp_path / "l.tif"), size=32, fractions="1,0,0",
+               keep_background=0.3, out=str(tmp_path / "o"))  # fmt: skip
+    rows = rows_of(out)
+    only = [not row.labels.any() for row in rows.itertuples()]
+    assert sum(only) == pytest.approx(27, abs=14)
+    assert len(rows) - sum(only) == 10
+
+
+def test_an_aoi_hides_labels_outside(spark, tmp_path):
+    import geopandas
+
+    write_scene(tmp_path / "a.tif", position_image(128, 192, 1))
+    write_scene(tmp_path / "l.tif", np.ones((1, 128, 192), np.uint8))
+    inside = shapely.box(600_000, 5_000_000 - 10 * 40, 600_000 + 10 * 100, 5_000_000)
+    geopandas.GeoDataFrame(geometry=[inside], crs=32632).to_file(tmp_path / "aoi.geojson")
+    out = tile(spark, scenes=[str(tmp_path / "a.tif")], labels=str(tmp_path / "l.tif"), size=64, fractions="1,0,0",
+               aoi=str(tmp_path / "aoi.geojson"), out=str(tmp_path / "o"))  # fmt: skip
+    rows = rows_of(out)
+    assert sorted(zip(rows["row"], rows["col"], strict=True)) == [(0, 0), (0, 64)]
+    assert sum(int((labels == 1).sum()) for labels in rows["labels"]) == 40 * 100
+
+
+def test_scenes_that_fail_are_quarantined_and_the_others_published(spark, tmp_path):
+    given = archive(tmp_path, count=4)
+    path = tmp_path / "scenes" / "s1.tif"
+    path.write_bytes(path.read_bytes()[:150_000])  # the header lies in front: it fails while being read
+    (tmp_path / "labels" / "s2.tif").unlink()
+    write_scene(tmp_path / "labels" / "s3.tif", np.full((1, 203, 331), 9, np.uint8), west=615_000)
+    with pytest.raises(TooManyRefused, match="3 of 4"):
+        tile(spark, **given, out=str(tmp_path / "out"), size=64, classes="even,odd", fractions="1,0,0")
+    reasons = {
+        os.path.basename(row["url"]): row["reason"]
+        for row in pq.read_table(tmp_path / "out" / "_quarantine.parquet").to_pylist()
+    }
+    assert reasons.keys() == {"s1.tif", "s2.tif", "s3.tif"}
+    assert "no file named s2.tif" in reasons["s2.tif"]
+    assert "value 9" in reasons["s3.tif"]
+    assert set(rows_of(str(tmp_path / "out"))["scene_id"]) == {"s0"}
+
+
+def test_a_scene_without_the_datasets_bands_is_refused(spark, tmp_path):
+    given = archive(tmp_path, count=3)
+    write_scene(tmp_path / "scenes" / "s1.tif", position_image(203, 331, 2), names=NAMES[:2], west=605_000)
+    out = tile(spark, **given, out=str(tmp_path / "out"), size=64, max_failed_fraction=0.5, fractions="1,0,0")
+    (row,) = pq.read_table(tmp_path / "out" / "_quarantine.parquet").to_pylist()
+    assert "lacks band B04" in row["reason"]
+    assert set(rows_of(out)["scene_id"]) == {"s0", "s2"}
+    chosen = tile(spark, **given, out=str(tmp_path / "two"), size=64, bands="B03,B02", fractions="1,0,0")
+    assert read_dataset(chosen)["bands"] == ["B03", "B02"]
+    assert set(rows_of(chosen)["scene_id"]) == {"s0", "s1", "s2"}
+    for row in rows_of(chosen).itertuples():
+        inside = row.valid.nonzero()
+        assert (row.image[inside][:, 1] == row.row + 1 + inside[0]).all()
+
+
+def test_float_statistics_do_not_depend_on_order(tmp_path):
+    from sattile.statistics import BandStatistics
+
+    rng = np.random.default_rng(5)
+    tiles = [rng.normal(-3, 40, 999).astype(np.float32) for _ in range(6)]
+    one, other = BandStatistics("float32"), BandStatistics("float32")
+    for values in tiles:
+        one.add(values)
+    for values in reversed(tiles):
+        part = BandStatistics("float32")
+        part.add(values)
+        other.merge(part)
+    assert one.summary() == other.summary()
+    everything = np.concatenate(tiles).astype(np.float64)
+    assert one.summary()["mean"] == pytest.approx(everything.mean(), rel=1e-9)
+    assert one.summary()["std"] == pytest.approx(everything.std(), rel=1e-9)
+    for p in (1, 25, 75, 99):
+        assert one.summary()["percentiles"][str(p)] == pytest.approx(np.percentile(everything, p), rel=0.01, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 64, "stride": 65}, "stride 65"),
+        ({"size": 0}, "at least 1"),
+        ({"fractions": "0.5,0.5"}, "sum to 1"),
+        ({"split": "random"}, "scene, block or auto"),
+        ({"classes": "a=0,b=0"}, "ids must differ"),
+        ({"labels": "nowhere.tif"}, "does not exist"),
+        ({"pairs": "x.csv"}, "either"),
+        ({"scenes": ["nowhere.tif"]}, "nowhere"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_is_written(spark, tmp_path, options, message):
+    given = archive(tmp_path, count=1)
+    with pytest.raises(UsageError, match=message):
+        tile(spark, **{**given, "out": str(tmp_path / "out"), **options})
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name[:1] not in "_."]
