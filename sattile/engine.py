@@ -159,11 +159,11 @@ def progress(spark: SparkSession, text: str) -> Iterator[None]:
     terminal = sys.stderr.isatty()
     bar = tqdm(
         desc=text,
-        unit="task",
         total=0,
         file=sys.stderr,
         mininterval=0.5 if terminal else 15,
-        bar_format="{desc}: {n_fmt}/{total_fmt} tasks [{elapsed}<{remaining}]" + ("" if terminal else "\n"),
+        delay=1,
+        bar_format="{desc}: {n_fmt} of {total_fmt} tasks, {elapsed}, {remaining} to go" + ("" if terminal else "\n"),
         leave=False,
     )
 
@@ -177,9 +177,9 @@ def progress(spark: SparkSession, text: str) -> Iterator[None]:
                     known = tracker.getStageInfo(stage)
                     if known:
                         seen[stage] = (known.numCompletedTasks, known.numTasks)
+            done = sum(done for done, _ in seen.values())
             bar.total = sum(total for _, total in seen.values())
-            bar.n = sum(done for done, _ in seen.values())
-            bar.update(0)
+            bar.update(done - bar.n)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()

@@ -63,6 +63,29 @@ def run(
         UsageError: wrong settings, missing files.
         TooManyRefused: after everything that is good has been published.
     """
+    if (pairs is None) == (scenes is None or labels is None):
+        raise UsageError("give either --scenes and --labels, or --pairs FILE.csv")
+    return _chain(
+        spark, storage.absolute(out), scenes=list(scenes or ()), labels=labels, pairs=pairs, classes=classes,
+        reading={"bands": bands, "pattern": pattern, "nodata": nodata}, settings=settings or {},
+        shared={"overwrite": overwrite, "max_failed_fraction": max_failed_fraction},
+    )  # fmt: skip
+
+
+def _chain(
+    spark: SparkSession,
+    out: str,
+    *,
+    scenes: list[str],
+    labels: str | None,
+    pairs: str | None,
+    classes: str | None,
+    reading: dict[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
+    shared: dict[str, Any],
+    prepare: Callable[[], object] | None = None,
+) -> str:
+    """The steps one after the other; `prepare` runs first, once the out folder is known to be ours."""
     from sattile.dataset import read_dataset
     from sattile.evaluation import evaluate
     from sattile.labels import read_pairs
@@ -72,17 +95,12 @@ def run(
     from sattile.tiles import tile
     from sattile.training import train
 
-    out = storage.absolute(out)
-    steps = {name: dict(part) for name, part in (settings or {}).items()}
+    steps = {name: dict(part) for name, part in settings.items()}
     unknown = sorted(set(steps) - set(FOLDERS))
     if unknown:
         raise UsageError(f"settings of {', '.join(unknown)}: steps are {', '.join(FOLDERS)}")
-    if (pairs is None) == (scenes is None or labels is None):
-        raise UsageError("give either --scenes and --labels, or --pairs FILE.csv")
     folder = {name: storage.join(out, base) for name, base in FOLDERS.items()}
-    reading: dict[str, Any] = {"bands": bands, "pattern": pattern, "nodata": nodata}
-    shared: dict[str, Any] = {"overwrite": overwrite, "max_failed_fraction": max_failed_fraction}
-    arguments = [row["scene"] for row in read_pairs(pairs)] if pairs else list(scenes or ())
+    arguments = [row["scene"] for row in read_pairs(pairs)] if pairs else scenes
     late: list[TooManyRefused] = []
 
     with Run("run", out, {"steps": steps, **reading, "classes": classes}, True, 1.0) as record:
@@ -94,20 +112,22 @@ def run(
                 except TooManyRefused as error:  # the others are published: go on with them
                     late.append(error)
 
+        if prepare is not None:
+            prepare()
         step("index", index, spark, scenes=arguments, out=folder["index"], **reading, **shared)
         labelled: dict[str, Any] = {"pairs": pairs} if pairs else {"scenes": [folder["index"]], "labels": labels}
         if pairs:
             labelled |= reading
         step("tile", tile, spark, out=folder["tile"], **labelled, classes=classes, **shared)
-        step("train", train, spark, dataset=folder["tile"], out=folder["train"], overwrite=overwrite)
+        step("train", train, spark, dataset=folder["tile"], out=folder["train"], overwrite=shared["overwrite"])
         splits = read_dataset(folder["tile"])["splits"]
         split = next((name for name in ("test", "val", "train") if splits[name]["tiles"]), "train")
         if split != "test":
             log.warning("run: no test tiles: evaluating on %s, which flatters the model", split)
         step("evaluate", evaluate, spark, model=folder["train"], dataset=folder["tile"], split=split,
-             out=folder["evaluate"], overwrite=overwrite)  # fmt: skip
+             out=folder["evaluate"], overwrite=shared["overwrite"])  # fmt: skip
         step("predict", predict, spark, model=folder["train"], scenes=[folder["index"]], out=folder["predict"],
-             nodata=nodata, **shared)  # fmt: skip
+             nodata=reading["nodata"], **shared)  # fmt: skip
         step("report", report, [folder[name] for name in FOLDERS if name != "report"], out=folder["report"])
         record.done = len(FOLDERS)
         record.finish()
@@ -132,17 +152,23 @@ def demo(spark: SparkSession, *, out: str = "demo", seed: int = 0, epochs: int |
 
     out = storage.absolute(out)
     archive = storage.join(out, "archive")
-    log.info("demo: making scenes in %s", archive)
-    world.make_archive(archive, seed=seed)
     settings: dict[str, dict[str, Any]] = {name: dict(part) for name, part in world.SETTINGS.items()}
     if epochs is not None:
         settings.setdefault("train", {})["epochs"] = epochs
-    return run(
+
+    def prepare() -> None:
+        log.info("demo: making scenes in %s", archive)
+        world.make_archive(archive, seed=seed)
+
+    return _chain(
         spark,
-        out=out,
+        out,
         scenes=[storage.join(archive, "scenes")],
         labels=storage.join(archive, "labels"),
+        pairs=None,
         classes=world.CLASSES,
+        reading={"bands": None, "pattern": None, "nodata": None},
         settings=settings,
-        max_failed_fraction=0.3,  # one of its files is corrupt on purpose
+        shared={"overwrite": True, "max_failed_fraction": 0.3},  # one of its files is corrupt on purpose
+        prepare=prepare,
     )

@@ -164,6 +164,12 @@ class Run:
             log.warning("%s: refused %s (%s): %s", self.command, one.url, one.stage, one.reason)
         self.refused.extend(refusals)
 
+    def _stages(self) -> list[dict[str, Any]]:
+        """The stages; those of the run that made what lies here, if this one found nothing to do."""
+        if self.skipped and not self.done and self.finished_before and self.previous:
+            return self.previous["stages"]
+        return [stage.to_dict() for stage in self.stages]
+
     def finish(self) -> None:
         """Write the record and the quarantine table.
 
@@ -189,7 +195,7 @@ class Run:
                 "settings": self.settings,
                 "versions": versions(),
                 "inputs": sorted(self.inputs, key=lambda one: str(one["url"])),
-                "stages": [stage.to_dict() for stage in self.stages],
+                "stages": self._stages(),
                 "evaluated_mpix_per_s": None,
                 "delivered_mpix_per_s": None,
                 **self.extra,

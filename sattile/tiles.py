@@ -187,7 +187,7 @@ def tile(
             run.finish()
             raise UsageError(f"no scene is left to tile; {storage.join(out, QUARANTINE)} has the reasons")
 
-        rule = _rule(found, split, shares, seed, size, cell, buffer, fixed)
+        rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
         chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area, engine.slots(spark))
         pixels = sum(scene.height * scene.width for scene in found)
         work = storage.join(out, f".work-{uuid.uuid4().hex[:8]}")
@@ -306,6 +306,7 @@ def _background(background: str | None, classes: Sequence[SegmentClass] | None) 
 
 def _rule(
     scenes: Sequence[Scene],
+    sources: Mapping[str, LabelSource],
     by: str,
     fractions: tuple[float, float, float],
     seed: int,
@@ -343,7 +344,9 @@ def _rule(
         return replace(rule, fixed=dealt)
     gsd = float(np.median([scene.gsd for scene in scenes if scene.gsd] or [1.0]))
     rule = SplitRule("block", fractions, seed, cell * size * gsd, buffer)
-    return split_module.fill_empty(rule, _cells_of(scenes, shapes, rule.cell))
+    drawn = all(source.shapes is not None and source.background is None for source in sources.values())
+    sizes = _cells_drawn(sources.values(), rule.cell) if drawn else _cells_of(scenes, shapes, rule.cell)
+    return split_module.fill_empty(rule, sizes)
 
 
 def _touching(shapes: Sequence[Any], share: float) -> Iterator[tuple[int, int]]:
@@ -356,6 +359,18 @@ def _touching(shapes: Sequence[Any], share: float) -> Iterator[tuple[int, int]]:
         a, b = known[one], known[other]
         if a < b and shapes[a].intersection(shapes[b]).area > share * min(shapes[a].area, shapes[b].area):
             yield a, b
+
+
+def _cells_drawn(sources: Iterable[LabelSource], cell: float) -> dict[str, float]:
+    """The ground cells in which shapes were drawn: where labels are sparse, ground without any is of no use."""
+    import geopandas
+
+    sizes: dict[str, float] = {}
+    for source in set(sources):
+        shapes = geopandas.GeoSeries.from_wkb([wkb for wkb, _ in source.shapes or ()], crs=source.crs).to_crs(4326)
+        for point in shapes.representative_point():
+            sizes[split_module.cells(np.array([point.x]), np.array([point.y]), cell)[0]] = 1.0
+    return sizes
 
 
 def _cells_of(scenes: Sequence[Scene], shapes: Sequence[Any], cell: float) -> dict[str, float]:

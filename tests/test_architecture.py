@@ -18,8 +18,8 @@ LAYERS = [
     {"evaluation"},
     {"tiles", "training", "prediction"},
     {"scenes", "labels", "model", "mosaic", "reporting", "demo"},
-    {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine"},
-    {"schema", "stitch", "metrics"},
+    {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics"},
+    {"schema", "stitch"},
     {"grid", "split", "statistics", "storage"},
     {"errors"},
 ]

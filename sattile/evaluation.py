@@ -1,0 +1,621 @@
+"""How well a model does: on a split of a tiles dataset, or on scenes with labels. Each pixel is counted once.
+
+Inference is that of `prediction`; only confusion matrices travel to the driver.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sattile import cog, metrics, prediction, storage
+from sattile import engine as engines
+from sattile import labels as label_module
+from sattile.dataset import read_dataset
+from sattile.errors import UsageError
+from sattile.grid import Geometry, Window, ceil_to
+from sattile.model import Bundle, load_bundle, load_scorer
+from sattile.prediction import BlockRead, Inference, Labelled, Piece
+from sattile.record import Run
+from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
+from sattile.stitch import to_labels
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pyspark.sql import SparkSession
+
+log = logging.getLogger("sattile")
+
+METRICS = "metrics.json"
+
+SAMPLES = 6
+SAMPLE_EDGE = 512
+
+COUNTED = (
+    "scene_id string, row int, col int, height int, width int, confusion binary, undecided long, labelled long, "
+    "evaluated long, memory_mb double, pictures string, reason string"
+)
+COLUMNS = [part.split()[0] for part in COUNTED.split(", ")]
+
+RIGHT, WRONG = (222, 222, 222), (204, 51, 17)
+
+RED_GREEN_BLUE = (("B04", "B03", "B02"), ("B4", "B3", "B2"), ("red", "green", "blue"), ("r", "g", "b"))
+
+
+def evaluate(
+    spark: SparkSession,
+    *,
+    model: str,
+    out: str,
+    dataset: str | None = None,
+    split: str = "test",
+    scenes: Sequence[str] | None = None,
+    labels: str | None = None,
+    bands: str | Sequence[str] | None = None,
+    pattern: str | None = None,
+    nodata: float | None = None,
+    attribute: str | None = None,
+    ignore: str | Sequence[int] | None = None,
+    background: str | None = None,
+    merge: str | None = None,
+    size: int | None = None,
+    stride: int | None = None,
+    halo: int | None = None,
+    threshold: float | None = None,
+    aoi: str | None = None,
+    fill: float | str | Sequence[float] | None = None,
+    engine: str = "auto",
+    worker_memory: int | str = "3g",
+    max_gsd_ratio: float = 1.5,
+    samples: int = SAMPLES,
+    overwrite: bool = False,
+    max_failed_fraction: float = 0.1,
+) -> str:
+    """Measure a model: `metrics.json`, and some pictures for the report.
+
+    Args:
+        spark: the caller's session.
+        model: a bundle.
+        out: folder for the metrics.
+        dataset: a tiles dataset; each tile is inferred by itself, and pixels that tiles share are counted once.
+        split: which part of it: train, val or test.
+        scenes: instead of a dataset: files, globs, folders, STAC items, or a catalogue; with labels.
+        labels: one file, matched by location, or a folder with a file named after each scene_id; rasters or vectors.
+        bands: names of the files' bands.
+        pattern: how band files are named, such as '{scene}, {band}.tiff'.
+        nodata: missing value of the scenes, whatever the files declare.
+        attribute: of vector labels, the one that names the class.
+        ignore: label values that mean unlabelled, besides the labels' nodata and 255: '0,99'.
+        background: class of pixels outside all shapes of vector labels.
+        merge: `crop` or `blend`, see predict; of scenes only.
+        size, stride, halo: see predict; of scenes only.
+        threshold: see predict; undecided pixels are counted apart.
+        aoi: vector file; pixels of scenes outside are not counted.
+        fill: what the model sees for missing pixels; the bundle's own if not given.
+        engine: `auto` or `tensorflow`.
+        worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
+        max_gsd_ratio: scenes whose pixel size differs by more than this factor from the model's are refused.
+        samples: pictures to keep.
+        overwrite: replace metrics made with other settings.
+        max_failed_fraction: refused scenes / given ones above which the command fails (3).
+
+    Returns:
+        URL of `metrics.json`.
+
+    Raises:
+        UsageError: before anything is computed: also if bands or classes of model and dataset or labels differ.
+        TooManyRefused: see max_failed_fraction.
+    """
+    if (dataset is None) == (scenes is None or labels is None):
+        raise UsageError("give either --dataset, or --scenes and --labels")
+    bundle = load_bundle(model)
+    asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
+    shared: dict[str, Any] = {
+        "engine": engine, "threads": int(spark.conf.get("spark.task.cpus", "1") or 1), "fill": fill,
+        "threshold": threshold, "nodata": nodata, "worker_memory": worker_memory,
+    }  # fmt: skip
+    settings: dict[str, Any] = {"samples": samples}
+    if dataset is not None:
+        description = read_dataset(dataset)
+        check_dataset(bundle, description, dataset, split)
+        if size or stride or halo or merge:
+            raise UsageError("merge, size, stride and halo are for --scenes: tiles are inferred one by one")
+        job = _tile_job(prediction.prepare(bundle, **shared), description["size"])
+        settings |= prediction.describe_job(job) | {"dataset": description["digest"], "split": split}
+    else:
+        area = prediction.read_aoi(aoi)
+        job = prediction.prepare(bundle, merge=merge, size=size, stride=stride, halo=halo, aoi=area, **shared)
+        settings |= prediction.describe_job(job) | {
+            "bands": asked, "pattern": pattern, "labels": labels, "attribute": attribute, "ignore": ignore,
+            "background": background, "max_gsd_ratio": max_gsd_ratio,
+        }  # fmt: skip
+    out = storage.absolute(out)
+    with Run("evaluate", out, json.loads(json.dumps(settings)), overwrite, max_failed_fraction) as run:
+        run.extra["model"] = model
+        if dataset is not None:
+            _on_tiles(spark, run, job, dataset, description, split, samples)
+        else:
+            _on_scenes(
+                spark, run, job, list(scenes or ()), str(labels), bands=asked, pattern=pattern, attribute=attribute,
+                ignore=_numbers(ignore), background=background, max_gsd_ratio=max_gsd_ratio,
+                worker_memory=worker_memory, samples=samples,
+            )  # fmt: skip
+        run.finish()
+    return storage.join(out, METRICS)
+
+
+def _numbers(value: str | Sequence[int] | None) -> list[int]:
+    try:
+        return sorted({int(part) for part in (value.split(",") if isinstance(value, str) else value or ())})
+    except ValueError:
+        raise UsageError(f"ignore {value!r}: give label values, such as 0,99") from None
+
+
+def check_dataset(bundle: Bundle, description: Mapping[str, Any], url: str, split: str) -> None:
+    """Whether a model can be measured on a split of a dataset.
+
+    Raises:
+        UsageError: naming what does not fit.
+    """
+    missing = [name for name in bundle.bands if name not in description["bands"]]
+    if missing:
+        raise UsageError(
+            f"the model wants band {', '.join(missing)}; dataset {url} has {', '.join(description['bands'])}"
+        )
+    if description["values"] != bundle.values:
+        raise UsageError(f"the model takes {bundle.values} values and dataset {url} holds {description['values']} ones")
+    _check_classes(bundle, [SegmentClass(**one) for one in description["classes"]], f"dataset {url}")
+    found = description["splits"].get(split)
+    if not found or not found["tiles"]:
+        there = [name for name, part in description["splits"].items() if part["tiles"]]
+        raise UsageError(f"dataset {url} has no tiles in split {split!r}; it has {', '.join(there) or 'none at all'}")
+
+
+def _check_classes(bundle: Bundle, classes: Sequence[SegmentClass], whose: str) -> None:
+    known, found = {one.id: one.name for one in bundle.classes}, {one.id: one.name for one in classes}
+    if known != found:
+        raise UsageError(f"the model's classes are {_listed(known)}; those of {whose} are {_listed(found)}")
+
+
+def _listed(classes: Mapping[int, str]) -> str:
+    return ", ".join(f"{name}={class_id}" for class_id, name in sorted(classes.items()))
+
+
+# --- scenes with labels -------------------------------------------------------------------------------------------
+
+
+def _on_scenes(
+    spark: SparkSession,
+    run: Run,
+    job: Inference,
+    arguments: list[str],
+    labels: str,
+    *,
+    bands: list[str] | None,
+    pattern: str | None,
+    attribute: str | None,
+    ignore: Sequence[int],
+    background: str | None,
+    max_gsd_ratio: float,
+    worker_memory: int | str,
+    samples: int,
+) -> None:
+    from sattile.scenes import resolve
+
+    bundle = job.bundle
+    with run.stage("list scenes"):
+        bands = bands or (list(bundle.bands) if pattern else None)
+        resolved = resolve(spark, arguments, bands=bands, pattern=pattern, nodata=job.nodata)
+        run.given = resolved.given
+        run.refuse(resolved.refused)
+        found, refused = prediction.fitting(
+            resolved.scenes, bundle, max_gsd_ratio=max_gsd_ratio, aoi=job.aoi is not None, stage="evaluate"
+        )
+        run.refuse(refused)
+        matched = label_module.match(
+            labels,
+            found,
+            classes=tuple(sorted(bundle.classes, key=lambda one: one.id)),
+            attribute=attribute,
+            ignore=ignore,
+            background=background,
+        )
+        run.refuse(matched.refused)
+    found = [scene for scene in found if scene.scene_id in matched.sources]
+    versions = [(scene.identity, matched.sources[scene.scene_id].identity()) for scene in found]
+    run.inputs = [
+        {"url": url, "size": version[0], "mtime": version[1]}
+        for scene, truth in versions
+        for url, version in {**scene, **truth}.items()
+    ]
+    state = storage.digest([[scene.to_json() for scene in found], versions])
+    if _is_done(run, state, samples):
+        run.skipped = len(found)
+        return
+    todo = prediction.plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark))
+    pieces = [replace(piece, truth=matched.sources[piece.scene.scene_id]) for piece in todo.pieces]
+    urls = {scene.scene_id: scene.url for scene in found}
+    work = partial(_count_wave, spark, job=job)
+    rows: list[Any] = []
+    with (
+        run.stage("infer and compare") as stage,
+        prediction.few_rows_a_batch(spark),
+        engines.progress(spark, "evaluate"),
+    ):
+        for wave in prediction.in_waves(spark, prediction.waves_of(pieces), work):
+            rows.extend(wave)
+        bad = {row.scene_id: row.reason for row in rows if row.reason}
+        rows = [row for row in rows if row.scene_id not in bad]
+        stage.pixels = sum(row.height * row.width for row in rows)
+    run.refuse([Refusal(urls[key], "evaluate", reason) for key, reason in sorted(bad.items())])
+    run.done = len(found) - len(bad)
+    shown = [_sample_window(by_id(found)[row.scene_id], row) for row in _telling(rows, samples)]
+    with run.stage("pictures"), prediction.few_rows_a_batch(spark):
+        if shown:
+            pictured = replace(job, image=True)
+            chosen = [Piece(scene, window, matched.sources[scene.scene_id]) for scene, window in shown]
+            drawn = _count_wave(spark, chosen, job=pictured)
+            _write_samples(run.out, [row for row in drawn if row.pictures])
+        else:
+            _write_samples(run.out, [])
+    _write_metrics(run, job, rows, state, {scene.scene_id: scene.url for scene in found})
+
+
+def by_id(scenes: Sequence[Scene]) -> dict[str, Scene]:
+    return {scene.scene_id: scene for scene in scenes}
+
+
+def _telling(rows: Sequence[Any], count: int) -> list[Any]:
+    """Blocks worth a picture: of as many scenes as there are, the one with most labelled pixels; then the next ones."""
+    ranked: list[tuple[int, int, Any]] = []
+    by_scene: dict[str, list[Any]] = {}
+    for row in rows:
+        if row.labelled:
+            by_scene.setdefault(row.scene_id, []).append(row)
+    for group in by_scene.values():
+        group.sort(key=lambda row: (-row.labelled, row.row, row.col))
+        ranked.extend((rank, -row.labelled, row) for rank, row in enumerate(group))
+    ranked.sort(key=lambda one: (one[0], one[1], one[2].scene_id))
+    return [row for _, _, row in ranked[:count]]
+
+
+def _sample_window(scene: Scene, row: Any) -> tuple[Scene, Window]:
+    """The middle of a block, no larger than a picture."""
+    height, width = min(row.height, SAMPLE_EDGE), min(row.width, SAMPLE_EDGE)
+    return scene, Window(row.row + (row.height - height) // 2, row.col + (row.width - width) // 2, height, width)
+
+
+def _count_wave(spark: SparkSession, pieces: Sequence[Piece], job: Inference) -> list[Any]:
+    tasks = prediction.tasks_of(pieces, job, engines.slots(spark))
+    sent = spark.sparkContext.broadcast(tasks)
+    try:
+        numbers = spark.range(0, len(tasks), 1, len(tasks))
+        return numbers.mapInPandas(partial(count_blocks, tasks=sent, job=job), COUNTED).collect()
+    finally:
+        sent.unpersist()
+
+
+def count_blocks(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) -> Iterator[pd.DataFrame]:
+    """Task numbers in (`id`), one row of `COUNTED` a block out, for `mapInPandas`.
+
+    Args:
+        tasks: broadcast list of lists of pieces, by task number.
+    """
+    import pandas as pd
+
+    numbers = (int(number) for frame in frames for number in frame["id"])
+    for done in prediction.label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
+        yield pd.DataFrame([_count(done, job)], columns=COLUMNS)
+
+
+def _count(done: Labelled, job: Inference) -> tuple[Any, ...]:
+    block = done.piece.block
+    place = (done.piece.scene.scene_id, block.row, block.col, block.height, block.width)
+    if done.labels is None or done.truth is None:
+        return (*place, None, 0, 0, 0, done.memory_mb, None, done.reason)
+    try:
+        table = metrics.confusion(done.truth, done.labels, job.class_ids.tolist())
+    except ValueError as error:
+        return (*place, None, 0, 0, 0, done.memory_mb, None, f"labels: {error}")
+    assert done.wanted is not None
+    truth = np.where(done.wanted, done.truth, np.uint8(IGNORE))
+    labelled = int((truth != IGNORE).sum())
+    pictures = None
+    if job.image and done.image is not None and done.image.shape[-1]:
+        pictures = _draw(job.bundle, done.image, done.wanted, truth, done.labels)
+    return (
+        *place, table.tobytes(), labelled - int(table.sum()), labelled, done.evaluated, done.memory_mb, pictures, None,
+    )  # fmt: skip
+
+
+# --- tiles --------------------------------------------------------------------------------------------------------
+
+
+def _tile_job(job: Inference, size: int) -> Inference:
+    """The same job on tiles: one window a tile, or, for a network of fixed input, its windows over the tile."""
+    if job.bundle.input_shape is None:
+        edge = ceil_to(size, job.bundle.total_stride)
+        geometry = Geometry("blend", edge, edge, 0, job.bundle.total_stride)
+    else:
+        edge = job.bundle.input_shape[0]
+        geometry = Geometry("blend", edge, max(edge // 2, 1), 0, 1, True)
+    batch = max(min(prediction.BATCH_PIXELS // edge**2, 16), 1)
+    return replace(job, geometry=geometry, batch=batch)
+
+
+def _on_tiles(
+    spark: SparkSession,
+    run: Run,
+    job: Inference,
+    url: str,
+    description: Mapping[str, Any],
+    split: str,
+    samples: int,
+) -> None:
+    listed = description["splits"][split]
+    run.inputs = [{"url": storage.absolute(url), "digest": description["digest"]}]
+    run.given = listed["tiles"]
+    state = storage.digest([description["digest"], split])
+    if _is_done(run, state, samples):
+        run.skipped = listed["tiles"]
+        return
+    files = [storage.join(storage.absolute(url), split, name) for name in listed["files"]]
+    with run.stage("plan"):
+        groups = _row_groups(files, description["size"])
+    places = [description["bands"].index(name) for name in job.bundle.bands]
+    sent = spark.sparkContext.broadcast(groups)
+    with (
+        run.stage("infer and compare") as stage,
+        prediction.few_rows_a_batch(spark),
+        engines.progress(spark, "evaluate"),
+    ):
+        numbers = spark.range(0, len(groups), 1, len(groups))
+        rows = numbers.mapInPandas(partial(count_tiles, tasks=sent, job=job, places=places), COUNTED).collect()
+        stage.pixels = sum(row.height * row.width for row in rows)
+        chosen = {(row.scene_id, row.row, row.col) for row in _telling(rows, samples)}
+    with run.stage("pictures"), prediction.few_rows_a_batch(spark):
+        drawn = []
+        if chosen:
+            wanted = [
+                replace(group, drawn=picked)
+                for group in groups
+                if (picked := tuple(sorted(chosen & {(one[0], one[1], one[2]) for one in group.tiles})))
+            ]
+            sent_again = spark.sparkContext.broadcast(wanted)
+            again = spark.range(0, len(wanted), 1, len(wanted))
+            pictured = partial(count_tiles, tasks=sent_again, job=replace(job, image=True), places=places)
+            drawn = [row for row in again.mapInPandas(pictured, COUNTED).collect() if row.pictures]
+        _write_samples(run.out, drawn)
+    run.done = len(rows)
+    urls = {one["scene_id"]: one["url"] for one in description["sources"]}
+    _write_metrics(run, job, rows, state, urls)
+
+
+@dataclass(frozen=True)
+class TileGroup:
+    """A row group of a split's file: one task.
+
+    Attributes:
+        url: of the file.
+        number: of the row group.
+        tiles: (scene_id, row, col, parts counted with other tiles already) of each row.
+        drawn: (scene_id, row, col) of the only tiles to take, for pictures; None takes all.
+    """
+
+    url: str
+    number: int
+    tiles: tuple[tuple[str, int, int, tuple[tuple[int, int], ...]], ...]
+    drawn: tuple[tuple[str, int, int], ...] | None = None
+
+
+def _row_groups(files: Sequence[str], size: int) -> list[TileGroup]:
+    """All row groups, from their small columns; a pixel that several tiles hold belongs to the first by (row, col)."""
+    import pyarrow.parquet as pq
+
+    read: list[tuple[str, int, list[tuple[str, int, int]]]] = []
+    for url in files:
+        with pq.ParquetFile(storage.local_path(url)) as file:
+            for number in range(file.num_row_groups):
+                columns = file.read_row_group(number, columns=["scene_id", "row", "col"]).to_pydict()
+                tiles = zip(columns["scene_id"], columns["row"], columns["col"], strict=True)
+                read.append((url, number, list(tiles)))
+    owned = owners([tile for _, _, tiles in read for tile in tiles], size)
+    return [TileGroup(url, number, tuple((*tile, owned[tile]) for tile in tiles)) for url, number, tiles in read]
+
+
+def owners(tiles: Sequence[tuple[str, int, int]], size: int) -> dict[tuple[str, int, int], tuple[tuple[int, int], ...]]:
+    """For each tile (scene_id, row, col), the earlier tiles (row, col) of its scene that share pixels with it.
+
+    What is left of each tile without those parts covers each pixel exactly once.
+    """
+    cells: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+    for scene_id, row, col in tiles:
+        cells.setdefault((scene_id, row // size, col // size), []).append((row, col))
+    found = {}
+    for scene_id, row, col in tiles:
+        near = (
+            other
+            for down in (-1, 0, 1)
+            for right in (-1, 0, 1)
+            for other in cells.get((scene_id, row // size + down, col // size + right), ())
+        )
+        found[scene_id, row, col] = tuple(
+            sorted(one for one in near if one < (row, col) and abs(one[0] - row) < size and abs(one[1] - col) < size)
+        )
+    return found
+
+
+def count_tiles(
+    frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference, places: Sequence[int]
+) -> Iterator[pd.DataFrame]:
+    """Task numbers in (`id`), one row of `COUNTED` a tile out, for `mapInPandas`.
+
+    Args:
+        tasks: broadcast list of `TileGroup`, by task number.
+        places: of the model's bands in the tiles.
+    """
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    scorer = load_scorer(job.bundle, engine=job.engine, threads=job.threads)
+    for number in (int(number) for frame in frames for number in frame["id"]):
+        group = tasks.value[number]
+        with pq.ParquetFile(storage.local_path(group.url)) as file:
+            columns = file.read_row_group(group.number, columns=["image", "labels", "valid"]).to_pydict()
+        stored = zip(group.tiles, columns["image"], columns["labels"], columns["valid"], strict=True)
+        chosen = [one for one in stored if group.drawn is None or one[0][:3] in group.drawn]
+        for first in range(0, len(chosen), job.batch):
+            tiles = [_decode(one, places) for one in chosen[first : first + job.batch]]
+            done = [_count(one, job) for one in _label_tiles(tiles, job, scorer)]
+            yield pd.DataFrame(done, columns=COLUMNS)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    scene_id: str
+    row: int
+    col: int
+    image: np.ndarray
+    valid: np.ndarray
+    truth: np.ndarray
+
+
+def _decode(stored: tuple[Any, bytes, bytes, bytes], places: Sequence[int]) -> _Tile:
+    (scene_id, row, col, earlier), image, labels, valid = stored
+    truth = _npy(labels).copy()
+    size = truth.shape[0]
+    own = Window(row, col, *truth.shape)
+    for other_row, other_col in earlier:
+        part = (own & Window(other_row, other_col, size, size)).slices(own)
+        truth[part] = IGNORE
+    return _Tile(scene_id, row, col, _npy(image)[..., list(places)], _npy(valid), truth)
+
+
+def _npy(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: prediction.Scorer) -> Iterator[Labelled]:
+    """Each tile as a scene of its own; where one window covers a tile, a batch of tiles is one evaluation."""
+    together: dict[int, np.ndarray] = {}
+    height, width = tiles[0].truth.shape
+    if len(list(job.geometry.placements(height, width, Window(0, 0, height, width)))) == 1:
+        shape = job.geometry.input_shape(height, width)
+        batch = np.empty((job.batch, *shape, len(job.bundle.bands)), np.float32)
+        batch[:] = np.asarray(job.fill, np.float32)
+        for index, one in enumerate(tiles):
+            batch[index, :height, :width][one.valid] = one.image[one.valid]
+        together = {index: scores[:height, :width] for index, scores in enumerate(scorer(batch)[: len(tiles)])}
+    for index, one in enumerate(tiles):
+        window = Window(0, 0, height, width)
+        scene = Scene(one.scene_id, one.scene_id, height, width, (), None, (1, 0, 0, 0, 1, 0))
+        done: Labelled
+        if together:
+            labels = to_labels(together[index], one.valid, job.class_ids, job.threshold)
+            done = Labelled(
+                Piece(scene, window), labels=labels, truth=one.truth, wanted=one.valid,
+                image=one.image if job.image else None,
+                evaluated=batch[0, ..., 0].size * job.batch if index == 0 else 0, memory_mb=prediction.own_peak_mb(),
+            )  # fmt: skip
+        else:
+            region = job.geometry.region(height, width, window)
+            added = ((0, region.height - height), (0, region.width - width))
+            data, valid = np.pad(one.image, (*added, (0, 0))), np.pad(one.valid, added)
+            read = BlockRead(region, data, valid, one.valid, one.truth, 0.0)
+            done = prediction.label_block(Piece(scene, window), read, job, scorer)
+        place = Window(one.row, one.col, height, width)
+        yield replace(done, piece=Piece(scene, place))
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def _is_done(run: Run, state: str, samples: int) -> bool:
+    url = storage.join(run.out, METRICS)
+    return run.finished_before and storage.exists(url) and storage.read_json(url).get("state") == state
+
+
+def _write_metrics(run: Run, job: Inference, rows: Sequence[Any], state: str, urls: Mapping[str, str]) -> None:
+    """`metrics.json`: the contract's keys over all, the same under `scenes` by scene id, and what was left out."""
+    classes = job.bundle.classes
+    zero = np.zeros((len(classes), len(classes)), np.int64)
+    tables: dict[str, np.ndarray] = {}
+    for row in rows:
+        table = np.frombuffer(row.confusion, np.int64).reshape(zero.shape)
+        tables[row.scene_id] = tables.get(row.scene_id, zero) + table
+    evaluated = sum(row.evaluated for row in rows)
+    stage = next(stage for stage in run.stages if stage.name == "infer and compare")
+    run.peak_memory = max([run.peak_memory, *(row.memory_mb for row in rows)])
+    run.extra |= {
+        "evaluated_pixels": evaluated,
+        "evaluated_mpix_per_s": round(evaluated / 1e6 / stage.seconds, 3) if stage.seconds else None,
+        "delivered_mpix_per_s": round(stage.pixels / 1e6 / stage.seconds, 3) if stage.seconds else None,
+    }
+    if not rows:
+        if run.refused:
+            return
+        raise UsageError("there is nothing to measure: no scene has labels")
+    found = metrics.summarize(sum(tables.values(), zero), classes) | {
+        "undecided": sum(row.undecided for row in rows),
+        "class_ids": {one.name: one.id for one in classes},
+        "scenes": {
+            scene_id: {"url": urls.get(scene_id, scene_id)} | metrics.summarize(table, classes)
+            for scene_id, table in sorted(tables.items())
+        },
+        "state": state,
+    }
+    storage.write_json(storage.join(run.out, METRICS), found)
+
+
+def _draw(bundle: Bundle, image: np.ndarray, valid: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> str:
+    """The four pictures of a sample: JSON of base64."""
+    colors = {one.id: cog.rgb(one.color) for one in bundle.classes}
+    errors = np.where((truth == IGNORE) | (labels == IGNORE), IGNORE, (truth != labels).astype(np.uint8))
+    drawn = {
+        "image": cog.encode_png(stretch(image, valid, bundle.bands)),
+        "truth": cog.encode_png(truth, colors),
+        "prediction": cog.encode_png(labels, colors),
+        "errors": cog.encode_png(errors.astype(np.uint8), {0: RIGHT, 1: WRONG}),
+    }
+    return json.dumps({name: base64.b64encode(data).decode() for name, data in drawn.items()})
+
+
+def stretch(image: np.ndarray, valid: np.ndarray, bands: Sequence[str]) -> np.ndarray:
+    """A picture of an image: red, green and blue bands (else the first three, or one in grey), from their 2nd to
+    their 98th percentile: (height, width, 3) uint8, black where not valid."""
+    lower = [name.lower() for name in bands]
+    named = next((one for one in RED_GREEN_BLUE if all(name.lower() in lower for name in one)), None)
+    places = [lower.index(name.lower()) for name in named or ()] or ([0, 1, 2] if len(bands) >= 3 else [0, 0, 0])
+    picture = np.zeros((*valid.shape, 3), np.uint8)
+    if not valid.any():
+        return picture
+    for channel, place in enumerate(places):
+        values = image[..., place].astype(np.float64)
+        low, high = np.percentile(values[valid], (2, 98))
+        scaled = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
+        picture[..., channel] = np.where(valid, np.nan_to_num(scaled), 0)
+    return picture
+
+
+def _write_samples(out: str, rows: Sequence[Any]) -> None:
+    """`samples/N_*.png` and `samples/samples.json`, replacing earlier ones."""
+    folder = storage.join(out, "samples")
+    storage.remove(folder)
+    listed = []
+    for number, row in enumerate(sorted(rows, key=lambda row: (row.scene_id, row.row, row.col))):
+        files = {}
+        for name, text in json.loads(row.pictures).items():
+            files[name] = f"{number}_{name}.png"
+            storage.write_bytes(storage.join(folder, files[name]), base64.b64decode(text))
+        place = {"row": row.row, "col": row.col, "height": row.height, "width": row.width}
+        name = f"{row.scene_id} ({row.row}, {row.col})"
+        listed.append({"name": name, "scene_id": row.scene_id, "window": place} | files)
+    storage.write_json(storage.join(folder, "samples.json"), listed)

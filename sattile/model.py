@@ -1,0 +1,417 @@
+"""The model bundle: a Keras network and what must be known to run it over scenes. Owns TensorFlow at prediction.
+
+    MODEL/bundle.json     bands, classes, window geometry, metrics, digests: all that planning needs, no TensorFlow
+    MODEL/model.keras     the network: stored band values in, scores per class out
+    MODEL/saved_model/    the same for TF Serving (`serving_default`)
+
+The window geometry is measured from the network's graph, whoever built it: `sattile.receptive`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sattile import storage
+from sattile.errors import SattileError, UsageError
+from sattile.receptive import measure, other_size
+from sattile.schema import SegmentClass, describe_classes, read_classes
+
+if TYPE_CHECKING:
+    import keras
+
+FORMAT = "sattile-bundle/1"
+BUNDLE, KERAS, SAVED_MODEL = "bundle.json", "model.keras", "saved_model"
+VALUES = ("raw", "scaled")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `bundle.json` says.
+
+    Attributes:
+        url: the bundle's folder.
+        bands: names, in the order of the network's channels.
+        classes: in the order of the scores.
+        values: `raw` (stored numbers) or `scaled` (stored * scale + offset) is what the network takes.
+        fill: per band, what invalid pixels are set to (the training mean).
+        total_stride, receptive_radius, input_shape, activation_bytes: see `receptive.Measured`.
+        gsd: pixel size of the training scenes in metres, None if unknown.
+        output: `scores`, one channel per class, or `second`: one channel, the probability of the second of two.
+        digest: sha256 of `model.keras`.
+        dataset_digest: of the tiles it was trained on, None for a network from elsewhere.
+        metrics: of the validation split, as in `metrics.json`; empty for a network from elsewhere.
+        network: its `arch`, number of `parameters`, and how it was trained.
+        versions: of the packages that made it.
+    """
+
+    url: str
+    bands: tuple[str, ...]
+    classes: tuple[SegmentClass, ...]
+    values: str
+    fill: tuple[float, ...]
+    total_stride: int
+    receptive_radius: int | None
+    input_shape: tuple[int, int] | None
+    activation_bytes: float
+    gsd: float | None
+    output: str
+    digest: str
+    dataset_digest: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def load_bundle(url: str) -> Bundle:
+    """Read `bundle.json`; TensorFlow is not needed.
+
+    Raises:
+        UsageError: if the folder is missing, is no bundle, or was written by a newer sattile.
+    """
+    described = storage.join(url, BUNDLE)
+    if not storage.exists(described):
+        if not storage.exists(url):
+            raise UsageError(f"model {url} does not exist; `sattile train` or `sattile bundle` makes one")
+        raise UsageError(
+            f"model {url} is no bundle (it has no {BUNDLE}): name the folder that `sattile train --out` or `sattile "
+            f"bundle --out` wrote; a .keras file becomes one with `sattile bundle --keras`"
+        )
+    found = storage.read_json(described)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        said = found.get("format") if isinstance(found, dict) else None
+        raise UsageError(
+            f"model {url} is of format {said!r} and this sattile reads {FORMAT!r}; was it made by a newer one?"
+        )
+    try:
+        shape = found["input_shape"]
+        return Bundle(
+            url=url,
+            bands=tuple(found["bands"]),
+            classes=read_classes(found["classes"]),
+            values=found["values"],
+            fill=tuple(float(value) for value in found["fill"]),
+            total_stride=found["total_stride"],
+            receptive_radius=found["receptive_radius"],
+            input_shape=(shape[0], shape[1]) if shape else None,
+            activation_bytes=found["activation_bytes"],
+            gsd=found["gsd"],
+            output=found["output"],
+            digest=found["digest"],
+            dataset_digest=found.get("dataset_digest"),
+            metrics=found.get("metrics") or {},
+            network=found.get("network") or {},
+            versions=found.get("versions") or {},
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"model {url}: {BUNDLE} is damaged ({error!r}); make the bundle again") from error
+
+
+def save_bundle(
+    url: str,
+    network: keras.Model,
+    *,
+    bands: Sequence[str],
+    classes: Sequence[SegmentClass],
+    fill: Sequence[float],
+    values: str = "raw",
+    gsd: float | None = None,
+    dataset_digest: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+    keras_file: str | None = None,
+) -> Bundle:
+    """Measure a network and write its bundle; `bundle.json` comes last, and goes first when one is replaced.
+
+    Args:
+        url: folder.
+        network: stored (or scaled) values (N, H, W, bands) in, (N, H, W, classes) or (N, H, W, 1) out.
+        keras_file: local file that the network was loaded from, kept byte for byte; saved anew if not given.
+        about: for `network` of the bundle, beside the number of parameters.
+
+    Raises:
+        UsageError: if the network does not fit bands and classes, or changes height or width.
+    """
+    from sattile.record import versions
+
+    output = _check_signature(network, bands, classes)
+    measured = measure(network)
+    with storage.scratch() as scratch:
+        file = os.path.join(scratch, KERAS)
+        if keras_file:
+            file = keras_file
+        else:
+            network.save(file)
+        digest = storage.sha256_file(file)
+        network.export(os.path.join(scratch, SAVED_MODEL), verbose=False)
+        storage.remove(storage.join(url, BUNDLE))
+        storage.remove(storage.join(url, SAVED_MODEL))
+        storage.upload_folder(os.path.join(scratch, SAVED_MODEL), storage.join(url, SAVED_MODEL))
+        if keras_file:
+            with open(keras_file, "rb") as source:
+                storage.write_bytes(storage.join(url, KERAS), source.read())
+        else:
+            storage.upload(file, storage.join(url, KERAS))
+    storage.write_json(
+        storage.join(url, BUNDLE),
+        {
+            "format": FORMAT,
+            "bands": list(bands),
+            "classes": describe_classes(classes),
+            "values": values,
+            "fill": [float(value) for value in fill],
+            "total_stride": measured.total_stride,
+            "receptive_radius": measured.receptive_radius,
+            "input_shape": measured.input_shape,
+            "activation_bytes": measured.activation_bytes,
+            "gsd": gsd,
+            "output": output,
+            "digest": digest,
+            "dataset_digest": dataset_digest,
+            "metrics": dict(metrics or {}),
+            "network": {"parameters": int(network.count_params()), **(about or {})},
+            "versions": versions(),
+        },
+    )
+    return load_bundle(url)
+
+
+def bundle(
+    keras: str,
+    *,
+    bands: str,
+    classes: str,
+    out: str,
+    values: str = "raw",
+    fill: str | None = None,
+    gsd: float | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Make a bundle of a Keras model trained elsewhere.
+
+    The model takes band values, (N, H, W, bands), and gives scores of the same height and width: a channel per class
+    (probabilities or not: the largest wins), or one channel with two classes, the probability of the second. It is
+    loaded in Keras's safe mode: one that needs code of its own (Lambda layers, custom classes) is refused.
+
+    Args:
+        keras: the `.keras` file.
+        bands: names of the bands in the order of the model's channels, such as 'B02,B03,B04,B08'.
+        classes: names in the order of the scores, 'land,water' (ids 0, 1), or with ids, 'land=1,water=7'.
+        out: folder for the bundle.
+        values: 'raw' if the model takes stored numbers, 'scaled' if stored * scale + offset (reflectance).
+        fill: what the model sees for missing pixels: one number, or one a band, '0,0,0,0'; 0 if not given.
+        gsd: pixel size in metres that the model was trained for; scenes far from it are refused then.
+        overwrite: replace a bundle made with other settings.
+
+    Returns:
+        URL of `out`.
+
+    Raises:
+        UsageError: if the file can't be loaded safely, or does not fit `bands` and `classes`.
+    """
+    from sattile.schema import parse_classes
+    from sattile.record import Run
+
+    names = [one.strip() for one in (bands.split(",") if isinstance(bands, str) else bands) if one.strip()]
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"bands {bands!r}: give the names of the model's bands in order, each once")
+    named = _in_order(classes, parse_classes(classes))
+    if values not in VALUES:
+        raise UsageError(f"values {values!r}: use raw or scaled")
+    filled = _parse_fill(fill, names)
+    if not storage.exists(keras):
+        raise UsageError(f"--keras {keras} does not exist")
+    local = storage.filesystem(keras).open_local(keras)
+    out = storage.absolute(out)
+    source = storage.sha256_file(local)
+    settings = {
+        "keras": source, "bands": names, "classes": describe_classes(named), "values": values, "fill": filled,
+        "gsd": gsd,
+    }  # fmt: skip
+    with Run("bundle", out, settings, overwrite) as run:
+        run.inputs = [{"url": keras, "sha256": source}]
+        run.given = 1
+        if run.finished_before and storage.exists(storage.join(out, BUNDLE)):
+            run.skipped = 1
+        else:
+            with run.stage("bundle"):
+                network = _load_keras(local)
+                _run_once(network)
+                save_bundle(
+                    out, network, bands=names, classes=named, fill=filled, values=values, gsd=gsd,
+                    about={"arch": network.name, "source": storage.name(keras)}, keras_file=local,
+                )  # fmt: skip
+            run.done = 1
+        run.finish()
+    return out
+
+
+def _in_order(text: str | Sequence[str], parsed: tuple[SegmentClass, ...] | None) -> tuple[SegmentClass, ...]:
+    """Classes in the order in which they were named: that of the scores, whatever their ids."""
+    if not parsed or len(parsed) < 2:
+        raise UsageError(f"classes {text!r}: name at least two, in the order of the model's scores, as 'land,water'")
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    by_name = {one.name: one for one in parsed}
+    fields = [[word.strip() for word in part.replace(":", "=").split("=")] for part in parts]
+    ordered = [by_name[word] for words in fields for word in words if word in by_name]
+    return tuple(ordered) if len(ordered) == len(parsed) else parsed
+
+
+def _parse_fill(fill: str | float | Sequence[float] | None, bands: Sequence[str]) -> list[float]:
+    try:
+        parts = fill.split(",") if isinstance(fill, str) else fill if isinstance(fill, Sequence) else [fill or 0]
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    numbers = numbers * len(bands) if len(numbers) == 1 else numbers
+    if len(numbers) != len(bands) or not all(map(math.isfinite, numbers)):
+        raise UsageError(f"fill {fill!r}: give one finite number, or {len(bands)}, one for each of {', '.join(bands)}")
+    return numbers
+
+
+def _load_keras(path: str) -> Any:
+    """A Keras model in safe mode, without its optimiser and losses."""
+    import zipfile
+
+    import keras
+
+    if not zipfile.is_zipfile(path):
+        raise UsageError(
+            f"{path} is no .keras file (HDF5 and SavedModel folders are not loaded: they can carry code); load it "
+            f"where it was trained and save it with model.save('NAME.keras')"
+        )
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # Keras raises whatever a file's content makes its layers raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UsageError(
+            f"{path} can't be loaded in Keras's safe mode: {reason[:400]} (models with Lambda layers or classes of "
+            f"their own carry code; rebuild them from Keras's own layers)"
+        ) from error
+
+
+def _check_signature(network: Any, bands: Sequence[str], classes: Sequence[SegmentClass]) -> str:
+    """The bundle's `output`, once it is sure that the network fits; UsageError with the numbers if not."""
+    taken, given = network.input_shape, network.output_shape
+    for what, shape in (("input", taken), ("output", given)):
+        if not isinstance(shape, tuple) or len(shape) != 4:
+            raise UsageError(
+                f"the model's {what} is {shape}; one tensor (batch, height, width, channels) is needed, channels last"
+            )
+    if taken[3] != len(bands):
+        raise UsageError(
+            f"the model takes {taken[3]} bands and {len(bands)} are named ({', '.join(bands)}); name those that it "
+            f"was trained on, in its order"
+        )
+    if given[3] == 1 and len(classes) == 2:
+        output = "second"
+    elif given[3] == len(classes):
+        output = "scores"
+    else:
+        names = ", ".join(one.name for one in classes)
+        raise UsageError(
+            f"the model gives {given[3]} score(s) per pixel and {len(classes)} classes are named ({names}); name one "
+            f"per score (one score may stand for two classes: it is the probability of the second)"
+        )
+    return output
+
+
+def _run_once(network: Any) -> None:
+    """A forward pass, so that a model that cannot run is refused now and not on the cluster."""
+    measured = measure(network)
+    height, width = measured.input_shape or (max(measured.total_stride, 8) * 2, max(measured.total_stride, 8) * 3)
+    height, width = (-(-n // measured.total_stride) * measured.total_stride for n in (height, width))
+    if measured.input_shape:
+        height, width = measured.input_shape
+    try:
+        found = tuple(network(np.zeros((1, height, width, network.input_shape[3]), np.float32), training=False).shape)
+    except Exception as error:
+        raise UsageError(f"the model does not run on a {height} x {width} window: {error}") from error
+    if found[1:3] != (height, width):
+        raise UsageError(other_size((height, width), found[1:3]))
+
+
+Scorer = Callable[[np.ndarray], np.ndarray]
+"""(N, H, W, bands) of any dtype -> (N, H, W, classes) float32."""
+
+_scorers: dict[tuple[str, str, int], Scorer] = {}
+
+
+def load_scorer(bundle: Bundle, *, engine: str = "tensorflow", threads: int = 1) -> Scorer:
+    """The function that gives scores; one per process and bundle.
+
+    The same input gives the same bits: each input shape is compiled once, in inference mode, and the number of threads
+    is fixed before TensorFlow starts.
+
+    Args:
+        bundle: as `load_bundle` gives it.
+        engine: `tensorflow` (or `auto`).
+        threads: that an evaluation may use.
+
+    Raises:
+        SattileError: if the bundle's network is not the one that it describes, or TensorFlow already runs in this
+            process with other threads.
+    """
+    engine = "tensorflow" if engine == "auto" else engine
+    if engine != "tensorflow":
+        raise UsageError(f"engine {engine!r}: use tensorflow")
+    key = (bundle.digest, engine, threads)
+    if key not in _scorers:
+        use_threads(threads)
+        path = storage.filesystem(bundle.url).open_local(storage.join(bundle.url, KERAS))
+        found = storage.sha256_file(path)
+        if found != bundle.digest:
+            raise SattileError(
+                f"{path} has sha256 {found[:16]}..., and {BUNDLE} says {bundle.digest[:16]}...: the bundle was "
+                f"changed while it was in use, or by hand"
+            )
+        _scorers[key] = _compile(_load_keras(path), bundle)
+    return _scorers[key]
+
+
+def use_threads(threads: int) -> None:
+    """Fix TensorFlow's threads in this process.
+
+    Raises:
+        SattileError: if it has started with another number.
+    """
+    import tensorflow as tf
+
+    config = tf.config.threading
+    try:
+        config.set_intra_op_parallelism_threads(threads)
+        config.set_inter_op_parallelism_threads(threads)
+    except RuntimeError as error:
+        # It has started. TensorFlow takes the variable where nothing was set.
+        running = config.get_intra_op_parallelism_threads() or int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0))
+        if running != threads:
+            raise SattileError(
+                f"TensorFlow runs in this process with {running or 'as many threads as there are cores'} and {threads} "
+                f"were asked for: load the scorer before anything else uses TensorFlow, or set "
+                f"TF_NUM_INTRAOP_THREADS={threads} first"
+            ) from error
+
+
+def _compile(network: Any, bundle: Bundle) -> Scorer:
+    import tensorflow as tf
+
+    compiled: dict[tuple[int, ...], Any] = {}
+
+    def score(images: np.ndarray) -> np.ndarray:
+        images = np.ascontiguousarray(images, np.float32)
+        if images.shape not in compiled:
+            signature = [tf.TensorSpec(images.shape, tf.float32)]
+            compiled[images.shape] = tf.function(
+                lambda values: tf.cast(network(values, training=False), tf.float32),
+                input_signature=signature,
+                autograph=False,
+            )
+        scores = compiled[images.shape](tf.constant(images)).numpy()
+        return np.concatenate([1 - scores, scores], axis=-1) if bundle.output == "second" else scores
+
+    return score

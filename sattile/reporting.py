@@ -1,0 +1,799 @@
+"""One page that a person opens: maps, metrics, throughput, what failed and why.
+
+Everything is read from the out folders of the other commands; a folder that is not given is a section less. The page
+is one HTML file with its pictures inside: it opens offline, prints, and is the same bytes for the same folders.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sattile import storage
+from sattile.errors import UsageError
+from sattile.record import QUARANTINE, RUN, Run
+from sattile.schema import PALETTE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ORDER = ("index", "tile", "train", "bundle", "evaluate", "predict")
+NOT_TOLD = ("report", "run")  # itself, and the sum of the others
+PAGE = "index.html"
+
+MAX_SAMPLES = 12
+MAX_MAPS = 24
+MAX_TILES = 20_000
+MAX_PICTURE = 4_000_000  # bytes; a page of a hundred megabytes opens nowhere
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One out folder: where it is, and what its run record says."""
+
+    url: str
+    run: dict[str, Any]
+
+    @property
+    def command(self) -> str:
+        return str(self.run.get("command", ""))
+
+    def join(self, *names: str) -> str:
+        return storage.join(self.url, *names)
+
+    def read(self, *names: str) -> Any:
+        """A JSON file of the folder; None if it is not there."""
+        url = self.join(*names)
+        return storage.read_json(url) if storage.exists(url) else None
+
+
+def report(folders: Sequence[str], *, out: str) -> str:
+    """Write `OUT/index.html` about any out folders of sattile.
+
+    Args:
+        folders: out folders of `index`, `tile`, `train`, `bundle`, `evaluate`, `predict`, in any order, or folders
+            that hold such folders.
+        out: the folder to write into.
+
+    Returns:
+        URL of the page.
+
+    Raises:
+        UsageError: if a folder is not one of sattile's, or `out` is a file.
+    """
+    found = collect(folders)
+    with Run("report", out, {}) as run:
+        run.inputs = [_input(one) for one in found]
+        run.given = len(found)
+        with run.stage("render"):
+            html = render(found).encode("utf-8")
+        url = storage.join(out, PAGE)
+        if storage.exists(url) and storage.read_bytes(url) == html:
+            run.skipped = len(found)
+        else:
+            storage.write_bytes(url, html)
+            run.done = len(found)
+        run.finish()
+    return url
+
+
+def _input(folder: Folder) -> dict[str, Any]:
+    entry = storage.stat(folder.join(RUN))
+    return {"url": folder.url, "size": entry.size if entry else 0, "mtime": entry.mtime if entry else 0}
+
+
+def collect(folders: Sequence[str]) -> list[Folder]:
+    """The out folders among `folders` and directly in them, by command and then as given."""
+    found: dict[str, Folder] = {}
+    for url in folders:
+        entry = storage.stat(url)
+        if entry is None or not entry.is_folder:
+            raise UsageError(f"{url} is not a folder; name out folders of sattile")
+        here = _records([url])
+        if not here or here[0].command == "run":
+            here = _records([one.url for one in storage.list_folder(url) if one.is_folder])
+        if not here:
+            raise UsageError(f"{url} has no {RUN}, nor has a folder in it: no sattile run has finished there")
+        for folder in here:
+            if folder.command not in NOT_TOLD:
+                found.setdefault(storage.absolute(folder.url), folder)
+    rank = {command: index for index, command in enumerate(ORDER)}
+    return sorted(found.values(), key=lambda one: rank.get(one.command, len(ORDER)))
+
+
+def _records(urls: Sequence[str]) -> list[Folder]:
+    at = [(url, storage.join(url, RUN)) for url in urls]
+    return [Folder(url, storage.read_json(record)) for url, record in at if storage.exists(record)]
+
+
+def render(folders: Sequence[Folder]) -> str:
+    """The page, as HTML text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("sattile"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=count, number=number, percent=percent, short=short, seconds=duration, pretty=pretty
+    )
+    return environment.get_template("report.html").render(describe(folders))
+
+
+def describe(folders: Sequence[Folder]) -> dict[str, Any]:
+    """All that the page says, as the template wants it."""
+    by_command: dict[str, list[Folder]] = {}
+    for folder in folders:
+        by_command.setdefault(folder.command, []).append(folder)
+    datasets = [_describe_dataset(one) for one in by_command.get("tile", []) if one.read("dataset.json")]
+    models = [_describe_model(one) for one in (*by_command.get("train", []), *by_command.get("bundle", []))]
+    classes = _classes(folders)
+    quarantine = list(_quarantine(folders))
+    scenes = [scene for one in by_command.get("index", []) for scene in _scenes(one)]
+    _mark_refused(scenes, quarantine)
+    evaluations = [_describe_evaluation(one, classes) for one in by_command.get("evaluate", [])]
+    mosaics = [_describe_mosaics(one) for one in by_command.get("predict", [])]
+    return {
+        "title": _title(folders),
+        "summary": _summary(by_command, datasets, models, evaluations, quarantine),
+        "cards": _cards(by_command, datasets, models, evaluations, quarantine),
+        "classes": list(classes.items()),
+        "scenes": scenes,
+        "footprints": footprint_figure(scenes, _tiles(by_command.get("tile", []), scenes)),
+        "evaluations": evaluations,
+        "mosaics": mosaics,
+        "models": models,
+        "datasets": datasets,
+        "runs": [_describe_run(one) for one in folders],
+        "longest": max((stage["seconds"] for one in folders for stage in one.run.get("stages", [])), default=0) or 1,
+        "quarantine": quarantine,
+        "versions": _versions(folders),
+    }
+
+
+def _title(folders: Sequence[Folder]) -> str:
+    names = {storage.name(storage.parent(storage.absolute(one.url))) for one in folders}
+    return names.pop() if len(names) == 1 else "sattile"
+
+
+def _summary(
+    by_command: dict[str, list[Folder]],
+    datasets: list[dict[str, Any]],
+    models: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    quarantine: list[dict[str, Any]],
+) -> list[str]:
+    """What happened, in sentences."""
+    said = []
+    for folder in by_command.get("index", []):
+        said.append(f"{_scene_count(folder)} were catalogued.")
+    for dataset in datasets:
+        parts = [f"{count(one['tiles'])} for {SPLITS.get(one['name'], one['name'])}" for one in dataset["splits"]]
+        said.append(f"They were cut into {count(dataset['tiles'])} tiles: {', '.join(parts)}.")
+    for model in models:
+        if model["epochs"]:
+            said.append(f"A network was trained for {_times(model['epochs'], 'epoch')}.")
+    for evaluation in evaluations:
+        if evaluation["miou"] is not None:
+            said.append(
+                f"On {evaluation['what']}, its mean intersection over union (mIoU) is {number(evaluation['miou'])}"
+                f" and {percent(evaluation['accuracy'])} of the pixels are right."
+            )
+    for folder in by_command.get("predict", []):
+        speed = folder.run.get("delivered_mpix_per_s")
+        said.append(f"{_scene_count(folder)} were mapped{f', at {number(speed)} Mpix/s' if speed else ''}.")
+    if quarantine:
+        files = len({one["url"] for one in quarantine})
+        said.append(f"{_times(files, 'scene was', 'scenes were')} refused; the reasons are below.")
+    elif _any_given(by_command):
+        said.append("Nothing was refused.")
+    return said
+
+
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def _split_rank(name: str) -> int:
+    return [*SPLITS, name].index(name)
+
+
+def _any_given(by_command: dict[str, list[Folder]]) -> bool:
+    return any(by_command.values())
+
+
+def _scene_count(folder: Folder) -> str:
+    done, skipped = int(folder.run.get("done") or 0), int(folder.run.get("skipped") or 0)
+    text = _times(done + skipped, "scene")
+    return f"{text} ({count(skipped)} of them in an earlier run)" if skipped else text
+
+
+def _times(many: int, one: str, more: str | None = None) -> str:
+    return f"{count(many)} {one if many == 1 else more or one + 's'}"
+
+
+def _cards(
+    by_command: dict[str, list[Folder]],
+    datasets: list[dict[str, Any]],
+    models: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    quarantine: list[dict[str, Any]],
+) -> list[dict[str, str]]:
+    """The numbers to see first: value, name, and a word more."""
+    cards = []
+    scored = [one for one in evaluations if one["miou"] is not None]
+    trained = [one for one in models if one["best"] is not None]
+    if scored:
+        cards.append({"value": number(scored[0]["miou"]), "name": "mIoU", "more": f"on {scored[0]['what']}"})
+    elif trained:
+        best = trained[0]["best"]
+        cards.append({"value": number(best["val_miou"]), "name": "validation mIoU", "more": f"epoch {best['epoch']}"})
+    runs = by_command.get("predict") or by_command.get("tile") or by_command.get("index") or []
+    if runs:
+        run = runs[0].run
+        cards.append(
+            {
+                "value": count(int(run.get("done") or 0) + int(run.get("skipped") or 0)),
+                "name": {"predict": "scenes mapped", "tile": "scenes tiled"}.get(runs[0].command, "scenes catalogued"),
+                "more": f"{count(run.get('done') or 0)} now, {count(run.get('skipped') or 0)} earlier",
+            }
+        )
+    refused = len({one["url"] for one in quarantine})
+    cards.append(
+        {"value": count(refused), "name": "scenes refused", "more": "each with its reason" if refused else "none"}
+    )
+    if datasets:
+        cards.append(
+            {
+                "value": count(datasets[0]["tiles"]),
+                "name": "tiles",
+                "more": f"{datasets[0]['size']} × {datasets[0]['size']} px",
+            }
+        )
+    speeds = [one.run.get("delivered_mpix_per_s") for one in by_command.get("predict", [])]
+    if speeds and speeds[0]:
+        cards.append({"value": number(speeds[0]), "name": "Mpix/s delivered", "more": "by predict, in all"})
+    total = sum(
+        stage["seconds"] for group in by_command.values() for one in group for stage in one.run.get("stages", [])
+    )
+    if total:
+        cards.append({"value": duration(total), "name": "in all stages", "more": ""})
+    return cards
+
+
+def _classes(folders: Sequence[Folder]) -> dict[str, str]:
+    """Colour by class name, from the first dataset or model that says it."""
+    for name in ("dataset.json", "bundle.json"):
+        for folder in folders:
+            described = folder.read(name) if folder.command in ("tile", "train", "bundle") else None
+            if described and described.get("classes"):
+                return {str(one["name"]): _color(one.get("color"), one.get("id", 0)) for one in described["classes"]}
+    for folder in folders:
+        metrics = folder.read("metrics.json") if folder.command == "evaluate" else None
+        if metrics:
+            return {name: _color(None, index) for index, name in enumerate(metrics["classes"])}
+    return {}
+
+
+def _color(value: Any, index: int) -> str:
+    # It goes into a style attribute: nothing but a colour may.
+    return (
+        value if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value) else PALETTE[index % len(PALETTE)]
+    )
+
+
+# Quarantine
+
+
+def _quarantine(folders: Sequence[Folder]) -> Iterable[dict[str, Any]]:
+    """Refused scenes, one row for each reason: url, name, reason, stages ('tile: read')."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for folder in folders:
+        url = folder.join(QUARANTINE)
+        if not storage.exists(url):
+            continue
+        for row in _read_table(url).to_pylist():
+            stages = rows.setdefault((row["url"], row["reason"]), [])
+            stage = f"{folder.command}: {row['stage']}" if row["stage"] != folder.command else folder.command
+            if stage not in stages:
+                stages.append(stage)
+    for (url, reason), stages in rows.items():
+        yield {"url": url, "name": storage.name(url), "reason": reason, "stages": stages}
+
+
+def _read_table(url: str, columns: list[str] | None = None) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.read_table(pa.BufferReader(storage.read_bytes(url)), columns=columns)
+
+
+# Catalogue
+
+
+def _scenes(folder: Folder) -> list[dict[str, Any]]:
+    """Rows of the catalogue, as far as the page shows them."""
+    url = folder.join("scenes.parquet")
+    if not storage.exists(url):
+        return []
+    table = _read_table(url)
+    wanted = ("scene_id", "url", "width", "height", "bands", "datetime", "gsd", "footprint", "crs", "transform")
+    table = table.select([name for name in wanted if name in table.column_names])
+    scenes = []
+    for index, row in enumerate(table.to_pylist()):
+        scene = {name: row.get(name) for name in wanted}
+        scene["number"] = index + 1
+        scene["bands"] = _band_names(scene["bands"])
+        scene["url"] = str(scene["url"] or "")
+        scene["refused"] = ""
+        scenes.append(scene)
+    return scenes
+
+
+def _band_names(value: Any) -> str:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    return ", ".join(str(one.get("name")) if isinstance(one, dict) else str(one) for one in value or [])
+
+
+def _mark_refused(scenes: list[dict[str, Any]], quarantine: list[dict[str, Any]]) -> None:
+    refused = {storage.absolute(row["url"]): row["stages"] for row in quarantine}
+    for scene in scenes:
+        scene["refused"] = ", ".join(refused.get(storage.absolute(scene["url"]), []))
+
+
+def _tiles(folders: Sequence[Folder], scenes: list[dict[str, Any]]) -> dict[str, list[list[tuple[float, float]]]]:
+    """Outlines of tiles in degrees, by split; none where the catalogue does not say where its scenes lie."""
+    places = {
+        scene["scene_id"]: (scene["crs"], tuple(scene["transform"]))
+        for scene in scenes
+        if scene["crs"] and scene["transform"] is not None and len(scene["transform"]) == 6
+    }
+    outlines: dict[str, list[list[tuple[float, float]]]] = {}
+    for folder in folders if places else ():
+        dataset = folder.read("dataset.json") or {}
+        if sum(split["tiles"] for split in dataset.get("splits", {}).values()) > MAX_TILES:
+            continue
+        for name, split in dataset.get("splits", {}).items():
+            for file in split["files"]:
+                url = folder.join(name, file)
+                if not storage.exists(url):
+                    continue
+                rows = _read_table(url, ["scene_id", "row", "col"]).to_pydict()
+                outlines.setdefault(name, []).extend(_outlines(rows, int(dataset["size"]), places))
+    return outlines
+
+
+def _outlines(
+    rows: dict[str, list[Any]], size: int, places: dict[str, tuple[str, tuple[float, ...]]]
+) -> Iterable[list[tuple[float, float]]]:
+    import pyproj
+
+    corners = ((0, 0), (0, size), (size, size), (size, 0))
+    to_degrees: dict[str, Any] = {}
+    for scene_id, row, col in zip(rows["scene_id"], rows["row"], rows["col"], strict=True):
+        if scene_id not in places:
+            continue
+        crs, (a, b, c, d, e, f) = places[scene_id]
+        if crs not in to_degrees:
+            to_degrees[crs] = pyproj.Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
+        at = [(row + down, col + right) for down, right in corners]
+        x = [a * right + b * down + c for down, right in at]
+        y = [d * right + e * down + f for down, right in at]
+        yield list(zip(*to_degrees[crs].transform(x, y), strict=True))
+
+
+# Dataset, model, evaluation, mosaics
+
+
+def _describe_dataset(folder: Folder) -> dict[str, Any]:
+    dataset = folder.read("dataset.json")
+    classes = [
+        {"id": one["id"], "name": one["name"], "color": _color(one.get("color"), one["id"])}
+        for one in dataset["classes"]
+    ]
+    splits = []
+    for name, split in sorted(dataset["splits"].items(), key=lambda item: _split_rank(item[0])):
+        labelled = sum(split["class_pixels"].values())
+        shares = [
+            {**one, "share": split["class_pixels"].get(str(one["id"]), 0) / labelled if labelled else 0.0}
+            for one in classes
+        ]
+        splits.append({**split, "name": name, "shares": shares, "labelled": labelled})
+    statistics = [
+        {"band": band, **values, "percentiles": values.get("percentiles", {})}
+        for band, values in dataset.get("statistics", {}).items()
+    ]
+    return {
+        "url": folder.url,
+        "size": dataset["size"],
+        "stride": dataset.get("stride"),
+        "gsd": dataset.get("gsd"),
+        "dtype": dataset.get("dtype"),
+        "tiles": sum(split["tiles"] for split in splits),
+        "splits": splits,
+        "statistics": statistics,
+        "split_rule": dataset.get("split_rule"),
+        "sources": len(dataset.get("sources", [])),
+        "digest": dataset.get("digest"),
+    }
+
+
+def _describe_model(folder: Folder) -> dict[str, Any]:
+    bundle = folder.read("bundle.json") or {}
+    history = [row for row in folder.read("history.json") or [] if isinstance(row, dict)]
+    scored = [row for row in history if _is_number(row.get("val_miou"))]
+    # The first of equals: the checkpoint that training keeps.
+    best = max(scored, key=lambda row: row["val_miou"], default=None)
+    facts = [
+        ("bands", ", ".join(bundle.get("bands", []))),
+        ("classes", ", ".join(str(one["name"]) for one in bundle.get("classes", []))),
+        ("total stride", bundle.get("total_stride")),
+        (
+            "receptive radius",
+            f"{bundle['receptive_radius']} px" if bundle.get("receptive_radius") is not None else None,
+        ),
+        ("values", bundle.get("values")),
+        ("gsd", f"{bundle['gsd']:g} m" if _is_number(bundle.get("gsd")) else None),
+    ]
+    return {
+        "url": folder.url,
+        "epochs": len(history),
+        "best": best,
+        "curves": curves_figure(history),
+        "facts": [(name, value) for name, value in facts if value not in (None, "")],
+        "seconds": sum(row["seconds"] for row in history if _is_number(row.get("seconds"))),
+    }
+
+
+def _describe_evaluation(folder: Folder, colors: dict[str, str]) -> dict[str, Any]:
+    metrics = folder.read("metrics.json") or {}
+    names = list(metrics.get("classes", {}))
+    confusion = metrics.get("confusion") or []
+    rows = []
+    for index, name in enumerate(names):
+        values = metrics["classes"][name]
+        rows.append({"name": name, "color": colors.get(name, PALETTE[index % len(PALETTE)]), "values": values})
+    table = []
+    for name, line in zip(names, confusion, strict=False):
+        total = sum(line)
+        table.append(
+            {"name": name, "cells": [{"count": n, "share": n / total if total else None} for n in line], "total": total}
+        )
+    settings = folder.run.get("settings", {})
+    split = metrics.get("split") or settings.get("split")
+    samples, left_out = _samples(folder)
+    return {
+        "url": folder.url,
+        "what": f"the {SPLITS.get(split, split)} split"
+        if split and settings.get("scenes") is None
+        else "scenes with labels",
+        "miou": metrics.get("miou"),
+        "accuracy": metrics.get("accuracy"),
+        "pixels": metrics.get("pixels") or 0,
+        "names": names,
+        "rows": rows,
+        "confusion": table,
+        "scenes": sorted((metrics.get("scenes") or {}).items()),
+        "samples": samples,
+        "samples_left_out": left_out,
+    }
+
+
+PANELS = (("image", "image"), ("truth", "label"), ("prediction", "prediction"), ("errors", "errors"))
+
+
+def _samples(folder: Folder) -> tuple[list[dict[str, Any]], int]:
+    """Picture rows of EVAL/samples: name and (caption, data URI) of each panel that is there."""
+    listed = [one for one in folder.read("samples", "samples.json") or [] if isinstance(one, dict)]
+    samples = []
+    for one in listed[:MAX_SAMPLES]:
+        panels = []
+        for key, caption in PANELS:
+            uri = _picture(folder.join("samples"), one.get(key))
+            if uri:
+                panels.append({"caption": caption, "uri": uri})
+        if panels:
+            samples.append({"name": str(one.get("name", "")), "panels": panels})
+    return samples, max(0, len(listed) - MAX_SAMPLES)
+
+
+def _describe_mosaics(folder: Folder) -> dict[str, Any]:
+    """Quicklooks of the labels maps, by scene."""
+    scenes = [one for one in storage.list_folder(folder.url) if one.is_folder and storage.name(one.url)[:1] not in "._"]
+    maps: list[dict[str, str]] = []
+    for entry in scenes:
+        uri = _thumbnail(entry.url)
+        if uri and len(maps) < MAX_MAPS:
+            maps.append({"name": storage.name(entry.url), "uri": uri})
+    return {"url": folder.url, "maps": maps, "left_out": max(0, len(scenes) - MAX_MAPS)}
+
+
+def _thumbnail(folder: str) -> str | None:
+    """The thumbnail asset of the STAC item in a folder, as a data URI."""
+    for entry in storage.list_folder(folder):
+        if not entry.url.endswith(".json") or storage.name(entry.url)[:1] in "._":
+            continue
+        item = storage.read_json(entry.url)
+        for name, asset in (item.get("assets") or {}).items() if isinstance(item, dict) else ():
+            if name == "thumbnail" or "thumbnail" in (asset.get("roles") or ()):
+                return _picture(folder, str(asset.get("href", "")).removeprefix("./"))
+    return None
+
+
+KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
+
+
+def _picture(folder: str, name: Any) -> str | None:
+    """A picture of a folder as a data URI; None for what is no picture, too large, or outside of it."""
+    if not isinstance(name, str) or not name or "/" in name or "\\" in name or name.startswith("."):
+        return None
+    entry = storage.stat(storage.join(folder, name))
+    if entry is None or entry.is_folder or entry.size > MAX_PICTURE:
+        return None
+    data = storage.read_bytes(entry.url)
+    kind = next((kind for magic, kind in KINDS.items() if data.startswith(magic)), None)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if kind else None
+
+
+def _describe_run(folder: Folder) -> dict[str, Any]:
+    run = folder.run
+    stages = [
+        {
+            "name": str(one.get("name", "")),
+            "seconds": one.get("seconds") or 0.0,
+            "pixels": one.get("pixels") or 0,
+            "rate": one.get("mpix_per_s"),
+        }
+        for one in run.get("stages", [])
+    ]
+    known = {"command", "settings", "versions", "inputs", "stages", "finished"}
+    facts = [(key, value) for key, value in run.items() if key not in known and value is not None]
+    return {
+        "command": folder.command,
+        "url": folder.url,
+        "stages": stages,
+        "settings": sorted(run.get("settings", {}).items()),
+        "facts": facts,
+        "inputs": len(run.get("inputs", [])),
+        "done": run.get("done") or 0,
+        "skipped": run.get("skipped") or 0,
+        "quarantined": run.get("quarantined") or 0,
+        "evaluated": run.get("evaluated_mpix_per_s"),
+        "delivered": run.get("delivered_mpix_per_s"),
+        "memory": run.get("peak_memory_mb"),
+    }
+
+
+def _versions(folders: Sequence[Folder]) -> list[tuple[str, str]]:
+    """Package and its version, or versions if the folders were made with different ones."""
+    seen: dict[str, list[str]] = {}
+    for folder in folders:
+        for package, version in folder.run.get("versions", {}).items():
+            if version not in seen.setdefault(package, []):
+                seen[package].append(str(version))
+    return [(package, ", ".join(found)) for package, found in sorted(seen.items())]
+
+
+# Numbers for people
+
+
+def count(value: float | int) -> str:
+    """12345 -> '12 345', with a space that does not break."""
+    return f"{int(value):,}".replace(",", "\u202f")
+
+
+def number(value: float | None) -> str:
+    """Three digits that mean something; a dash for what was not measured."""
+    if not _is_number(value) or value is None:
+        return "–"
+    if isinstance(value, int) or value == 0 or abs(value) >= 100:
+        return count(round(value))
+    value = float(f"{value:.3g}")  # first, since 0.9996 is 1.00
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if abs(value) >= 0.01 else f"{value:.2g}"
+
+
+def percent(value: float | None) -> str:
+    return f"{100 * value:.1f} %" if _is_number(value) and value is not None else "–"
+
+
+def duration(value: float) -> str:
+    if value < 100:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def short(value: str, length: int = 80) -> str:
+    """The ends of a long text: a path says most at its end."""
+    return value if len(value) <= length else f"{value[: length // 3]}…{value[-(length - length // 3 - 1) :]}"
+
+
+def pretty(value: Any) -> str:
+    """A setting as text: strings as they are, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Figures. Their ink is the page's, so that they follow it into the dark and onto paper.
+
+INK, LINES, PAPER = "#010203", "#040506", "#070809"
+_VARIABLES = {INK: "var(--ink)", LINES: "var(--line)", PAPER: "var(--paper)"}
+
+BLUE, ORANGE, RED, GREEN = "#3b7dd8", "#d9822b", "#d1495b", "#2a9d6f"
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _axes_style(axes: Any) -> None:
+    axes.set_facecolor("none")
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.grid(color=LINES, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def svg(figure: Figure, label: str) -> str:
+    """A figure as an SVG element for inlining: the same bytes each time, its text real text.
+
+    Args:
+        figure: drawn with INK, LINES and PAPER for what should follow the page.
+        label: what it shows, for those who cannot see it.
+    """
+    import matplotlib
+    from markupsafe import Markup, escape
+
+    text = io.StringIO()
+    settings: Any = {
+        "svg.hashsalt": "sattile",
+        "svg.fonttype": "none",
+        "font.family": ["sans-serif"],
+        "font.sans-serif": ["DejaVu Sans"],
+    }
+    with matplotlib.rc_context(settings):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawing = text.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--sans)", drawing)
+    drawing = re.sub(r' xmlns:xlink="[^"]*"', "", drawing).replace("xlink:href", "href")
+    for color, variable in _VARIABLES.items():
+        drawing = drawing.replace(color, variable)
+    # The width goes: the page decides; the view box keeps the shape.
+    opening = re.sub(r'<svg height="[^"]*"', "<svg", drawing[: drawing.index(">")])
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    opening = opening.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return Markup(opening + drawing[drawing.index(">") :])
+
+
+def curves_figure(history: Sequence[dict[str, Any]]) -> str | None:
+    """Loss and mIoU by epoch; None if nothing was recorded."""
+    panels = [
+        ("loss", (("loss", "training", BLUE), ("val_loss", "validation", ORANGE))),
+        ("mIoU", (("miou", "training", BLUE), ("val_miou", "validation", ORANGE))),
+    ]
+    drawn = []
+    for title, lines in panels:
+        found = []
+        for key, label, color in lines:
+            points = [(row.get("epoch", i + 1), row[key]) for i, row in enumerate(history) if _is_number(row.get(key))]
+            if points:
+                found.append((key, label, color, points))
+        if found:
+            drawn.append((title, found))
+    if not drawn:
+        return None
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(4.4 * len(drawn), 2.8)
+    for position, (title, lines_found) in enumerate(drawn):
+        axes = figure.add_subplot(1, len(drawn), position + 1)
+        _axes_style(axes)
+        for key, label, color, points in lines_found:
+            epochs, values = zip(*points, strict=True)
+            axes.plot(epochs, values, color=color, linewidth=2, marker="o", markersize=3.2, label=label)
+            if key == "val_miou":
+                top = values.index(max(values))
+                axes.annotate(
+                    f"best {values[top]:.3f}",
+                    (epochs[top], values[top]),
+                    textcoords="offset points",
+                    xytext=(0, -15),
+                    ha="center",
+                    fontsize=9,
+                    color=INK,
+                )
+                axes.plot([epochs[top]], [values[top]], "o", markersize=8, mfc="none", mec=color, mew=1.5)
+        axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
+        axes.set_xlabel("epoch", fontsize=9, color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(y=0.16)
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return svg(figure, "training curves: " + " and ".join(title for title, _ in drawn) + " by epoch")
+
+
+SPLIT_COLORS = {"train": BLUE, "val": ORANGE, "test": GREEN}
+
+
+def footprint_figure(scenes: Sequence[dict[str, Any]], tiles: dict[str, list[list[tuple[float, float]]]]) -> str | None:
+    """Where the scenes lie, which were refused, and which ground went to which split; None without footprints.
+
+    Args:
+        scenes: with `number`, `footprint` (WKB in EPSG:4326 or None) and `refused`.
+        tiles: outlines in degrees by split.
+    """
+    import shapely
+    from matplotlib.collections import PolyCollection
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    shapes = [(scene, shapely.from_wkb(scene["footprint"])) for scene in scenes if scene.get("footprint")]
+    shapes = [(scene, shape) for scene, shape in shapes if not shape.is_empty]
+    if not shapes:
+        return None
+    west, south, east, north = shapely.total_bounds([shape for _, shape in shapes])
+    middle = (south + north) / 2
+    aspect = 1 / max(0.05, math.cos(math.radians(middle)))
+    wide = max(east - west, 1e-6)
+    tall = max(north - south, 1e-6) * aspect
+    figure = _figure(8.6, min(7.5, max(2.6, 8.0 * tall / wide + 0.8)))
+    axes = figure.add_subplot()
+    _axes_style(axes)
+    handles: list[Any] = []
+    for split, outlines in sorted(tiles.items(), key=lambda item: _split_rank(item[0])):
+        color = SPLIT_COLORS.get(split, "#888888")
+        axes.add_collection(PolyCollection(outlines, facecolors=color, alpha=0.38, edgecolors="none"))
+        handles.append(Patch(facecolor=color, alpha=0.38, label=f"{SPLITS.get(split, split)} tiles"))
+    kept = refused = False
+    for scene, shape in shapes:
+        bad = bool(scene.get("refused"))
+        kept, refused = kept or not bad, refused or bad
+        for part in getattr(shape, "geoms", [shape]):
+            if part.geom_type != "Polygon":
+                continue
+            x, y = part.exterior.xy
+            axes.plot(x, y, color=RED if bad else INK, linewidth=1.8 if bad else 1.1, linestyle="--" if bad else "-")
+        if len(shapes) <= 60:
+            # At a corner: footprints of overlapping scenes share their middles, seldom their corners.
+            corner_x, corner_y = shape.bounds[0], shape.bounds[3]
+            axes.annotate(
+                str(scene["number"]),
+                (corner_x, corner_y),
+                textcoords="offset points",
+                xytext=(5, -12),
+                fontsize=9.5,
+                fontweight="bold",
+                color=RED if bad else INK,
+            )
+    if kept:
+        handles.append(Line2D([], [], color=INK, linewidth=1.1, label="scene"))
+    if refused:
+        handles.append(Line2D([], [], color=RED, linewidth=1.8, linestyle="--", label="refused later"))
+    axes.set_aspect(aspect)
+    axes.margins(0.03)
+    axes.autoscale_view()
+    axes.ticklabel_format(useOffset=False, style="plain")
+    axes.xaxis.set_major_formatter("{x:g}°")
+    axes.yaxis.set_major_formatter("{x:g}°")
+    figure.legend(handles=handles, loc="outside lower left", ncols=5, frameon=False, fontsize=9, labelcolor=INK)
+    return svg(figure, f"map of the footprints of {len(shapes)} scenes")

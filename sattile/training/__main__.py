@@ -1,0 +1,102 @@
+"""The driver's child process, in which TensorFlow runs: `python -m sattile.training JOB`, JOB being JSON.
+
+`do` lists what to do: `build` (see whether the network can be built), `fit` (train here, through the runner's
+`local_mode`), `assemble` (make the bundle of the best weights). What comes of it goes to the file `answer`:
+`{"done": true}`, `{"usage": text}` or `{"error": text}`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from sattile import storage
+from sattile.errors import SattileError, UsageError
+from sattile.training import data, fit_worker, loop, networks
+
+
+def main(text: str) -> int:
+    job = json.loads(text)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("sattile").setLevel(logging.INFO)
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # the runner's way to name its strategy is deprecated
+    try:
+        for one in job["do"]:
+            {"build": build, "fit": fit, "assemble": assemble}[one](job)
+        answer: dict[str, Any] = {"done": True}
+    except UsageError as error:
+        answer = {"usage": str(error)}
+    except SattileError as error:
+        answer = {"error": str(error)}
+    storage.write_json(job["answer"], answer)
+    return 0 if "done" in answer else 1
+
+
+def _end_with_parent() -> None:
+    """A parent that is gone has closed our standard input."""
+    # The raw descriptor: a buffered read would hold a lock that the interpreter wants when it ends.
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+def build(job: Mapping[str, Any]) -> Any:
+    """The network of a job, with its first weights."""
+    described = data.load_dataset(job["dataset"])
+    return networks.build(
+        job["settings"]["arch"],
+        bands=described.bands,
+        classes=[one.name for one in described.classes],
+        statistics=described.description["statistics"],
+    )
+
+
+def fit(job: Mapping[str, Any]) -> None:
+    from spark_tensorflow_distributor import MirroredStrategyRunner
+
+    from sattile import engine
+
+    build(job)  # what is wrong with a builder is said before Spark starts
+    # The runner asks for a session even where it only calls the function: a small one of our own.
+    session = engine.session("local[1]", app_name="sattile-train")
+    try:
+        MirroredStrategyRunner(num_slots=1, local_mode=True, use_gpu=False).run(fit_worker, job=dict(job))
+    finally:
+        session.stop()
+
+
+def assemble(job: Mapping[str, Any]) -> None:
+    from sattile.model import save_bundle
+
+    described = data.load_dataset(job["dataset"])
+    network = build(job)
+    state = loop.read_best(job["work"])
+    network.set_weights(state.weights)
+    staged = storage.join(job["work"], "bundle")
+    storage.remove(staged)
+    storage.write_json(storage.join(staged, "history.json"), state.history)
+    logs = storage.join(job["work"], "tensorboard")
+    for entry in storage.list_folder(logs):
+        storage.write_bytes(storage.join(staged, "tensorboard", storage.name(entry.url)), storage.read_bytes(entry.url))
+    save_bundle(
+        staged,
+        network,
+        bands=described.bands,
+        classes=described.classes,
+        fill=described.mean.tolist(),
+        values=described.description["values"],
+        gsd=described.description.get("gsd"),
+        dataset_digest=described.digest,
+        metrics=state.metrics,
+        about={"best_epoch": state.best, **job["settings"]},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,448 @@
+"""The training loop: one process's part of it, under whatever `tf.distribute` strategy is current. No Spark here.
+
+Keras 3's own `model.fit` fails under MultiWorkerMirroredStrategy (a PerReplica tensor reaches the loss), so the loop
+is written out. All that is divided by is summed over the workers first, so that the weights do not depend on how
+many share a global batch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from sattile import metrics, storage
+from sattile.errors import SattileError
+from sattile.training import data, networks
+
+log = logging.getLogger("sattile")
+
+CHECKPOINT, PROGRESS = "checkpoint.npz", "progress.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that shapes the weights.
+
+    Attributes:
+        arch: as `networks.build` takes it.
+        epochs: passes over the training tiles.
+        batch_size: of the global batch, over all workers.
+        learning_rate: its peak; it warms up over `warmup` epochs and falls to 0 along a cosine.
+        weight_decay: AdamW's.
+        dice: weight of the Dice term beside cross-entropy.
+        class_weights: `none`, or `balanced`: (1 / share of a class) ** 0.5, mean 1 over the labelled pixels.
+        patience: epochs without a better validation mIoU after which it ends; 0 is never.
+        augment: flips, quarter turns, brightness and band jitter.
+        seed: of weights, order and augmentation.
+    """
+
+    arch: str = "unet-small"
+    epochs: int = 30
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-3
+    warmup: float = 1.0
+    dice: float = 1.0
+    class_weights: str = "none"
+    patience: int = 0
+    augment: bool = True
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit(*, dataset: str, work: str, settings: Settings, stop_after: int | None = None) -> dict[str, Any]:
+    """Train, or go on where the last checkpoint ends. Called alike by every worker of the current strategy.
+
+    Args:
+        dataset: URL of the tiles dataset.
+        work: URL of a folder that all workers see; the checkpoint of each epoch and TensorBoard's logs go there.
+        settings: what to do.
+        stop_after: end after this epoch as if killed (for tests).
+
+    Returns:
+        `history`: per epoch `epoch, loss, val_loss, val_miou, learning_rate, seconds, tiles_per_s, best`; `best`: the
+        epoch that was kept; `metrics`: of that epoch, over the validation split (`split` says which it was).
+        The weights are in the checkpoint: `read_best`.
+
+    Raises:
+        SattileError: if workers see different checkpoints.
+    """
+    import keras
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    worker, workers = _place(strategy)
+    described = data.load_dataset(dataset)
+    classes = len(described.classes)
+    split = data.Split(described, "train")
+    held_out = data.Split(described, "val") if described.tiles("val") else split
+    if worker == 0 and held_out is split:
+        log.warning("train: the dataset has no validation tiles; the best epoch is chosen on the training tiles")
+    hidden = data.seen_before(held_out)
+
+    keras.utils.set_random_seed(settings.seed)
+    with strategy.scope():
+        network = networks.build(
+            settings.arch,
+            bands=described.bands,
+            classes=[one.name for one in described.classes],
+            statistics=described.description["statistics"],
+        )
+        steps = len(data.plan(len(split), settings.batch_size, seed=0, epoch=0)[0])
+        optimizer = keras.optimizers.AdamW(_schedule(settings, steps), weight_decay=settings.weight_decay)
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        optimizer.build(network.trainable_variables)
+    weights = _class_weights(settings.class_weights, described.class_pixels("train"))
+    train_step, validate_step = _steps(strategy, network, optimizer, weights, classes, settings.dice)
+
+    url = storage.join(work, CHECKPOINT)
+    key = storage.digest([settings.to_dict(), described.digest])
+    state = _resume(url, key, network, optimizer)
+    _agree(strategy, len(state.history))
+    callbacks = keras.callbacks.CallbackList(
+        [_tensorboard(work)] if worker == 0 and storage.scheme_of(work) == "file" else [], model=network
+    )
+    callbacks.on_train_begin()
+    augmentation = data.Augmentation() if settings.augment else None
+    for epoch in range(len(state.history), settings.epochs):
+        if state.stale >= settings.patience > 0:
+            break
+        callbacks.on_epoch_begin(epoch)
+        start = time.monotonic()
+        losses = [
+            train_step(*_spread(strategy, workers, batch))
+            for batch in data.batches(
+                split,
+                batch_size=settings.batch_size,
+                worker=worker,
+                workers=workers,
+                seed=settings.seed,
+                epoch=epoch,
+                augmentation=augmentation,
+            )
+        ]
+        loss = float(np.mean([float(one) for one in losses]))
+        if not np.isfinite(loss):
+            raise SattileError(
+                f"the loss of epoch {epoch + 1} is {loss}: lower --learning-rate (it was {settings.learning_rate:g})"
+            )
+        seconds = time.monotonic() - start
+        parts = [
+            validate_step(*_spread(strategy, workers, batch))
+            for batch in data.batches(
+                held_out,
+                batch_size=settings.batch_size,
+                worker=worker,
+                workers=workers,
+                shuffle=False,
+                hidden=hidden,
+            )
+        ]
+        confusion = np.sum([np.asarray(part[0], np.int64) for part in parts], axis=0)
+        val_loss = float(sum(float(part[1]) for part in parts) / max(confusion.sum(), 1))
+        measured = metrics.summarize(confusion, described.classes)
+        logs = {
+            "epoch": epoch + 1,
+            "loss": loss,
+            "val_loss": val_loss,
+            "val_miou": measured["miou"],
+            "learning_rate": float(optimizer.learning_rate),
+            "seconds": round(time.monotonic() - start, 2),
+            "tiles_per_s": round(len(split) / seconds, 1),
+        }
+        state.add(logs, {**measured, "split": held_out.name}, network)
+        # Every worker reads the weights (that may take all of them), one writes.
+        saved = state.to_bytes(key, network, optimizer)
+        if worker == 0:
+            storage.write_bytes(url, saved)
+            storage.write_json(storage.join(work, PROGRESS), state.history)
+        callbacks.on_epoch_end(epoch, {name: float(value) for name, value in logs.items() if value is not None})
+        if stop_after == epoch + 1:
+            break
+    callbacks.on_train_end()
+    return {
+        "history": state.history,
+        "best": state.best,
+        "metrics": state.metrics,
+    }
+
+
+def describe(logs: dict[str, Any], epochs: int) -> str:
+    """The line a person follows; * marks the best so far."""
+    miou = "  --  " if logs["val_miou"] is None else f"{logs['val_miou']:.4f}"
+    return (
+        f"epoch {logs['epoch']:3d}/{epochs}  loss {logs['loss']:.4f}  val loss {logs['val_loss']:.4f}  "
+        f"val mIoU {miou}  {logs['seconds']:.1f} s  {logs['tiles_per_s']:.0f} tiles/s{' *' if logs['best'] else ''}"
+    )
+
+
+def _steps(
+    strategy: Any, network: Any, optimizer: Any, weights: np.ndarray, classes: int, dice: float
+) -> tuple[Any, Any]:
+    """The two compiled functions over one distributed batch: train -> loss; validate -> (confusion, summed loss)."""
+    import tensorflow as tf
+
+    # 256 entries: a label is looked up as it is, IGNORE weighs nothing.
+    table = np.zeros(256, np.float32)
+    table[:classes] = weights
+    forward, is_logits = _logits(network)
+
+    def log_probabilities(images: Any, training: bool) -> Any:
+        out = forward(images, training=training)
+        return tf.nn.log_softmax(out) if is_logits else tf.math.log(tf.clip_by_value(out, 1e-7, 1.0))
+
+    def cross_entropy(logp: Any, labels: Any) -> tuple[Any, Any]:
+        index = tf.cast(labels, tf.int32)
+        weight = tf.gather(table, index)
+        truth = tf.one_hot(index, classes)  # IGNORE: all zero
+        return -tf.reduce_sum(weight * tf.reduce_sum(truth * logp, -1)), weight
+
+    def train(images: Any, labels: Any) -> Any:
+        context = tf.distribute.get_replica_context()
+        labelled = tf.reduce_any(labels < classes, axis=[1, 2])
+        weight = tf.gather(table, tf.cast(labels, tf.int32))
+        local = tf.stack([tf.reduce_sum(weight), tf.reduce_sum(tf.cast(labelled, tf.float32))])
+        total = tf.maximum(context.all_reduce(tf.distribute.ReduceOp.SUM, local), 1e-6)
+        with tf.GradientTape() as tape:
+            logp = log_probabilities(images, training=True)
+            loss = cross_entropy(logp, labels)[0] / total[0]
+            loss += dice * tf.reduce_sum(dice_loss(tf.exp(logp), labels)) / total[1]
+            if network.losses:
+                loss += tf.add_n(network.losses) / context.num_replicas_in_sync
+        gradients = tape.gradient(loss, network.trainable_variables)
+        optimizer.apply([_value(one) for one in gradients], network.trainable_variables)  # sums over the replicas
+        return loss
+
+    def validate(images: Any, labels: Any) -> tuple[Any, Any]:
+        logp = log_probabilities(images, training=False)
+        index = tf.cast(labels, tf.int32)
+        counts = tf.boolean_mask(index * classes + tf.argmax(logp, -1, tf.int32), index < classes)
+        confusion = tf.math.bincount(counts, minlength=classes * classes, maxlength=classes * classes)
+        truth = tf.one_hot(index, classes)
+        return tf.reshape(confusion, (classes, classes)), -tf.reduce_sum(truth * logp)
+
+    @tf.function
+    def train_step(images: Any, labels: Any) -> Any:
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(train, (images, labels)), axis=None)
+
+    @tf.function
+    def validate_step(images: Any, labels: Any) -> Any:
+        parts = strategy.run(validate, (images, labels))
+        return [strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None) for part in parts]
+
+    return train_step, validate_step
+
+
+def _value(gradient: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def dice_loss(probabilities: Any, labels: Any) -> Any:
+    """1 - soft Dice per tile, (N,): the mean over the classes that a tile's labelled pixels show; 0 for none.
+
+    Args:
+        probabilities: (N, H, W, K) float32.
+        labels: (N, H, W) class index; others (`IGNORE`) do not count.
+    """
+    import tensorflow as tf
+
+    classes = probabilities.shape[-1]
+    index = tf.cast(labels, tf.int32)
+    truth = tf.one_hot(index, classes)
+    probabilities *= tf.cast(index < classes, tf.float32)[..., None]
+    both = tf.reduce_sum(truth * probabilities, [1, 2])
+    area = tf.reduce_sum(truth, [1, 2])
+    present = tf.cast(area > 0, tf.float32)
+    # Smoothing by one pixel: a class of a few pixels has a gradient, too.
+    score = (2 * both + 1) / (area + tf.reduce_sum(probabilities, [1, 2]) + 1)
+    return tf.math.divide_no_nan(tf.reduce_sum(present * (1 - score), -1), tf.reduce_sum(present, -1))
+
+
+def _logits(network: Any) -> tuple[Any, bool]:
+    """The network without its last softmax where that is a layer of its own: more exact than log(softmax)."""
+    import keras
+
+    last = network.layers[-1]
+    is_softmax = isinstance(last, keras.layers.Softmax) or (
+        isinstance(last, keras.layers.Activation) and last.activation is keras.activations.softmax
+    )
+    if is_softmax and last.output is network.output and len(last._inbound_nodes) == 1:
+        return keras.Model(network.inputs, last.input), True
+    return network, False
+
+
+def _class_weights(how: str, pixels: np.ndarray) -> np.ndarray:
+    """A weight per class, (K,) float32."""
+    if how == "none" or not pixels.any():
+        return np.ones(len(pixels), np.float32)
+    # Tempered by a square root: full balance makes a network shout about rare classes.
+    share = np.maximum(pixels, 1) / max(pixels.sum(), 1)
+    weights = share**-0.5
+    return (weights / (weights * share).sum()).astype(np.float32)
+
+
+def _schedule(settings: Settings, steps: int) -> Any:
+    import keras
+
+    warmup = max(round(settings.warmup * steps), 1)
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=settings.learning_rate / 20,
+        decay_steps=max(settings.epochs * steps - warmup, 1),
+        warmup_target=settings.learning_rate,
+        warmup_steps=warmup,
+        alpha=0.0,
+    )
+
+
+def _place(strategy: Any) -> tuple[int, int]:
+    """This worker's number, and how many there are."""
+    resolver = strategy.cluster_resolver
+    if resolver is None or resolver.task_type != "worker" or not resolver.cluster_spec().jobs:
+        return 0, 1
+    return resolver.task_id, resolver.cluster_spec().num_tasks("worker")
+
+
+def _spread(strategy: Any, workers: int, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Any, Any]:
+    """This worker's share of a batch, spread over its devices if it has several."""
+    import tensorflow as tf
+
+    devices = strategy.num_replicas_in_sync // workers
+    tensors = [tf.constant(part) for part in batch]
+    if devices == 1:
+        return tensors[0], tensors[1]
+
+    def part(whole: Any) -> Any:
+        return strategy.experimental_distribute_values_from_function(
+            lambda context: whole[context.replica_id_in_sync_group % devices :: devices]
+        )
+
+    return part(tensors[0]), part(tensors[1])
+
+
+def _agree(strategy: Any, epochs: int) -> None:
+    """All workers go on from the same epoch, or none: they must see one folder."""
+    import tensorflow as tf
+
+    @tf.function
+    def total() -> Any:
+        ones = strategy.run(lambda: tf.constant([1.0, float(epochs), float(epochs) ** 2]))
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, ones, axis=None)
+
+    count, first, second = total().numpy()
+    if round(count * second) != round(first**2):
+        raise SattileError(
+            "the workers see different checkpoints: the out folder must be on storage that all of them share"
+        )
+
+
+def _tensorboard(work: str) -> Any:
+    """A callback that writes TensorBoard's event files: TFRecords of Event messages, which need no TensorBoard here."""
+    import keras
+    import tensorflow as tf
+    from tensorflow.core.util import event_pb2
+
+    class Scalars(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            folder = storage.join(work, "tensorboard")
+            storage.make_folder(folder)
+            path = storage.join(storage.local_path(folder), f"events.out.tfevents.{time.time_ns()}.sattile")
+            self.file = tf.io.TFRecordWriter(path)
+            self.write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+        def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+            event = event_pb2.Event(wall_time=time.time(), step=epoch + 1)
+            for name, value in (logs or {}).items():
+                event.summary.value.add(tag=name, simple_value=value)
+            self.write(event)
+
+        def on_train_end(self, logs: Any = None) -> None:
+            self.file.close()
+
+        def write(self, event: Any) -> None:
+            self.file.write(event.SerializeToString())
+            self.file.flush()
+
+    return Scalars()
+
+
+class _State:
+    """How far a training has come, and the best so far."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.best = 0
+        self.score = -1.0
+        self.metrics: dict[str, Any] = {}
+        self.weights: list[np.ndarray] = []
+
+    @property
+    def stale(self) -> int:
+        """Epochs since the best."""
+        return len(self.history) - self.best
+
+    def add(self, logs: dict[str, Any], measured: dict[str, Any], network: Any) -> None:
+        # Without a labelled validation pixel there is no mIoU: then the latest is kept.
+        score = logs["val_miou"] if logs["val_miou"] is not None else 0.0
+        if score > self.score or logs["val_miou"] is None:
+            self.best, self.score, self.metrics = logs["epoch"], score, measured
+            self.weights = network.get_weights()
+        self.history.append({**logs, "best": self.best == logs["epoch"]})
+
+    def to_bytes(self, key: str, network: Any, optimizer: Any) -> bytes:
+        meta = {"key": key, "history": self.history, "best": self.best, "score": self.score, "metrics": self.metrics}
+        arrays = {"meta": np.array(json.dumps(meta))}
+        for name, values in (
+            ("now", network.get_weights()),
+            ("best", self.weights),
+            ("optimizer", [np.asarray(one) for one in optimizer.variables]),
+        ):
+            arrays |= {f"{name}{number}": value for number, value in enumerate(values)}
+        sink = io.BytesIO()
+        np.savez(sink, **arrays)
+        return sink.getvalue()
+
+
+def _numbered(saved: Any, name: str) -> list[np.ndarray]:
+    count = sum(one.startswith(name) for one in saved.files)
+    return [saved[f"{name}{number}"] for number in range(count)]
+
+
+def _resume(url: str, key: str, network: Any, optimizer: Any) -> _State:
+    """Go on from the checkpoint of a training with the same settings and tiles, if there is one.
+
+    Its weights and moments are put into network and optimizer.
+    """
+    if not storage.exists(url):
+        return _State()
+    with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as saved:
+        state, found = _read_state(saved)
+        if found != key:
+            return _State()
+        network.set_weights(_numbered(saved, "now"))
+        for variable, value in zip(optimizer.variables, _numbered(saved, "optimizer"), strict=True):
+            variable.assign(value)
+    return state
+
+
+def read_best(work: str) -> _State:
+    """The last checkpoint: `history`, `best` (epoch), its `metrics` and `weights` in the order of `model.weights`."""
+    with np.load(io.BytesIO(storage.read_bytes(storage.join(work, CHECKPOINT))), allow_pickle=False) as saved:
+        return _read_state(saved)[0]
+
+
+def _read_state(saved: Any) -> tuple[_State, str]:
+    meta = json.loads(str(saved["meta"]))
+    state = _State()
+    state.history, state.best, state.score = meta["history"], meta["best"], meta["score"]
+    state.metrics, state.weights = meta["metrics"], _numbered(saved, "best")
+    return state, meta["key"]

@@ -1,0 +1,564 @@
+"""From scenes to maps: the laws, planning, and runs on Spark with small Keras networks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import rasterio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenes_for_tests import write_scene
+
+from sattile import mosaic, prediction
+from sattile.errors import TooManyRefused, UsageError
+from sattile.grid import Geometry, Window, blocks, ceil_to
+from sattile.model import Bundle, load_bundle
+from sattile.prediction import BlockRead, Inference, Piece, label_block, predict
+from sattile.schema import Band, Scene, SegmentClass
+
+quick = settings(deadline=None, max_examples=40)
+
+CLASSES = (SegmentClass(0, "land", "#ddcc77"), SegmentClass(7, "water", "#332288"))
+
+
+def bundle_of(**changes: Any) -> Bundle:
+    made = Bundle(
+        url="/m", bands=("x", "y"), classes=CLASSES, values="raw", fill=(3.0, 5.0), total_stride=1,
+        receptive_radius=0, input_shape=None, activation_bytes=100.0, gsd=None, output="scores", digest="d",
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def scene_of(height: int, width: int, scene_id: str = "s", **changes: Any) -> Scene:
+    bands = tuple(Band(name, f"/{scene_id}.tif", index, "uint16") for index, name in enumerate("xy", 1))
+    made = Scene(scene_id, f"/{scene_id}.tif", height, width, bands, "EPSG:32632", (10, 0, 6e5, 0, -10, 5e6), gsd=10.0)
+    return replace(made, **changes)
+
+
+# --- laws 1, 2 and 4 on networks of numpy -------------------------------------------------------------------------
+
+
+def box(images: np.ndarray, radius: int) -> np.ndarray:
+    """Sum over a square of 2 radius + 1, zeros outside: what a convolution of ones with `same` padding gives."""
+    padded = np.pad(images, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
+    height, width = images.shape[1:3]
+    reach = range(2 * radius + 1)
+    return sum(padded[:, down : down + height, right : right + width] for down in reach for right in reach)  # type: ignore[return-value]
+
+
+def pooling_network(images: np.ndarray) -> np.ndarray:
+    """Convolution, 2x2 maximum, convolution, back to full size, plus the input: stride 2, radius 1 + 2 + 1.
+
+    On whole numbers it is exact in float32, so that results are compared to the bit.
+    """
+    full = box(images, 1)
+    count, height, width, bands = full.shape
+    small = full.reshape(count, height // 2, 2, width // 2, 2, bands).max((2, 4))
+    return box(small, 1).repeat(2, 1).repeat(2, 2) + images
+
+
+def window_network(images: np.ndarray) -> np.ndarray:
+    """Each pixel depends on its whole window: its receptive field has no bound."""
+    return images + images.sum((1, 2), keepdims=True) % 7
+
+
+def run(job: Inference, scorer: Callable[..., Any], data: np.ndarray, valid: np.ndarray, edge: int) -> dict[str, Any]:
+    """Label a whole image, block by block, as tasks do: each block sees its own part of the image alone."""
+    height, width = valid.shape
+    scene = scene_of(height, width)
+    labels = np.empty(valid.shape, np.uint8)
+    scores = np.empty((height, width, 2), np.float32)
+    coverage = np.empty(valid.shape, np.uint32)
+    hits = np.zeros(valid.shape, int)
+    for block in blocks(height, width, edge):
+        region = job.geometry.region(height, width, block)
+        part, good = np.zeros((*region.shape, 2), data.dtype), np.zeros(region.shape, bool)
+        inside = region & Window(0, 0, height, width)
+        part[inside.slices(region)], good[inside.slices(region)] = data[inside.slices()], valid[inside.slices()]
+        part[~good] = 12345  # what lies under nodata must not matter
+        read = BlockRead(region, part, good, good[block.slices(region)], None, 0.0)
+        done = label_block(Piece(scene, block), read, job, scorer)
+        here = block.slices()
+        labels[here], scores[here], coverage[here] = done.labels, done.scores, done.coverage
+        hits[here] += 1
+    assert (hits == 1).all()
+    return {"labels": labels, "scores": scores, "coverage": coverage}
+
+
+def whole(job: Inference, scorer: Callable[..., Any], data: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Whole-image inference: the scene extended right and bottom to the stride's multiple, missing pixels filled."""
+    height, width = valid.shape
+    step = job.geometry.total_stride
+    image = np.empty((ceil_to(height, step), ceil_to(width, step), 2), np.float32)
+    image[:] = job.fill
+    image[:height, :width][valid] = data[valid]
+    return scorer(image[None])[0, :height, :width]
+
+
+@st.composite
+def images(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    height, width = draw(st.integers(1, 60)), draw(st.integers(1, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    valid = rng.random((height, width)) > draw(st.sampled_from([0.0, 0.3]))
+    valid[: draw(st.integers(0, height))] = False  # a collar, often of whole windows
+    return rng.integers(0, 100, (height, width, 2)).astype(np.uint16), valid
+
+
+def job_of(geometry: Geometry, batch: int = 3) -> Inference:
+    return Inference(bundle_of(), geometry, batch, "tensorflow", 1, (3.0, 5.0), scores=True, coverage=True)
+
+
+@given(images(), st.integers(1, 8), st.integers(2, 6), st.integers(1, 70), st.integers(1, 4))
+@quick
+def test_crop_equals_whole_image_inference(
+    image: tuple[np.ndarray, np.ndarray], cells: int, halo: int, edge: int, batch: int
+) -> None:
+    job = job_of(Geometry("crop", 2 * cells, 2 * cells, 2 * halo, 2), batch)
+    data, valid = image
+    found = run(job, pooling_network, data, valid, edge)
+    expected = whole(job, pooling_network, data, valid)
+    np.testing.assert_array_equal(found["scores"][valid], expected[valid])
+    assert np.isnan(found["scores"][~valid]).all()
+    np.testing.assert_array_equal(found["coverage"], valid)
+    ids = np.where(expected[..., 1] > expected[..., 0], 7, 0)
+    np.testing.assert_array_equal(found["labels"], np.where(valid, ids, 255))
+
+
+def test_a_halo_below_the_radius_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law above can fail."""
+    rng = np.random.default_rng(0)
+    data, valid = rng.integers(0, 100, (40, 30, 2)).astype(np.uint16), np.ones((40, 30), bool)
+    job = job_of(Geometry("crop", 8, 8, 2, 2))
+    found = run(job, pooling_network, data, valid, 16)["scores"]
+    assert (found != whole(job, pooling_network, data, valid)).any()
+
+
+@given(images(), st.integers(1, 8), st.data(), st.integers(1, 70))
+@quick
+def test_blend_does_not_depend_on_the_blocks(
+    image: tuple[np.ndarray, np.ndarray], cells: int, data: st.DataObject, edge: int
+) -> None:
+    job = job_of(Geometry("blend", 2 * cells, 2 * data.draw(st.integers(1, cells)), 0, 2))
+    one, other = (run(job, window_network, *image, cut) for cut in (edge, 60))
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name], err_msg=name)
+    np.testing.assert_array_equal(one["coverage"] > 0, image[1])
+
+
+@given(images(), st.sampled_from(["crop", "blend"]), st.integers(1, 16), st.integers(1, 70), st.booleans())
+@quick
+def test_identity_gives_the_input_and_a_constant_is_constant(
+    image: tuple[np.ndarray, np.ndarray], merge: str, size: int, edge: int, fixed: bool
+) -> None:
+    stride = size if merge == "crop" else max(size // 2, 1)
+    job = job_of(Geometry(merge, size, stride, 0, 1, fixed))
+    data, valid = image
+    found = run(job, lambda batch: batch, data, valid, edge)["scores"]
+    np.testing.assert_array_equal(found[valid], data[valid])
+    constant = run(job, lambda batch: np.full(batch.shape, 0.1, np.float32), data, valid, edge)["scores"]
+    assert (constant[valid] == np.float32(0.1)).all()
+    assert np.isnan(constant[~valid]).all()
+
+
+def test_batches_are_of_one_shape_and_windows_without_data_are_not_evaluated() -> None:
+    seen = []
+
+    def scorer(batch: np.ndarray) -> np.ndarray:
+        seen.append(batch.shape)
+        return batch
+
+    job = job_of(Geometry("crop", 8, 8, 0, 1), 4)
+    data, valid = np.zeros((40, 24, 2), np.uint16), np.zeros((40, 24), bool)
+    valid[33, 1] = valid[0, 0] = True
+    run(job, scorer, data, valid, 24)
+    assert seen == [(4, 8, 8, 2), (4, 8, 8, 2)]
+    # A scene of fewer windows than a batch has them all in one, without padding.
+    assert prediction.batch_for(job, scene_of(8, 16)) == 2
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_read_as_people_write_it() -> None:
+    assert prediction.parse_memory("1500m") == 1500 * 2**20
+    assert prediction.parse_memory("3g") == prediction.parse_memory("3 GiB") == 3 * 2**30
+    assert prediction.parse_memory(5) == 5
+    with pytest.raises(UsageError, match="3g"):
+        prediction.parse_memory("much")
+
+
+@given(st.integers(100, 4000), st.one_of(st.none(), st.integers(0, 200)), st.sampled_from(["1500m", "3g", "12g"]))
+@quick
+def test_windows_and_blocks_follow_from_the_memory_of_a_worker(
+    activation: int, radius: int | None, memory: str
+) -> None:
+    bundle = bundle_of(activation_bytes=float(activation), receptive_radius=radius, total_stride=8)
+    job = prediction.prepare(bundle, worker_memory=memory)
+    scenes = [scene_of(20_000, 30_000)]
+    edge = prediction.choose_edge(job, scenes, prediction.parse_memory(memory), 2)
+    unit = job.geometry.size if job.geometry.merge == "crop" else 512
+    assert edge % unit == 0
+    assert edge == unit or prediction.block_memory(job, edge) <= prediction.parse_memory(memory)
+
+
+def test_a_plan_counts_pixels_and_cuts_tasks_and_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prediction.prepare(bundle_of(receptive_radius=10, total_stride=2), size=100)
+    scenes = [scene_of(300, 500, "a"), scene_of(90, 40, "b"), scene_of(1000, 250, "c")]
+    plan = prediction.plan(job, scenes, slots=2)
+    assert plan.delivered == 300 * 500 + 90 * 40 + 1000 * 250
+    # Windows of 120 where the scene has as much; (3 x 5) + (10 x 3) of them; b is smaller than a window.
+    assert plan.evaluated == (15 + 30) * 120**2 + 90 * 40
+    tasks = prediction.tasks_of(plan.pieces, job, 2)
+    assert [piece for task in tasks for piece in task] == list(plan.pieces)
+    monkeypatch.setattr(prediction, "WAVE_PIXELS", 200_000)
+    waves = prediction.waves_of(plan.pieces)
+    assert [piece for wave in waves for piece in wave] == list(plan.pieces)
+    assert [{piece.scene.scene_id for piece in wave} for wave in waves] == [{"a", "b"}, {"c"}]
+
+
+@pytest.mark.parametrize(
+    ("scene", "bundle", "reason"),
+    [
+        (scene_of(5, 6), bundle_of(bands=("x", "nir", "red")), "lacks band nir, red"),
+        (scene_of(5, 6), bundle_of(values="scaled"), "states no scale"),
+        (scene_of(5, 6, gsd=30.0), bundle_of(gsd=10.0), "30 m and the model was trained on 10 m"),
+        (scene_of(5, 6, gsd=5.0), bundle_of(gsd=10.0), "5 m"),
+    ],
+)
+def test_scenes_that_a_model_cannot_be_used_on(scene: Scene, bundle: Bundle, reason: str) -> None:
+    good, refused = prediction.fitting([scene], bundle, max_gsd_ratio=1.5)
+    assert not good
+    assert reason in refused[0].reason
+
+
+def test_scenes_within_the_ratio_or_without_a_gsd_are_fine_and_bands_come_in_the_models_order() -> None:
+    scenes = [scene_of(5, 6, gsd=12.0), scene_of(5, 6, gsd=None)]
+    good, refused = prediction.fitting(scenes, bundle_of(gsd=10.0, bands=("y", "x")), max_gsd_ratio=1.5)
+    assert not refused
+    assert [scene.band_names for scene in good] == [("y", "x")] * 2
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"engine": "abacus"}, "abacus"),
+        ({"fill": (1.0, 2.0, 3.0)}, "x, y"),
+        ({"fill": "a,b"}, "a,b"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"merge": "crop", "halo": 2}, "use halo 8"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(wish: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        prediction.prepare(bundle_of(receptive_radius=8, total_stride=4), **wish)
+
+
+# --- runs on Spark ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundles of small Keras networks: `identity`, `constant`, `convolutions`, `pooling`."""
+    import keras
+
+    from sattile.model import bundle
+
+    folder = tmp_path_factory.mktemp("models")
+    keras.utils.set_random_seed(1)
+    given = keras.Input((None, None, 2))
+    conv = keras.layers.Conv2D(6, 3, padding="same", activation="relu")(given)
+    pooled = keras.layers.Conv2D(6, 3, padding="same", activation="relu")(keras.layers.MaxPooling2D(2)(conv))
+    back = keras.layers.Concatenate()([keras.layers.UpSampling2D(2)(pooled), conv])
+    networks = {
+        "identity": keras.Model(given, keras.layers.Activation("linear")(given)),
+        "constant": keras.Model(
+            given, keras.layers.Conv2D(2, 1, kernel_initializer="zeros", bias_initializer="ones")(given)
+        ),
+        "convolutions": keras.Model(given, keras.layers.Conv2D(2, 3, padding="same")(conv)),
+        "pooling": keras.Model(given, keras.layers.Conv2D(2, 1)(back)),
+    }
+    for name, network in networks.items():
+        network.save(folder / f"{name}.keras")
+        bundle(str(folder / f"{name}.keras"), bands="x,y", classes="land=0,water=7", fill="3,5", out=str(folder / name))
+    return folder
+
+
+def noise(seed: int, height: int, width: int) -> np.ndarray:
+    """(2, height, width) uint16 with a collar of zeros."""
+    data = np.random.default_rng(seed).integers(1, 2000, (2, height, width)).astype(np.uint16)
+    data[:, : height // 5, : width // 3] = 0
+    return data
+
+
+SHAPES = {"one": (150, 233), "two, b": (300, 70), "small": (20, 31), "four": (64, 64)}
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archive")
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        write_scene(
+            folder / f"{name}.tif", noise(seed, *shape), names=("x", "y"), nodata=0,
+            tiled=True, blockxsize=64, blockysize=64,
+        )  # fmt: skip
+    return folder
+
+
+def maps_of(out: Path) -> dict[str, str]:
+    """Digests of all that is published but the run's own records."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and not path.name.startswith(("_", "."))
+    }
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "_run.json").read_text())
+
+
+def read(path: Path) -> np.ndarray:
+    with rasterio.open(path) as file:
+        return file.read().transpose(1, 2, 0)
+
+
+def keras_scores(models: Path, name: str, image: np.ndarray) -> np.ndarray:
+    """The plain Keras network on a whole image (extended to a multiple of its stride, missing pixels filled)."""
+    import keras
+
+    bands = image.transpose(1, 2, 0).astype(np.float32)
+    height, width = bands.shape[:2]
+    step = 2 if name == "pooling" else 1
+    whole = np.empty((ceil_to(height, step), ceil_to(width, step), 2), np.float32)
+    whole[:] = (3, 5)
+    valid = (bands != 0).all(-1)
+    whole[:height, :width][valid] = bands[valid]
+    return np.asarray(keras.models.load_model(models / f"{name}.keras")(whole[None]))[0, :height, :width]
+
+
+@pytest.mark.parametrize("name", ["convolutions", "pooling"])
+def test_a_mosaic_is_whole_image_inference(spark: Any, models: Path, archive: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    predict(spark, model=str(models / name), scenes=[str(archive)], out=str(out), size=64, scores=True, coverage=True)
+    assert record_of(out)["settings"]["merge"] == "crop"
+    for seed, (scene, shape) in enumerate(SHAPES.items()):
+        image = noise(seed, *shape)
+        valid = image[0] != 0
+        expected = keras_scores(models, name, image)
+        scores, labels = read(out / scene / "scores.tif"), read(out / scene / "labels.tif")[..., 0]
+        np.testing.assert_allclose(scores[valid], expected[valid], rtol=2e-5, atol=2e-3)
+        assert np.isnan(scores[~valid]).all()
+        best = np.where(scores[..., 1] > scores[..., 0], 7, 0)
+        np.testing.assert_array_equal(labels, np.where(valid, best, 255))
+        np.testing.assert_array_equal(read(out / scene / "coverage.tif")[..., 0], valid)
+
+
+@pytest.mark.parametrize("merge", ["crop", "blend"])
+def test_identity_is_the_input_and_a_constant_is_constant(
+    spark: Any, models: Path, archive: Path, tmp_path: Path, merge: str
+) -> None:
+    for name in ("identity", "constant"):
+        out = tmp_path / name
+        predict(spark, model=str(models / name), scenes=[str(archive)], out=str(out), merge=merge, size=64, scores=True)
+        for seed, (scene, shape) in enumerate(SHAPES.items()):
+            image = noise(seed, *shape).transpose(1, 2, 0)
+            valid = image[..., 0] != 0
+            scores = read(out / scene / "scores.tif")
+            expected = image if name == "identity" else np.ones_like(image)
+            np.testing.assert_array_equal(scores[valid], expected[valid].astype(np.float32))
+            assert np.isnan(scores[~valid]).all()
+
+
+@pytest.fixture(scope="module")
+def reference(spark: Any, models: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reference") / "out"
+    predict(
+        spark, model=str(models / "pooling"), scenes=[str(archive)], out=str(out), merge="blend", size=64, stride=32
+    )
+    return out
+
+
+def test_the_same_bytes_for_any_order_block_task_and_wave(
+    spark: Any, models: Path, archive: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "choose_edge", lambda *_: 128)
+    monkeypatch.setattr(prediction, "TASK_PIXELS", 10_000)
+    monkeypatch.setattr(prediction, "WAVE_SCENES", 1)
+    files = sorted(map(str, archive.glob("*.tif")), reverse=True)
+    out = tmp_path / "out"
+    predict(spark, model=str(models / "pooling"), scenes=files, out=str(out), merge="blend", size=64, stride=32)
+    assert maps_of(out) == maps_of(reference)
+
+
+def test_a_second_run_writes_nothing_and_only_what_changed_is_done_again(
+    spark: Any, models: Path, archive: Path, tmp_path: Path
+) -> None:
+    scenes = tmp_path / "scenes"
+    for seed, name in enumerate(("a", "b")):
+        write_scene(scenes / f"{name}.tif", noise(seed, 50, 70), names=("x", "y"), nodata=0)
+    out = tmp_path / "out"
+
+    def go(**options: Any) -> dict[str, Any]:
+        predict(spark, model=str(models / "identity"), scenes=[str(scenes)], out=str(out), **options)
+        return record_of(out)
+
+    def times() -> dict[str, int]:
+        return {
+            str(path): path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "_run.json"
+        }
+
+    assert go()["done"] == 2
+    before = times()
+    second = go()
+    assert (second["done"], second["skipped"]) == (0, 2)
+    assert second["delivered_mpix_per_s"] > 0
+    assert times() == before
+
+    write_scene(scenes / "b.tif", noise(9, 50, 70), names=("x", "y"), nodata=0)
+    third = go()
+    assert (third["done"], third["skipped"]) == (1, 1)
+    changed = {Path(path).parent.name for path, when in times().items() if before.get(path) != when}
+    assert changed == {"b"}
+
+    with pytest.raises(UsageError, match=r"threshold: not set -> 0\.5"):
+        go(threshold=0.5)
+    (scenes / "a.tif").unlink()
+    assert go()["skipped"] == 1
+    assert (out / "a" / "item.json").exists()  # left, with a word about it
+    assert go(threshold=0.5, overwrite=True)["done"] == 1
+    assert not (out / "a").exists()  # of other settings than the rest of the folder
+    listed = json.loads((out / "collection.json").read_text())["links"]
+    assert [link["href"] for link in listed if link["rel"] == "item"] == ["./b/item.json"]
+
+
+def test_one_bad_scene_costs_that_scene(spark: Any, models: Path, tmp_path: Path) -> None:
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    for seed, name in enumerate(("bad", "good", "other")):
+        write_scene(
+            scenes / f"{name}.tif", noise(seed, 400, 300), names=("x", "y"), nodata=0, compress="deflate",
+            tiled=True, blockxsize=64, blockysize=64,
+        )  # fmt: skip
+    with open(scenes / "bad.tif", "r+b") as file:  # in the midst of the pixels: its header is fine
+        file.seek(os.path.getsize(scenes / "bad.tif") // 2)
+        file.write(b"\xff" * 3000)
+    with pytest.raises(TooManyRefused, match="1 of 3"):
+        predict(spark, model=str(models / "identity"), scenes=[str(scenes)], out=str(out))
+    table = pq.read_table(out / "_quarantine.parquet").to_pylist()
+    assert [(row["url"], row["stage"]) for row in table] == [(str(scenes / "bad.tif"), "predict")]
+    assert record_of(out)["done"] == 2
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["good", "other"]
+
+
+def test_the_area_of_interest_limits_what_is_computed(
+    spark: Any, models: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import geopandas
+    import shapely
+
+    # Ten metres a pixel: rows 0 to 60, columns 100 to 180 of scene `one`; the others end at column 70.
+    area = shapely.box(600_000 + 1000, 5_000_000 - 600, 600_000 + 1800, 5_000_000)
+    geopandas.GeoSeries([area], crs="EPSG:32632").to_crs(4326).to_file(tmp_path / "aoi.geojson")
+    monkeypatch.setattr(prediction, "choose_edge", lambda *_: 64)
+    out = tmp_path / "out"
+    predict(
+        spark, model=str(models / "identity"), scenes=[str(archive)], out=str(out), size=64,
+        aoi=str(tmp_path / "aoi.geojson"),
+    )  # fmt: skip
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["one"]
+    found = record_of(out)
+    assert found["outside_aoi"] == 3
+    labels = read(out / "one" / "labels.tif")[..., 0]
+    inside = np.zeros(labels.shape, bool)
+    inside[:60, 100:180] = True
+    valid = noise(0, *SHAPES["one"])[0] != 0
+    # GeoJSON rounds; straight edges of one CRS are nearly so in the other: a pixel at the rim may differ.
+    assert ((labels != 255) != (inside & valid)).sum() <= 300
+    assert (labels[5:55, 105:175] != 255).all()
+    assert (labels[65:] == 255).all()
+    # Blocks of 64 px: columns 64 to 192 of the first row.
+    assert found["delivered_pixels"] == 64 * 128
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    spark: Any, models: Path, archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    predict(spark, model=str(models / "pooling"), scenes=[str(archive)], out=str(out), dry_run=True)
+    assert not out.exists()
+    text = capsys.readouterr().out
+    assert "scenes      4 (0 refused)" in text
+    assert "per pixel delivered" in text
+
+
+def test_bad_wishes_stop_before_anything_is_read(spark: Any, models: Path, tmp_path: Path) -> None:
+    common = {"model": str(models / "pooling"), "out": str(tmp_path / "out")}
+    with pytest.raises(UsageError, match="use halo"):
+        predict(spark, scenes=["/nowhere/*.tif"], merge="crop", halo=2, **common)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="nowhere"):
+        predict(spark, scenes=["/nowhere/x.tif"], **common)  # type: ignore[arg-type]
+    assert not (tmp_path / "out" / "collection.json").exists()
+
+
+KILLED = """
+import sys
+from sattile import mosaic, prediction
+from sattile.engine import session
+published = mosaic.publish
+def slow(*arguments):
+    published(*arguments)
+    print("published", flush=True)
+    import time; time.sleep(1)
+mosaic.publish = slow
+prediction.WAVE_SCENES = 1
+prediction.predict(session("local[2]"), model=sys.argv[1], scenes=[sys.argv[2]], out=sys.argv[3],
+                   merge="blend", size=64, stride=32)
+"""
+
+
+def test_a_killed_run_leaves_nothing_half_visible_and_the_next_one_finishes_it(
+    spark: Any, models: Path, archive: Path, tmp_path: Path, reference: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(models / "pooling"), str(archive), str(out)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "published\n"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    folders = [path for path in out.iterdir() if path.is_dir() and path.name != mosaic.STAGING]
+    assert folders
+    assert not (out / "_run.json").exists()
+    for folder in folders:
+        for name in ("labels.tif", "quicklook.png", "item.json"):
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            assert maps_of(reference)[f"{folder.name}/{name}"] == digest
+    time.sleep(0.2)
+    predict(
+        spark, model=str(models / "pooling"), scenes=[str(archive)], out=str(out), merge="blend", size=64, stride=32
+    )
+    assert record_of(out)["skipped"] == len(folders)
+    assert maps_of(out) == maps_of(reference)
+    assert not (out / mosaic.STAGING).exists()
+
+
+def test_a_bundle_of_keras_has_the_geometry_that_the_laws_need(models: Path) -> None:
+    pooling = load_bundle(str(models / "pooling"))
+    assert pooling.total_stride == 2
+    # 3x3, 2x2 maximum, 3x3 at half size: 1 + 2 + 1 to the side, at the worse phase.
+    assert pooling.receptive_radius == 4
