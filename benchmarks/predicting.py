@@ -143,7 +143,8 @@ def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]
             found[f"cheap_{cores}"] = ratio
             print(
                 f"cheap model, {pixels:.0f} Mpix, {cores} core(s): sattile {np.median(ours):.1f} Mpix/s, plain loop "
-                f"{np.median(theirs):.1f} on one, ratio {ratio:.2f}, per core {ratio / cores:.2f} (medians of {repeats})"
+                f"{np.median(theirs):.1f} on one, ratio {ratio:.2f}, per core {ratio / cores:.2f} "
+                f"(medians of {repeats})"
             )
         finally:
             spark.stop()
@@ -156,7 +157,10 @@ def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]
             record = predicted(spark, cheap, one, folder / "memory_out")
             peaks.append(record["peak_memory_mb"])
         found["peaks_mb"] = peaks
-        print(f"memory, cheap model: {peaks[0]:.0f} MB a worker at {pixels:.0f} Mpix, {peaks[1]:.0f} at {4 * pixels:.0f}")
+        small_peak, large_peak = peaks
+        print(
+            f"memory, cheap model: {small_peak:.0f} MB a worker at {pixels:.0f} Mpix, {large_peak:.0f} at four times it"
+        )
         predicted(spark, unet, small, folder / "warm")
         record = predicted(spark, unet, scene, folder / "unet_out")
     finally:
@@ -167,7 +171,7 @@ def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]
     alone = bare_speed(unet, (settings["batch"], window, window, len(BANDS)))
     found["unet"] = evaluated / alone
     print(
-        f"U-Net, {pixels:.0f} Mpix, 2 cores, windows of {window} px: sattile {evaluated:.2f} Mpix/s evaluated, bare model "
-        f"{alone:.2f}, ratio {evaluated / alone:.2f}; peak {record['peak_memory_mb']:.0f} MB a worker"
+        f"U-Net, {pixels:.0f} Mpix, 2 cores, windows of {window} px: sattile {evaluated:.2f} Mpix/s evaluated, "
+        f"bare model {alone:.2f}, ratio {evaluated / alone:.2f}; peak {record['peak_memory_mb']:.0f} MB a worker"
     )
     return found

@@ -1,7 +1,7 @@
 """Tiling against a plain two-process loop that writes the same rows.
 
-The loop: each process reads its share of the tiles row by row with rasterio, encodes them with `np.save`, and writes zstd
-Parquet with pyarrow. sattile does the same in Spark tasks, and besides deals tiles to splits, counts classes, gathers
+The loop: each process reads its share of the tiles row by row with rasterio, encodes them with `np.save`, and writes
+zstd Parquet with pyarrow. sattile does the same in Spark tasks, and besides deals tiles to splits, counts classes, gathers
 exact statistics and digests, and decodes in child processes.
 """
 
@@ -101,6 +101,7 @@ def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]
     ratio = float(np.median(ours) / np.median(theirs))
     print(
         f"tiling, {pixels / 1e6:.0f} Mpix x 4 uint16, {SIZE} px, 2 cores: sattile {np.median(ours):.1f} Mpix/s, plain "
-        f"two-process loop {np.median(theirs):.1f}, ratio {ratio:.2f} (medians of {repeats}); peak {peak:.0f} MB a worker"
+        f"two-process loop {np.median(theirs):.1f}, ratio {ratio:.2f} (medians of {repeats}); "
+        f"peak {peak:.0f} MB a worker"
     )
     return {"ratio": ratio, "peak_mb": peak}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 MIN_JAVA = 17
+_LOGGING = Path(__file__).with_name("log4j2.properties")
 
 
 def session(
@@ -62,7 +63,7 @@ def session(
             "spark.driver.host": "127.0.0.1",
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.memory": "1g",
-            "spark.driver.extraJavaOptions": f"-Dlog4j.configurationFile={Path(__file__).with_name('log4j2.properties')}",
+            "spark.driver.extraJavaOptions": f"-Dlog4j.configurationFile={_LOGGING}",
             "spark.ui.enabled": "false",
         }
     builder = SparkSession.builder.appName(app_name)

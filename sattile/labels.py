@@ -18,7 +18,7 @@ import numpy as np
 from sattile import storage
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
-from sattile.schema import IGNORE, PALETTE, Refusal, Scene, SegmentClass, parse_classes, unnamed_classes
+from sattile.schema import IGNORE, PALETTE, Refusal, Scene, SegmentClass, unnamed_classes
 
 log = logging.getLogger("sattile")
 
@@ -247,9 +247,7 @@ def _background_id(background: str | None, ids: Mapping[str, int]) -> int | None
     return ids[str(background)]
 
 
-def _touching(
-    features: Features, scene: Scene, ids: Mapping[str, int], default: int
-) -> list[tuple[bytes, int]]:
+def _touching(features: Features, scene: Scene, ids: Mapping[str, int], default: int) -> list[tuple[bytes, int]]:
     """The shapes that touch a scene, with their class ids; shapes of other classes are left out."""
     import geopandas
     import shapely

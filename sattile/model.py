@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -214,8 +216,8 @@ def bundle(
     Raises:
         UsageError: if the file can't be loaded safely, or does not fit `bands` and `classes`.
     """
-    from sattile.schema import parse_classes
     from sattile.record import Run
+    from sattile.schema import parse_classes
 
     names = [one.strip() for one in (bands.split(",") if isinstance(bands, str) else bands) if one.strip()]
     if not names or len(set(names)) < len(names):
@@ -374,15 +376,40 @@ def load_scorer(bundle: Bundle, *, engine: str = "tensorflow", threads: int = 1)
     return _scorers[key]
 
 
+NOISE = ("WARNING: All log messages before absl::InitializeLog", "I0000 ", "To enable the following instructions")
+"""What TensorFlow says while it is imported, whatever its log level; news to nobody."""
+
+
+def import_tensorflow() -> Any:
+    """The tensorflow module; what it says while it starts goes to standard error without the `NOISE`."""
+    if "tensorflow" in sys.modules:
+        return sys.modules["tensorflow"]
+    sys.stderr.flush()
+    stderr = os.dup(2)  # the C++ side writes to the descriptor, not to sys.stderr
+    try:
+        with tempfile.TemporaryFile() as said:
+            os.dup2(said.fileno(), 2)
+            try:
+                import tensorflow as tf
+            finally:
+                os.dup2(stderr, 2)
+                said.seek(0)
+                for line in said.read().decode(errors="replace").splitlines():
+                    if line and not line.startswith(NOISE):
+                        print(line, file=sys.stderr)
+    finally:
+        os.close(stderr)
+    tf.get_logger().setLevel("ERROR")  # warns of retracing where shapes differ by design
+    return tf
+
+
 def use_threads(threads: int) -> None:
     """Fix TensorFlow's threads in this process.
 
     Raises:
         SattileError: if it has started with another number.
     """
-    import tensorflow as tf
-
-    config = tf.config.threading
+    config = import_tensorflow().config.threading
     try:
         config.set_intra_op_parallelism_threads(threads)
         config.set_inter_op_parallelism_threads(threads)
@@ -398,8 +425,7 @@ def use_threads(threads: int) -> None:
 
 
 def _compile(network: Any, bundle: Bundle) -> Scorer:
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     compiled: dict[tuple[int, ...], Any] = {}
 
     def score(images: np.ndarray) -> np.ndarray:

@@ -166,7 +166,7 @@ def _reason(error: BaseException, path: str) -> str:
     texts = [one for one in messages if one and not one.startswith("Read failed. See previous")]
     text = texts[-1] if texts else str(error)
     text = text.replace(path, storage.name(path))
-    if re.search(r"got \d+ bytes, expected|expected \d+ bytes, got|Read error at (row|scanline)|Cannot read.*offset", text):
+    if re.search(r"got \d+ bytes, expected|Read error at (row|scanline)|Cannot read.*offset", text):
         return "the file ends too early (a broken download?); fetch it again"
     name = re.escape(storage.name(path))
     text = re.sub(rf"^(?:'?{name}'?(?:, band \d+)?:\s*)+", "", text)

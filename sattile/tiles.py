@@ -345,8 +345,8 @@ def _rule(
     gsd = float(np.median([scene.gsd for scene in scenes if scene.gsd] or [1.0]))
     rule = SplitRule("block", fractions, seed, cell * size * gsd, buffer)
     drawn = all(source.shapes is not None and source.background is None for source in sources.values())
-    sizes = _cells_drawn(sources.values(), rule.cell) if drawn else _cells_of(scenes, shapes, rule.cell)
-    return split_module.fill_empty(rule, sizes)
+    areas = _cells_drawn(sources.values(), rule.cell) if drawn else _cells_of(scenes, shapes, rule.cell)
+    return split_module.fill_empty(rule, areas)
 
 
 def _touching(shapes: Sequence[Any], share: float) -> Iterator[tuple[int, int]]:

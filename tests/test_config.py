@@ -73,5 +73,5 @@ def test_what_is_wrong_is_named(tmp_path, text, message):
 
 
 def test_an_assignment_without_a_value_is_refused():
-    with pytest.raises(UsageError, match="section.name=value"):
+    with pytest.raises(UsageError, match=r"section\.name=value"):
         config.load(None, ["train.epochs"])

@@ -41,7 +41,7 @@ def fail(kind: type[Exception]) -> None:
     raise kind("because")
 
 
-class Unpicklable(Exception):  # noqa: N818
+class Unpicklable(Exception):
     def __init__(self, a: int, b: int):
         super().__init__("only one argument is kept")
 

@@ -34,7 +34,9 @@ def archive(tmp_path: Path) -> Path:
         water = np.hypot(*(np.indices((300, 420)) - np.array([150, 40 * index])[:, None, None])) < 110
         image = np.where(water, 300, 1500) + rng.normal(0, 60, (3, 300, 420))
         where = {"west": 600_000 + 10_000 * index}
-        write_scene(tmp_path / "scenes" / f"s{index}.tif", image.astype(np.uint16), names=("B02", "B03", "B08"), **where)
+        write_scene(
+            tmp_path / "scenes" / f"s{index}.tif", image.astype(np.uint16), names=("B02", "B03", "B08"), **where
+        )
         write_scene(tmp_path / "labels" / f"s{index}.tif", water[None].astype(np.uint8), nodata=255, **where)
     return tmp_path
 
@@ -44,7 +46,7 @@ def test_the_commands_run_one_after_the_other(archive):
     assert [line.split()[1] for line in ran] == ["index", "tile", "train", "evaluate", "predict", "report"]
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     for line in ran:
-        line = line.replace("--epochs 30", "--epochs 3")  # noqa: PLW2901
+        line = line.replace("--epochs 30", "--epochs 3")
         done = subprocess.run(
             line, shell=True, cwd=archive, env={**os.environ, "PATH": path}, capture_output=True, text=True,
             check=False, timeout=600,

@@ -54,9 +54,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_second_job_on_the_same_folder_is_refused(tmp_path):
-    with storage.Lease(str(tmp_path)):
-        with pytest.raises(UsageError, match="being written by another job"), storage.Lease(str(tmp_path)):
-            pass
+    with (
+        storage.Lease(str(tmp_path)),
+        pytest.raises(UsageError, match="being written by another job"),
+        storage.Lease(str(tmp_path)),
+    ):
+        pass
     with storage.Lease(str(tmp_path)):
         pass
     assert os.listdir(tmp_path) == []

@@ -24,7 +24,9 @@ from sattile.tiles import tile
 NAMES = ("B02", "B03", "B04")
 
 
-def archive(folder: Path, *, count: int = 3, height: int = 203, width: int = 331, gap: int = 5_000, nodata: int | None = 0):
+def archive(
+    folder: Path, *, count: int = 3, height: int = 203, width: int = 331, gap: int = 5_000, nodata: int | None = 0
+):
     """Scenes side by side on the ground, 5 km apart, with labels by column parity; a nodata corner each."""
     for index in range(count):
         image = position_image(height, width, 3, col0=1000 * index)
@@ -206,9 +208,13 @@ def test_pairs_with_a_split_are_taken_as_they_are(spark, tmp_path, caplog):
 
 def test_vector_labels_are_drawn_onto_the_grid(spark, tmp_path):
     write_scene(tmp_path / "a.tif", position_image(100, 140, 1))
-    to_ground = lambda box: shapely.box(600_000 + 10 * box[1], 5_000_000 - 10 * box[2], 600_000 + 10 * box[3],
-                                        5_000_000 - 10 * box[0])  # noqa: E731  # fmt: skip
     import geopandas
+
+    def to_ground(box):
+        top, left, bottom, right = box
+        return shapely.box(
+            600_000 + 10 * left, 5_000_000 - 10 * bottom, 600_000 + 10 * right, 5_000_000 - 10 * top
+        )  # fmt: skip
 
     shapes = {"Sand": (10, 20, 30, 60), "Marsh, wet": (50, 5, 90, 44), "Cloud": (0, 100, 9, 120)}
     frame = geopandas.GeoDataFrame(
