@@ -120,7 +120,7 @@ def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]
     from sattile.engine import session
 
     found: dict[str, Any] = {}
-    edge = int((megapixels * 1e6) ** 0.5) // 1024 * 1024 or 1024
+    edge = -(-int((megapixels * 1e6) ** 0.5) // 1024) * 1024
     scene, _ = imagery.write(folder, edge)
     small, _ = imagery.write(folder, 2048)
     pixels = edge * edge / 1e6

@@ -1,8 +1,8 @@
 """Tiling against a plain two-process loop that writes the same rows.
 
 The loop: each process reads its share of the tiles row by row with rasterio, encodes them with `np.save`, and writes
-zstd Parquet with pyarrow. sattile does the same in Spark tasks, and besides deals tiles to splits, counts classes, gathers
-exact statistics and digests, and decodes in child processes.
+zstd Parquet with pyarrow. sattile does the same in Spark tasks, and besides deals tiles to splits, counts classes,
+gathers exact statistics and digests, and decodes in child processes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]
     from sattile.engine import session
     from sattile.tiles import tile
 
-    edge = int((megapixels * 1e6) ** 0.5) // 2048 * 2048 or 2048
+    edge = -(-int((megapixels * 1e6) ** 0.5) // 1024) * 1024
     scene, labels = imagery.write(folder, edge)
     small, small_labels = imagery.write(folder, 2048)
     pixels = edge * edge

@@ -45,6 +45,7 @@ def main(folder: Path, data: Path, epochs: int | None = None, seed: int = 0) -> 
     from sattile.training import train
 
     folder.mkdir(parents=True, exist_ok=True)
+    data = data.resolve()
     pairs = folder / "pairs.csv"
     lines = [f"{data}/water_{one}_img.tif,{data}/water_{one}_water.tif,{one}" for one in ("train", "val")]
     pairs.write_text("scene,labels,split\n" + "\n".join(lines) + "\n")

@@ -44,8 +44,8 @@ log = logging.getLogger("sattile")
 
 Scorer = Callable[[np.ndarray], np.ndarray]
 
-WORKER_BASE = 700_000_000
-"""Bytes a worker holds before it reads a pixel: Python, TensorFlow, the decoder with GDAL."""
+WORKER_BASE = 1_100_000_000
+"""Bytes a worker holds before it reads a pixel: Python, TensorFlow, the decoder with GDAL and its cache (measured)."""
 
 ROW_BYTES = 16_000_000
 """Most that one row brings to the writer, before compression: a JVM holds several at once."""

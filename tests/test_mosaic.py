@@ -178,7 +178,13 @@ def test_what_no_part_covers_is_nodata(tmp_path: Path) -> None:
 def publish(out: Path, scene: Scene, product: Product, stop: int | None = None) -> None:
     """Write and publish a scene; `stop` dies before that rename or removal."""
     staged = out / mosaic.STAGING / "x"
-    mosaic.write_scene(scene, parts_of(scene), product, str(staged))
+    # Other settings give other pixels.
+    parts = parts_of(scene)
+    if product.settings != PRODUCT.settings:
+        parts = [
+            Part(one.window, one.labels, one.scores, one.coverage + 1) for one in parts if one.coverage is not None
+        ]
+    mosaic.write_scene(scene, parts, product, str(staged))
     if stop is None:
         mosaic.publish(str(staged), str(out), scene.scene_id)
         return
@@ -198,12 +204,13 @@ def publish(out: Path, scene: Scene, product: Product, stop: int | None = None) 
         mosaic.publish(str(staged), str(out), scene.scene_id)
 
 
+@pytest.mark.parametrize("scores", [True, False])
 @pytest.mark.parametrize("stop", range(8))
 def test_a_replacement_that_dies_anywhere_leaves_a_folder_that_counts_as_old_new_or_unfinished(
-    tmp_path: Path, stop: int
+    tmp_path: Path, stop: int, scores: bool
 ) -> None:
     scene = scene_of(shape=(40, 60))
-    new = Product(CLASSES, "settings-2", scores=False, coverage=True)  # one file less
+    new = Product(CLASSES, "settings-2", scores=scores, coverage=True)  # as many files, or one less
     publish(tmp_path, scene, PRODUCT)
     assert mosaic.is_done(str(tmp_path), scene, PRODUCT)
     assert not mosaic.is_done(str(tmp_path), scene, new)
@@ -215,15 +222,15 @@ def test_a_replacement_that_dies_anywhere_leaves_a_folder_that_counts_as_old_new
     done = [product for product in (PRODUCT, new) if mosaic.is_done(str(tmp_path), scene, product)]
     assert len(done) <= 1
     assert died or done == [new]
-    if done:
-        item = mosaic.read_item(str(tmp_path), scene.scene_id)
-        assert item is not None
+    item = mosaic.read_item(str(tmp_path), scene.scene_id)
+    assert (item is not None) == bool(done)
+    if item is not None:
         for asset in item["assets"].values():
             data = (tmp_path / scene.scene_id / asset["href"]).read_bytes()
             assert asset["file:checksum"] == "1220" + hashlib.sha256(data).hexdigest()
     publish(tmp_path, scene, new)  # the next run finishes it
     assert mosaic.is_done(str(tmp_path), scene, new)
-    expected = ["coverage.tif", "item.json", "labels.tif", "quicklook.png"]
+    expected = ["coverage.tif", "item.json", "labels.tif", "quicklook.png", *["scores.tif"] * scores]
     assert sorted(files_of(tmp_path / scene.scene_id)) == expected
 
 

@@ -101,6 +101,15 @@ def test_rows_of_a_map_are_those_of_the_whole() -> None:
     np.testing.assert_array_equal(stitcher.coverage.nonzero(), np.mgrid[1:3, 1:4].reshape(2, -1))
 
 
+def test_what_lies_under_a_scene_s_nodata_does_not_spoil_another_scene_s_pixel() -> None:
+    stitcher = Stitcher(Window(0, 0, 1, 2), 1)
+    window = Window(0, 0, 1, 2)
+    stitcher.add(window, np.float32([[[4], [np.nan]]]), np.array([[True, False]]), np.array([[3, 3]]))
+    stitcher.add(window, np.float32([[[np.inf], [8]]]), np.array([[False, True]]))
+    np.testing.assert_array_equal(stitcher.scores(), [[[4], [8]]])
+    np.testing.assert_array_equal(stitcher.coverage, [[3, 1]])
+
+
 IDS = np.array([4, 0, 200], np.uint8)
 
 
