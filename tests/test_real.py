@@ -1,0 +1,106 @@
+"""Real imagery: what the product is for, end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import rasterio
+from rio_cogeo import cog_validate
+
+from sattile.dataset import read_dataset
+from sattile.evaluation import evaluate
+from sattile.prediction import predict
+from sattile.tiles import tile
+from sattile.training import train
+
+PATTERN = "{scene}, {band}.tiff"
+BEAUFORT = "2018-10-13, Sentinel-2B L1C"
+
+
+def pixels(dataset: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Labelled pixels of a split: (n, bands) and (n,)."""
+    values, labels = [], []
+    for name in read_dataset(dataset)["splits"][split]["files"]:
+        for row in pq.read_table(Path(dataset) / split / name, columns=["image", "labels"]).to_pylist():
+            marks = np.load(io.BytesIO(row["labels"]))
+            values.append(np.load(io.BytesIO(row["image"]))[marks != 255])
+            labels.append(marks[marks != 255])
+    return np.concatenate(values).astype(np.float32), np.concatenate(labels)
+
+
+def test_a_unet_beats_a_per_pixel_classifier_on_water(spark, shared_data, tmp_path):
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    water = shared_data / "water"
+    lines = [f"{water}/water_{one}_img.tif,{water}/water_{one}_water.tif,{one}" for one in ("train", "val")]
+    (tmp_path / "pairs.csv").write_text("\n".join(["scene,labels,split", *lines]))
+    dataset = tile(
+        spark, pairs=str(tmp_path / "pairs.csv"), out=str(tmp_path / "tiles"), size=128, classes="land,water",
+        bands="coastal,blue,green,red,nir,swir1,swir2",
+    )  # fmt: skip
+    splits = read_dataset(dataset)["splits"]
+    assert (splits["train"]["tiles"], splits["val"]["tiles"]) == (202, 43)
+    model = train(spark, dataset=dataset, out=str(tmp_path / "model"), epochs=8)
+    url = evaluate(spark, model=model, dataset=dataset, split="val", out=str(tmp_path / "evaluation"))
+    network = json.loads(Path(url).read_text())["classes"]["water"]["iou"]
+
+    values, labels = pixels(dataset, "train")
+    some = np.random.default_rng(0).choice(len(values), 80_000, replace=False)
+    classifier = make_pipeline(StandardScaler(), MLPClassifier((32, 32), early_stopping=True, random_state=0))
+    classifier.fit(values[some], labels[some])
+    held, truth = pixels(dataset, "val")
+    found = classifier.predict(held)
+    baseline = ((truth == 1) & (found == 1)).sum() / ((truth == 1) | (found == 1)).sum()
+    assert network > 0.55
+    assert network > baseline + 0.05
+
+
+def test_beaufort_as_band_files_to_a_cog_whose_collar_is_nodata(spark, shared_data, tmp_path):
+    scene, bands = shared_data / "beaufort", "B02,B03,B04,B08"
+    reading = {"bands": bands, "pattern": PATTERN, "nodata": 255}
+    dataset = tile(
+        spark, scenes=[str(scene)], labels=str(scene / "s2_rcr_water_ndwi_otsu.tif"), out=str(tmp_path / "tiles"),
+        size=128, classes="land,water", split="block", cell=4, buffer=16, **reading,
+    )  # fmt: skip
+    model = train(spark, dataset=dataset, out=str(tmp_path / "model"), arch="unet-tiny", epochs=3)
+    out = predict(spark, model=model, scenes=[str(scene)], out=str(tmp_path / "maps"), pattern=PATTERN, nodata=255)
+    path = Path(out) / BEAUFORT / "labels.tif"
+    assert cog_validate(str(path), strict=True)[0]
+    stack = []
+    for band in bands.split(","):
+        with rasterio.open(scene / f"{BEAUFORT}, {band}.tiff") as file:
+            stack.append(file.read(1))
+            grid = file.transform, file.crs
+    valid = (np.stack(stack) != 255).all(0)
+    with rasterio.open(path) as file:
+        labels = file.read(1)
+        assert (file.transform, file.crs, file.nodata) == (*grid, 255)
+        assert file.colormap(1)[1][3] == 255
+    assert ((labels == 255) == ~valid).all()
+    with rasterio.open(scene / "s2_rcr_water_ndwi_otsu.tif") as file:
+        water = file.read(1)
+    known = valid & (water != 255)
+    assert (labels[known] == water[known]).mean() > 0.9
+
+
+def test_beauforts_polygons_are_labels(spark, shared_data, tmp_path):
+    scene = shared_data / "beaufort"
+    found = {}
+    for name in ("rcr_landcover_4326.geojson", "rcr_landcover.shp"):
+        dataset = tile(
+            spark, scenes=[str(scene)], labels=str(scene / name), attribute="Classname", size=128, nodata=255,
+            bands="B02,B03,B04,B08", pattern=PATTERN, fractions="1,0,0", out=str(tmp_path / name),
+        )  # fmt: skip
+        description = read_dataset(dataset)
+        assert {one["name"] for one in description["classes"]} >= {"Sand", "Forested Wetland"}
+        found[name] = description["splits"]["train"]["class_pixels"]
+    first, second = found.values()
+    assert all(count > 10 for count in first.values())
+    # One file is the other in degrees: outlines may differ by a pixel here and there.
+    assert all(abs(first[key] - second[key]) <= 0.1 * first[key] + 3 for key in first)
