@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ def session(
         "spark.sql.adaptive.enabled": "false",
         "spark.sql.execution.pyspark.udf.faulthandler.enabled": "true",
     }
-    if master and master.startswith("local") and not master.startswith("local-cluster"):
+    if master and master.startswith("local"):
         master = _with_retries(master)
         os.environ["JAVA_HOME"] = find_java()
         os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
@@ -66,6 +67,12 @@ def session(
             "spark.driver.extraJavaOptions": f"-Dlog4j.configurationFile={_LOGGING}",
             "spark.ui.enabled": "false",
         }
+    if master and master.startswith("local-cluster"):  # executors of their own on this machine: for trying things out
+        import pyspark
+
+        os.environ.setdefault("SPARK_HOME", os.path.dirname(pyspark.__file__))
+        os.environ.setdefault("SPARK_WORKER_DIR", tempfile.mkdtemp(prefix="sattile-workers-"))
+        settings["spark.executor.extraJavaOptions"] = f"-Dlog4j.configurationFile={_LOGGING}"
     builder = SparkSession.builder.appName(app_name)
     if master:
         builder = builder.master(master)
