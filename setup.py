@@ -55,7 +55,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.12",  # TensorFlow 2.21 and pyarrow 14 meet on 3.11
     packages=find_packages(include=["sattile", "sattile.*"]),
-    package_data={"sattile": ["templates/*", "log4j2.properties", "py.typed"]},
+    package_data={"sattile": ["templates/*", "java/bin/java", "log4j2.properties", "py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["sattile = sattile.cli:main"]},

@@ -19,9 +19,9 @@ python=$here/.venv/bin/python
 [ -x "$python" ] || { echo "spark-submit.sh: run \`make env\` first" >&2; exit 2; }
 
 case $where in
-local | local\[*)
-    [ "$where" = local ] && where='local[*]'
-    ;;
+local) where='local[*,4]' ;; # 4 tries a task: else local Spark ends a job at the first dead worker
+local\[*,*\]) ;;
+local\[*\]) where=${where%\]},4] ;;
 *)
     echo "spark-submit.sh: $where: only local (or local[N]) so far; clusters come next" >&2
     exit 2
@@ -29,8 +29,10 @@ local | local\[*)
 esac
 
 # Spark's own scripts look for `python3` on the path unless they are told where Spark and Python are.
-SPARK_HOME=$("$python" -c 'import os, pyspark; print(os.path.dirname(pyspark.__file__))')
-JAVA_HOME=$("$python" -c 'from sattile.engine import find_java; print(find_java())')
-export SPARK_HOME JAVA_HOME PYSPARK_PYTHON=$python PYSPARK_DRIVER_PYTHON=$python SPARK_LOCAL_IP=127.0.0.1
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
-exec "$SPARK_HOME/bin/spark-submit" --master "$where" --properties-file "$here/conf/spark/local.conf" "$job" "$@"
+found=$("$python" -c 'from sattile import engine
+print(engine.spark_home(), engine.find_java(), engine.LAUNCHER, engine.LOGGING, sep="\n")')
+{ read -r SPARK_HOME; read -r SATTILE_JAVA_HOME; read -r JAVA_HOME; read -r logging; } <<<"$found"
+export SPARK_HOME SATTILE_JAVA_HOME JAVA_HOME PYSPARK_PYTHON=$python PYSPARK_DRIVER_PYTHON=$python SPARK_LOCAL_IP=127.0.0.1
+exec "$SPARK_HOME/bin/spark-submit" --master "$where" --properties-file "$here/conf/spark/local.conf" \
+    --driver-java-options "$logging" "$job" "$@"

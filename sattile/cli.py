@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -14,22 +15,17 @@ import sattile
 from sattile import config, record
 from sattile.config import COMMANDS, Command, Option
 from sattile.errors import SattileError, UsageError
+from sattile.pipeline import FOLDERS
 
 log = logging.getLogger("sattile")
-
-# What the contract lets be said without an option's name.
-POSITIONAL = {"index": "scenes", "report": "folders"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0 (done), 2 (wrong usage), 3 (too many refused) or 1 (anything else)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        name = next((one for one in arguments if not one.startswith("-")), None)
-        if name is None or name not in COMMANDS:
-            return _overview(name, arguments)
-        arguments.remove(name)
-        return _run(COMMANDS[name], arguments)
+        name = arguments[0] if arguments else ""
+        return _run(COMMANDS[name], arguments[1:]) if name in COMMANDS else _overview(arguments)
     except SattileError as error:
         print(f"sattile: {error}", file=sys.stderr)
         return error.exit_status
@@ -38,27 +34,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        log.debug("where it happened:", exc_info=True)
+        print(f"sattile: {error}{HINTS.get(error.errno or 0, '')}", file=sys.stderr)
+        return 1
 
 
-def _overview(name: str | None, arguments: Sequence[str]) -> int:
-    if "--version" in arguments:
+HINTS = {
+    errno.ENOSPC: "; free some space there, or choose another --out (scratch files go to TMPDIR), and run it again: "
+    "what is published is whole",
+    errno.EDQUOT: "; the quota is used up: free some space, or choose another --out, and run it again",
+    errno.EACCES: "; you may not read or write there: choose another --out, or ask for the right",
+    errno.EROFS: "; choose an --out that can be written",
+}
+"""What to do, by the system's error."""
+
+
+def _overview(arguments: Sequence[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name == "--version":
         print(f"sattile {sattile.__version__}")
         return 0
-    if name is not None:
+    if name not in ("--help", "-h"):
+        named = next((one for one in arguments if one in COMMANDS), None)
+        if name.startswith("-") and named:
+            raise UsageError(f"{name}: the command comes first: sattile {named} {name} ...")
         raise UsageError(f"{name!r} is no command{config.nearest(name, COMMANDS)}")
     print("sattile: from an archive of satellite scenes to stitched maps, on Spark\n\ncommands:")
     for command in COMMANDS.values():
         print(f"  {command.name:<10} {command.summary}")
     print("\n`sattile COMMAND --help` shows options and an example; `sattile demo` shows all of it at work.")
-    return 0 if not arguments or "--help" in arguments or "-h" in arguments else 2
+    return 0
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UsageError(f"{message}\n  `{self.prog} --help` lists the options")
 
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """{option: value} of those that were given."""
+        given, unknown = self.parse_known_intermixed_args(arguments)
+        for word in unknown:
+            flag = word.partition("=")[0]
+            if flag.startswith("--"):
+                known = [one for one in self._option_string_actions if one.startswith("--")]
+                self.error(f"{flag} is no option{config.nearest(flag, known)}")
+        if unknown:
+            self.error(f"what is {' '.join(unknown)}? Options are written --name value")
+        return vars(given)
 
-def parser(command: Command) -> argparse.ArgumentParser:
+
+def parser(command: Command) -> _Parser:
     """The parser of one command, from the parameters of its function."""
     options = command.options()
     built = _Parser(
@@ -71,7 +97,7 @@ def parser(command: Command) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     for option in options:
-        _add(built, option, POSITIONAL.get(command.name) == option.name)
+        _add(built, option, command.bare == option.name)
     job = built.add_argument_group("job")
     job.add_argument("--conf", metavar="FILE.yaml", help="settings, a section per command")
     job.add_argument("--set", action="append", metavar="A.B=C", help="one setting: train.epochs=10")
@@ -86,8 +112,10 @@ def parser(command: Command) -> argparse.ArgumentParser:
 
 def _add(built: argparse.ArgumentParser, option: Option, positional: bool) -> None:
     text = option.help.rstrip(".").replace("%", "%%")
-    if option.default not in (None, False, "", ()) and option.kind != "bool":
-        text += f" (default: {option.default})"
+    if option.required:
+        text += " (required)"
+    elif option.default not in (None, "", ()) and option.default is not False:
+        text += f" (default: {'on' if option.default is True else option.default})"
     flag = "--" + option.name.replace("_", "-")
     if positional:
         built.add_argument(option.name, nargs="*", metavar=option.name.upper(), help=text)
@@ -96,12 +124,12 @@ def _add(built: argparse.ArgumentParser, option: Option, positional: bool) -> No
     elif option.kind == "list":
         built.add_argument(flag, nargs="+", metavar=option.name.upper(), help=text)
     else:
-        kinds = {"int": int, "float": float}
-        built.add_argument(flag, type=kinds.get(option.kind, str), metavar=option.name.upper(), help=text)
+        kind, metavar = {"int": (int, "N"), "float": (float, "X")}.get(option.kind, (str, option.name.upper()))
+        built.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def _run(command: Command, arguments: Sequence[str]) -> int:
-    given = vars(parser(command).parse_args(arguments))
+    given = parser(command).parse(arguments)
     settings = config.load(given.pop("conf", None), given.pop("set", ()))
     job = {key: given.pop(key, settings.get(key)) for key in ("master", "verbose")}
     _log(bool(job["verbose"]))
@@ -112,11 +140,10 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
         values["max_failed_fraction"] = failed
     missing = [option.name for option in known.values() if option.required and values.get(option.name) in (None, [])]
     if missing:
-        bare = POSITIONAL.get(command.name)
-        names = ", ".join(name if name == bare else "--" + name.replace("_", "-") for name in missing)
+        names = ", ".join(name if name == command.bare else "--" + name.replace("_", "-") for name in missing)
         raise UsageError(f"`sattile {command.name}` needs {names}\n  for example: {command.example}")
-    if "settings" in known:  # commands that chain others hand their sections on
-        values["settings"] = {name: part for name, part in settings.items() if name in COMMANDS}
+    if command.chains:
+        values["settings"] = {name: part for name, part in settings.items() if name in FOLDERS}
     start = time.monotonic()
     if command.needs_spark:
         result = _with_session(command, values, job["master"], settings.get("spark", {}))

@@ -13,7 +13,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sattile import storage
@@ -26,7 +26,7 @@ class Option:
 
     Attributes:
         name: as in Python and YAML; `--name` with dashes on the command line.
-        kind: `bool`, `int`, `float`, `str` or `list` (of words).
+        kind: `bool`, `int`, `float`, `str`, `list` (of words), or `dict`, which only Python can give.
         default: None if it must be given or has no value.
         required: has no default.
         help: its line in the docstring.
@@ -41,20 +41,31 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its name, the function behind it, and an example that runs."""
+    """A command: its name, the function behind it, and an example that runs.
+
+    `bare` is the option, a list, whose values need no name on the command line.
+    """
 
     name: str
     target: str
     summary: str
     example: str
     needs_spark: bool = True
+    bare: str = ""
 
     def function(self) -> Callable[..., Any]:
         module, _, attribute = self.target.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def options(self) -> list[Option]:
-        return options_of(self.function())
+        """What can be set by hand."""
+        found = [one for one in options_of(self.function()) if one.kind != "dict"]
+        return [replace(one, kind="list") if one.name == self.bare else one for one in found]
+
+    @property
+    def chains(self) -> bool:
+        """Whether it runs other commands, and takes their settings."""
+        return any(one.name == "settings" for one in options_of(self.function()))
 
 
 COMMANDS = {
@@ -65,6 +76,7 @@ COMMANDS = {
             "sattile.scenes:index",
             "list scenes, read their metadata, refuse what can't be read",
             "sattile index 'scenes/*.tif' --out catalog",
+            bare="scenes",
         ),
         Command(
             "tile",
@@ -103,6 +115,7 @@ COMMANDS = {
             "one page that says what ran, how well, and shows it",
             "sattile report catalog tiles model evaluation mosaics --out report",
             needs_spark=False,
+            bare="folders",
         ),
         Command(
             "run",
@@ -150,6 +163,8 @@ def _kind(hint: Any) -> str:
     kinds = [_kind(one) for one in arguments] if _is_union(hint) else []
     if kinds:
         return "str" if "str" in kinds else kinds[0]
+    if typing.get_origin(hint) is Mapping:
+        return "dict"
     return "list" if typing.get_origin(hint) in (list, tuple, Sequence) or "Sequence" in str(hint) else "str"
 
 
@@ -187,11 +202,12 @@ def load(path: str | None, assignments: Sequence[str] = ()) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     if path is not None:
-        if not storage.exists(path):
-            raise UsageError(f"--conf {path} does not exist")
+        entry = storage.stat(path)
+        if entry is None or entry.is_folder:
+            raise UsageError(f"--conf {path} {'is a folder; name a YAML file' if entry else 'does not exist'}")
         try:
             found = yaml.safe_load(storage.read_text(path)) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"--conf {path} is not YAML: {error}") from error
         if not isinstance(found, dict):
             raise UsageError(f"--conf {path}: give sections such as `predict:` with their settings below")
@@ -200,12 +216,25 @@ def load(path: str | None, assignments: Sequence[str] = ()) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UsageError(f"--set {assignment!r}: write it as section.name=value, such as train.epochs=10")
-        section, dot, name = key.strip().partition(".")
-        value = yaml.safe_load(text)
-        checked = _checked({section: {name: value}} if dot else {section: value}, f"--set {assignment}")
+        section, _, name = key.strip().partition(".")
+        value = _assigned(section, name, text)
+        checked = _checked({section: {name: value} if name else value}, f"--set {assignment}")
         for section_name, part in checked.items():
             settings[section_name] = {**settings.get(section_name, {}), **part} if isinstance(part, dict) else part
     return settings
+
+
+def _assigned(section: str, name: str, text: str) -> Any:
+    """The value of an assignment: as YAML has it, but words stay words ('{scene}, {band}.tiff', 'no', '007')."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    known = {option.name: option for option in COMMANDS[section].options()} if section in COMMANDS else {}
+    words = name in known and known[name].kind in ("str", "list")
+    return text if words and value is not None and not isinstance(value, list) else value
 
 
 def _checked(found: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -226,7 +255,9 @@ def _checked(found: Mapping[str, Any], where: str) -> dict[str, Any]:
             except (TypeError, ValueError):
                 raise UsageError(f"{where}: {section} {value!r} is no {kind.__name__}") from None
         else:
-            raise UsageError(f"{where}: {section} is no setting{nearest(section, [*COMMANDS, *JOB_KEYS])}")
+            inside = [name for name, one in COMMANDS.items() if section in {option.name for option in one.options()}]
+            hint = f"; did you mean {inside[0]}.{section}?" if inside else nearest(section, [*COMMANDS, *JOB_KEYS])
+            raise UsageError(f"{where}: {section} is no setting{hint}")
     return checked
 
 
@@ -259,6 +290,6 @@ def convert(option: Option, value: Any, where: str) -> Any:
             return float(value)
         if option.kind == "list":
             return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{where}: {option.name} {value!r} is no {option.kind}") from None
     return ",".join(str(one) for one in value) if isinstance(value, list | tuple) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +22,13 @@ from sattile.errors import UsageError
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
+log = logging.getLogger("sattile")
+
 MIN_JAVA = 17
-_LOGGING = Path(__file__).with_name("log4j2.properties")
+SECONDS_A_LINE = 15
+LOGGING = f"-Dlog4j.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"
+LAUNCHER = str(Path(__file__).with_name("java"))
+"""A Java home whose `java` starts that of `SATTILE_JAVA_HOME` without a module that Spark 4 asks for and JREs lack."""
 
 
 def session(
@@ -54,9 +61,11 @@ def session(
         "spark.sql.adaptive.enabled": "false",
         "spark.sql.execution.pyspark.udf.faulthandler.enabled": "true",
     }
+    java = None
     if master and master.startswith("local"):
         master = _with_retries(master)
-        os.environ["JAVA_HOME"] = find_java()
+        java = find_java()
+        os.environ["SPARK_HOME"] = spark_home()
         os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -64,21 +73,42 @@ def session(
             "spark.driver.host": "127.0.0.1",
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.memory": "1g",
-            "spark.driver.extraJavaOptions": f"-Dlog4j.configurationFile={_LOGGING}",
+            "spark.driver.extraJavaOptions": LOGGING,
             "spark.ui.enabled": "false",
         }
     if master and master.startswith("local-cluster"):  # executors of their own on this machine: for trying things out
-        import pyspark
-
-        os.environ.setdefault("SPARK_HOME", os.path.dirname(pyspark.__file__))
         os.environ.setdefault("SPARK_WORKER_DIR", tempfile.mkdtemp(prefix="sattile-workers-"))
-        settings["spark.executor.extraJavaOptions"] = f"-Dlog4j.configurationFile={_LOGGING}"
+        settings["spark.executor.extraJavaOptions"] = LOGGING
     builder = SparkSession.builder.appName(app_name)
     if master:
         builder = builder.master(master)
     for key, value in {**settings, **(conf or {})}.items():
         builder = builder.config(key, value)
-    return builder.getOrCreate()
+    with _launched_by(java):
+        return builder.getOrCreate()
+
+
+def spark_home() -> str:
+    """Where the Spark of this pyspark is: another one's, left in the environment, would not understand it."""
+    import pyspark
+
+    home = os.path.dirname(pyspark.__file__)
+    return home if os.path.isdir(os.path.join(home, "jars")) else os.environ.get("SPARK_HOME", home)
+
+
+@contextmanager
+def _launched_by(java: str | None) -> Iterator[None]:
+    """Start Spark's JVM by our launcher, which starts the Java of this home; None leaves all as it is."""
+    launched = {"JAVA_HOME": LAUNCHER, "SATTILE_JAVA_HOME": java} if java else {}
+    before = {name: os.environ.get(name) for name in launched}
+    os.environ.update(launched)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def _with_retries(master: str) -> str:
@@ -88,13 +118,13 @@ def _with_retries(master: str) -> str:
 
 
 def find_java() -> str:
-    """The `JAVA_HOME` to use: the environment's, that of `java` on the path, else the wheel's.
+    """The Java home to use: the environment's, that of `java` on the path, else the wheel's.
 
     Raises:
         UsageError: if none is 17 or newer.
     """
     seen = []
-    for home in (os.environ.get("JAVA_HOME"), _home_on_path(), _home_in_wheel()):
+    for home in (os.environ.get("SATTILE_JAVA_HOME"), os.environ.get("JAVA_HOME"), _home_on_path(), _home_in_wheel()):
         if not home:
             continue
         version = java_version(home)
@@ -163,21 +193,22 @@ def progress(spark: SparkSession, text: str) -> Iterator[None]:
     group = f"sattile-{uuid.uuid4().hex[:8]}"
     context.setJobGroup(group, text)
     stop = threading.Event()
-    # A terminal is refreshed in place; a log file gets a line now and then.
-    terminal = sys.stderr.isatty()
-    bar = tqdm(
-        desc=text,
-        total=0,
-        file=sys.stderr,
-        mininterval=0.5 if terminal else 15,
-        delay=1,
-        bar_format="{desc}: {n_fmt} of {total_fmt} tasks, {elapsed}, {remaining} to go" + ("" if terminal else "\n"),
-        leave=False,
-    )
+    bar = None
+    if sys.stderr.isatty():
+        bar = tqdm(
+            desc=text,
+            total=0,
+            file=sys.stderr,
+            mininterval=0.5,
+            delay=1,
+            bar_format="{desc}: {n_fmt} of {total_fmt} tasks, {elapsed}, {remaining} to go",
+            leave=False,
+        )
 
     def poll() -> None:
         tracker = context.statusTracker()
         seen: dict[int, tuple[int, int]] = {}
+        start = said = time.monotonic()
         while not stop.wait(0.5):
             for job in tracker.getJobIdsForGroup(group):
                 info = tracker.getJobInfo(job)
@@ -185,9 +216,14 @@ def progress(spark: SparkSession, text: str) -> Iterator[None]:
                     known = tracker.getStageInfo(stage)
                     if known:
                         seen[stage] = (known.numCompletedTasks, known.numTasks)
-            done = sum(done for done, _ in seen.values())
-            bar.total = sum(total for _, total in seen.values())
-            bar.update(done - bar.n)
+            done, total = (sum(column) for column in zip((0, 0), *seen.values(), strict=True))
+            now = time.monotonic()
+            if bar is not None:
+                bar.total = total
+                bar.update(done - bar.n)
+            elif now - said >= SECONDS_A_LINE:  # a log file gets a line now and then
+                said = now
+                log.info("%s: %d of %d tasks, %.0f s", text, done, total, now - start)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -196,5 +232,6 @@ def progress(spark: SparkSession, text: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        bar.close()
+        if bar is not None:
+            bar.close()
         context.setLocalProperty("spark.jobGroup.id", "")

@@ -22,7 +22,12 @@ from sattile.schema import IGNORE, PALETTE, Refusal, Scene, SegmentClass, unname
 
 log = logging.getLogger("sattile")
 
-VECTORS = (".geojson", ".json", ".gpkg", ".shp", ".fgb", ".parquet")
+# By what each kind begins: GDAL would take a file for what it holds, and a VRT may pull in other files and addresses.
+_BEGINNINGS = {
+    ".geojson": b"{", ".json": b"{", ".gpkg": b"SQLite format 3\0", ".shp": b"\0\0\x27\x0a", ".fgb": b"fgb",
+    ".parquet": b"PAR1",
+}  # fmt: skip
+VECTORS = tuple(_BEGINNINGS)
 RASTERS = (".tif", ".tiff", ".jp2")
 
 
@@ -47,9 +52,12 @@ class LabelSource:
     background: int | None = None
 
     def identity(self) -> dict[str, list[int]]:
-        """{url: [size, mtime in ns]} of the file, as it is now."""
-        entry = storage.stat(self.url)
-        return {self.url: [entry.size, entry.mtime] if entry else [0, 0]}
+        """{url: [size, mtime in ns]} of the file, as it is now; of a shapefile, also of those beside it."""
+        stem, suffix = os.path.splitext(self.url)
+        beside = [stem + one for one in (".dbf", ".prj", ".cpg")] if suffix.lower() == ".shp" else []
+        entries = {url: storage.stat(url) for url in (self.url, *beside)}
+        found = {url: [entry.size, entry.mtime] for url, entry in entries.items() if entry}
+        return found or {self.url: [0, 0]}
 
 
 @dataclass(frozen=True)
@@ -103,15 +111,20 @@ def match(
             by_stem.setdefault(stem, []).append(file.url)
     if not by_stem:
         raise UsageError(f"--labels {labels} holds no label files ({', '.join(RASTERS + VECTORS)})")
-    found = {scene.scene_id: by_stem[scene.scene_id][0] for scene in scenes if scene.scene_id in by_stem}
+    found = {
+        scene.scene_id: by_stem[scene.scene_id][0] for scene in scenes if len(by_stem.get(scene.scene_id, ())) == 1
+    }
     matched = match_pairs(found, [scene for scene in scenes if scene.scene_id in found], classes=classes,
                           attribute=attribute, ignore=ignore, background=background)  # fmt: skip
-    missing = tuple(
-        Refusal(scene.url, "labels", f"no labels: {labels} has no file named {scene.scene_id}.tif (or .geojson, ...)")
-        for scene in scenes
-        if scene.scene_id not in found
-    )
-    return Matched(matched.sources, matched.refused + missing, matched.classes)
+    missing = []
+    for scene in scenes:
+        several = by_stem.get(scene.scene_id, ())
+        if several and scene.scene_id not in found:
+            missing.append(Refusal(scene.url, "labels", f"has several label files: {', '.join(several)}; leave one"))
+        elif not several:
+            reason = f"no labels: {labels} has no file named {scene.scene_id}.tif (or .geojson, ...)"
+            missing.append(Refusal(scene.url, "labels", reason))
+    return Matched(matched.sources, (*matched.refused, *missing), matched.classes)
 
 
 def match_pairs(
@@ -128,14 +141,26 @@ def match_pairs(
     refused: list[Refusal] = []
     by_id = {scene.scene_id: scene for scene in scenes}
     vectors = {url for url in urls.values() if is_vector(url)}
-    if vectors:
-        features = {url: read_vector(url, attribute) for url in sorted(vectors)}
+    features: dict[str, Features] = {}
+    unread: dict[str, UsageError] = {}
+    for url in sorted(vectors):
+        try:
+            features[url] = read_vector(url, attribute)
+        except UsageError as error:
+            unread[url] = error
+    if unread and len(unread) == len({*urls.values()}):  # nothing is left: the first one says why
+        raise unread[min(unread)]
+    if features:
         classes = classes or _classes_of(features, attribute)
         ids = {one.name: one.id for one in classes} | {str(one.id): one.id for one in classes}
         outside = _background_id(background, ids)
         default = classes[-1].id
     for scene_id, url in urls.items():
         scene = by_id[scene_id]
+        if url in unread or not storage.exists(url):
+            reason = str(unread[url]) if url in unread else f"its labels {url} do not exist"
+            refused.append(Refusal(scene.url, "labels", reason))
+            continue
         if url not in vectors:
             allowed = tuple(one.id for one in classes) if classes else None
             sources[scene_id] = LabelSource(url, allowed, tuple(sorted({IGNORE, *ignore})))
@@ -161,10 +186,18 @@ def read_pairs(url: str) -> list[dict[str, str]]:
     """
     if not storage.exists(url):
         raise UsageError(f"--pairs {url} does not exist")
-    rows = list(csv.DictReader(io.StringIO(storage.read_text(url), newline="")))
-    found = []
-    for number, row in enumerate(rows, 2):
+    try:
+        text = storage.read_bytes(url).decode("utf-8-sig")  # spreadsheets begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{url} is not UTF-8 ({error}); save it as CSV UTF-8") from None
+    found: list[dict[str, str]] = []
+    lines: dict[str, int] = {}
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for row in reader:
+        number = reader.line_num
         values = {(key or "").strip(): (value or "").strip() for key, value in row.items() if isinstance(value, str)}
+        if not any(values.values()):
+            continue
         if not values.get("scene") or not values.get("labels"):
             raise UsageError(f"{url}, line {number}: needs columns scene and labels; has {', '.join(values) or 'none'}")
         if values.get("split", "") not in ("", "train", "val", "test"):
@@ -172,7 +205,14 @@ def read_pairs(url: str) -> list[dict[str, str]]:
         for column in ("scene", "labels"):
             beside = storage.join(storage.parent(url), values[column])
             if storage.scheme_of(values[column]) == "file" and not os.path.isabs(values[column]):
-                values[column] = storage.absolute(beside if storage.exists(beside) else values[column])
+                values[column] = beside if storage.exists(beside) else values[column]
+            values[column] = storage.absolute(values[column])
+        if values["scene"] in lines:
+            raise UsageError(
+                f"{url}, line {number}: {values['scene']} is on line {lines[values['scene']]} already; a scene has one "
+                f"labels file and one split"
+            )
+        lines[values["scene"]] = number
         found.append(values)
     if not found:
         raise UsageError(f"{url} has no rows; give lines of scene,labels[,split] below that header")
@@ -205,8 +245,15 @@ def read_vector(url: str, attribute: str | None = None) -> Features:
     entry = storage.stat(url)
     if entry is None:
         raise UsageError(f"{url} does not exist")
+    suffix = os.path.splitext(url)[1].lower()
+    if suffix not in _BEGINNINGS:
+        raise UsageError(f"{url} is no vector file that sattile reads ({', '.join(VECTORS)})")
+    with open(storage.local_path(url), "rb") as file:
+        begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n" if suffix.endswith("json") else b"")
+    if not begins.startswith(_BEGINNINGS[suffix]):
+        raise UsageError(f"{url} cannot be read as a vector file: it does not hold what its name ({suffix}) says")
     try:
-        frame = geopandas.read_parquet(storage.local_path(url)) if url.endswith(".parquet") else geopandas.read_file(
+        frame = geopandas.read_parquet(storage.local_path(url)) if suffix == ".parquet" else geopandas.read_file(
             storage.local_path(url), engine="pyogrio"
         )  # fmt: skip
     except Exception as error:
@@ -217,6 +264,11 @@ def read_vector(url: str, attribute: str | None = None) -> Features:
         names = [name for name in frame.columns if name != frame.geometry.name]
         raise UsageError(f"{url} has no attribute {attribute!r}; it has {', '.join(names) or 'none'}")
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
+    if attribute is not None:
+        without = frame[attribute].isna() | (frame[attribute].astype(str).str.strip() == "")
+        if without.any():
+            log.warning("%s: %d of %d shapes have no %s and are left out", url, without.sum(), len(frame), attribute)
+            frame = frame[~without]
     shapes = shapely.make_valid(frame.geometry.values)  # a bow-tie would be drawn with holes
     values = frame[attribute].map(_text) if attribute else [""] * len(frame)
     return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values))
@@ -275,9 +327,7 @@ def read(source: LabelSource, scene: Scene, window: Window) -> np.ndarray:
     if source.shapes is not None:
         drawn = raster.rasterize(list(source.shapes), source.crs, scene, window)
         return drawn if source.background is None else np.where(drawn == IGNORE, np.uint8(source.background), drawn)
-    labels = raster.read_labels(source.url, scene, window)
-    for value in source.ignore:
-        labels[labels == value] = IGNORE
+    labels = raster.read_labels(source.url, scene, window, ignore=source.ignore)
     if source.ids is not None:
         known = np.zeros(256, bool)
         known[[*source.ids, IGNORE]] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ def run(
     max_failed_fraction: float = 0.1,
 ) -> str:
     """Index, tile, train, evaluate, predict and report; a rerun does only what has changed.
+
+    A model that was trained on other tiles, and maps made by another model, are replaced with `overwrite` only.
 
     Args:
         out: folder of it all; each step has a folder of its own below.
@@ -95,40 +98,47 @@ def _chain(
     from sattile.tiles import tile
     from sattile.training import train
 
+    functions: dict[str, Callable[..., str]] = {
+        "index": index,
+        "tile": tile,
+        "train": train,
+        "evaluate": evaluate,
+        "predict": predict,
+        "report": report,
+    }
     steps = {name: dict(part) for name, part in settings.items()}
-    unknown = sorted(set(steps) - set(FOLDERS))
-    if unknown:
-        raise UsageError(f"settings of {', '.join(unknown)}: steps are {', '.join(FOLDERS)}")
+    _check(steps, functions)
     folder = {name: storage.join(out, base) for name, base in FOLDERS.items()}
     arguments = [row["scene"] for row in read_pairs(pairs)] if pairs else scenes
     late: list[TooManyRefused] = []
 
     with Run("run", out, {"steps": steps, **reading, "classes": classes}, True, 1.0) as record:
 
-        def step(name: str, function: Callable[..., str], *session: Any, **options: Any) -> None:
+        def step(name: str, **options: Any) -> None:
+            session = (spark,) if name != "report" else ()
             with record.stage(name):
                 try:
-                    function(*session, **{**options, **steps.get(name, {})})
+                    functions[name](*session, **{**options, **steps.get(name, {})})
                 except TooManyRefused as error:  # the others are published: go on with them
                     late.append(error)
 
         if prepare is not None:
             prepare()
-        step("index", index, spark, scenes=arguments, out=folder["index"], **reading, **shared)
+        step("index", scenes=arguments, out=folder["index"], **reading, **shared)
         labelled: dict[str, Any] = {"pairs": pairs} if pairs else {"scenes": [folder["index"]], "labels": labels}
         if pairs:
             labelled |= reading
-        step("tile", tile, spark, out=folder["tile"], **labelled, classes=classes, **shared)
-        step("train", train, spark, dataset=folder["tile"], out=folder["train"], overwrite=shared["overwrite"])
+        step("tile", out=folder["tile"], **labelled, classes=classes, **shared)
+        step("train", dataset=folder["tile"], out=folder["train"], overwrite=shared["overwrite"])
         splits = read_dataset(folder["tile"])["splits"]
         split = next((name for name in ("test", "val", "train") if splits[name]["tiles"]), "train")
         if split != "test":
             log.warning("run: no test tiles: evaluating on %s, which flatters the model", split)
-        step("evaluate", evaluate, spark, model=folder["train"], dataset=folder["tile"], split=split,
+        step("evaluate", model=folder["train"], dataset=folder["tile"], split=split,
              out=folder["evaluate"], overwrite=shared["overwrite"])  # fmt: skip
-        step("predict", predict, spark, model=folder["train"], scenes=[folder["index"]], out=folder["predict"],
+        step("predict", model=folder["train"], scenes=[folder["index"]], out=folder["predict"],
              nodata=reading["nodata"], **shared)  # fmt: skip
-        step("report", report, [folder[name] for name in FOLDERS if name != "report"], out=folder["report"])
+        step("report", folders=[folder[name] for name in FOLDERS if name != "report"], out=folder["report"])
         record.done = len(FOLDERS)
         record.finish()
     page = storage.join(folder["report"], "index.html")
@@ -137,13 +147,38 @@ def _chain(
     return page
 
 
-def demo(spark: SparkSession, *, out: str = "demo", seed: int = 0, epochs: int | None = None) -> str:
+CHOSEN = {"out", "scenes", "labels", "pairs", "model", "dataset", "folders"}
+"""What the chain itself says to its steps."""
+
+
+def _check(steps: Mapping[str, Mapping[str, Any]], functions: Mapping[str, Callable[..., str]]) -> None:
+    """Refuse settings that no step has, before the first one runs."""
+    for name, part in steps.items():
+        if name not in functions:
+            raise UsageError(f"settings of {name}: steps are {', '.join(functions)}")
+        known = set(inspect.signature(functions[name]).parameters) - CHOSEN - {"spark"}
+        for option in part:
+            if option in CHOSEN:
+                raise UsageError(f"{name}.{option} is chosen by the chain of commands; leave it out of the settings")
+            if option not in known:
+                raise UsageError(f"{name}.{option} is no setting; there are {', '.join(sorted(known))}")
+
+
+def demo(
+    spark: SparkSession,
+    *,
+    out: str = "demo",
+    seed: int = 0,
+    epochs: int | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
     """Make a small archive that looks and behaves like Sentinel-2, and run everything on it.
 
     Args:
         out: folder of it all.
         seed: another seed, another world.
         epochs: of training, fewer for a quick look.
+        settings: of each step, beside those of the demo, as in `run`.
 
     Returns:
         URL of the report.
@@ -152,9 +187,10 @@ def demo(spark: SparkSession, *, out: str = "demo", seed: int = 0, epochs: int |
 
     out = storage.absolute(out)
     archive = storage.join(out, "archive")
-    settings: dict[str, dict[str, Any]] = {name: dict(part) for name, part in world.SETTINGS.items()}
+    steps = {name: {**world.SETTINGS.get(name, {}), **(settings or {}).get(name, {})} for name in FOLDERS}
+    steps |= {name: dict(part) for name, part in (settings or {}).items() if name not in FOLDERS}
     if epochs is not None:
-        settings.setdefault("train", {})["epochs"] = epochs
+        steps["train"]["epochs"] = epochs
 
     def prepare() -> None:
         log.info("demo: making scenes in %s", archive)
@@ -168,7 +204,7 @@ def demo(spark: SparkSession, *, out: str = "demo", seed: int = 0, epochs: int |
         pairs=None,
         classes=world.CLASSES,
         reading={"bands": None, "pattern": None, "nodata": None},
-        settings=settings,
+        settings=steps,
         shared={"overwrite": True, "max_failed_fraction": 0.3},  # one of its files is corrupt on purpose
         prepare=prepare,
     )

@@ -321,13 +321,12 @@ def footprint(crs: str | None, transform: Sequence[float], height: int, width: i
     lons, lats = _project(to_lonlat, transform, cols, rows)
     good = np.isfinite(lons) & np.isfinite(lats)
     if good.all():
-        shape = _ring(lons, lats)
+        shape = on_globe(lons, lats)
     else:
         grid_cols, grid_rows = (one.ravel() for one in np.meshgrid(steps * width, steps * height))
         lons, lats = _project(to_lonlat, transform, grid_cols, grid_rows)
         good = np.isfinite(lons) & np.isfinite(lats)
-        shape = shapely.MultiPoint(np.column_stack([lons[good], lats[good]])).convex_hull
-    shape = _within_world(shapely.make_valid(shape))
+        shape = _within_world(shapely.MultiPoint(np.column_stack([lons[good], lats[good]])).convex_hull)
     return None if shape.is_empty else shapely.to_wkb(shapely.normalize(shape))
 
 
@@ -343,16 +342,22 @@ def _apply(transform: Iterable[float], cols: np.ndarray, rows: np.ndarray) -> tu
     return a * cols + b * rows + c, d * cols + e * rows + f
 
 
-def _ring(lons: np.ndarray, lats: np.ndarray) -> BaseGeometry:
-    """A closed line over the globe as a polygon whose longitudes go on beyond 180, and to the pole it goes around."""
+def on_globe(lons: np.ndarray, lats: np.ndarray) -> BaseGeometry:
+    """A closed line of points over the globe as what it holds: in two parts where it crosses the antimeridian, up to
+    the pole where it goes around one."""
+    if np.ptp(lons) <= 180 and np.abs(lons).max() <= 180 and np.abs(lats).max() <= 90:
+        return _valid_polygon(np.column_stack([lons, lats]))
     turned = np.unwrap(np.append(lons, lons[0]), period=360)
-    closed = np.append(lats, lats[0])
-    points = np.column_stack([turned, closed])
-    around = turned[-1] - turned[0]
-    if abs(around) > 180:
+    points = np.column_stack([turned, np.append(lats, lats[0])])
+    if abs(turned[-1] - turned[0]) > 180:
         pole = math.copysign(90, lats.mean())
         points = np.vstack([points, [[turned[-1], pole], [turned[0], pole]]])
-    return shapely.Polygon(points)
+    return _within_world(_valid_polygon(points))
+
+
+def _valid_polygon(points: np.ndarray) -> BaseGeometry:
+    shape = shapely.Polygon(points)
+    return shape if shape.is_valid else shapely.make_valid(shape)
 
 
 def _within_world(shape: BaseGeometry) -> BaseGeometry:
@@ -712,16 +717,17 @@ def _mix_down(values: np.ndarray, rows: _Axis, strip: slice) -> np.ndarray:
 # ---------------------------------------------------------------- labels on a scene's grid
 
 
-def read_labels(url: str, scene: Scene, window: Window, *, band: int = 1) -> np.ndarray:
+def read_labels(url: str, scene: Scene, window: Window, *, band: int = 1, ignore: Sequence[int] = ()) -> np.ndarray:
     """Labels of a raster on any grid, on the scene's, by the pixel that holds each pixel's centre.
 
     Args:
         url: the raster; without a position it must have the scene's height and width.
         window: may reach outside the scene.
         band: counted from 1.
+        ignore: stored values that mean "unlabelled", be they class ids or not (-1, 999).
 
     Returns:
-        (height, width) uint8; `IGNORE` outside the raster and where it is nodata.
+        (height, width) uint8; `IGNORE` outside the raster, where it is nodata, and where it is to be ignored.
 
     Raises:
         Refused: if it can't be read or placed, or holds values other than whole numbers from 0 to 255.
@@ -738,7 +744,7 @@ def read_labels(url: str, scene: Scene, window: Window, *, band: int = 1) -> np.
     labels = np.full(window.shape, IGNORE, np.uint8)
     inside = window & Window(0, 0, scene.height, scene.width)
     if inside.area:
-        labels[inside.slices(window)] = _sample(source, described, place, inside)
+        labels[inside.slices(window)] = _sample(source, described, place, inside, ignore)
     return labels
 
 
@@ -830,7 +836,9 @@ def _between(crs: str, other: str) -> pyproj.Transformer | None:
         raise Refused(f"there is no way from CRS {one.name} to {two.name}: {error}") from None
 
 
-def _sample(source: rasterio.DatasetReader, band: Band, place: _Placement, window: Window) -> np.ndarray:
+def _sample(
+    source: rasterio.DatasetReader, band: Band, place: _Placement, window: Window, ignore: Sequence[int]
+) -> np.ndarray:
     labels = np.full(window.shape, IGNORE, np.uint8)
     rows, cols = place.locate(window)
     hit = (rows >= 0) & (rows < source.height) & (cols >= 0) & (cols < source.width)
@@ -842,18 +850,20 @@ def _sample(source: rasterio.DatasetReader, band: Band, place: _Placement, windo
     )
     if needed.area > MAX_LABEL_PIXELS and window.area > 1:
         for part in _halves(window):
-            labels[part.slices(window)] = _sample(source, band, place, part)
+            labels[part.slices(window)] = _sample(source, band, place, part, ignore)
         return labels
     stored = np.empty((*needed.shape, 1), np.dtype(band.dtype))
     valid = _read_pixels(source, [band], needed, None, stored)
     values, good = stored[rows - needed.row, cols - needed.col, 0], valid[rows - needed.row, cols - needed.col]
+    for value in ignore:
+        good &= values != value
     used = values[good]
     if used.size:
         low, high = used.min(), used.max()
         if low < 0 or high > IGNORE or (used.dtype.kind == "f" and (used != np.floor(used)).any()):
             raise Refused(
                 f"labels {band.url} hold values from {low:g} to {high:g}; class ids are whole numbers from 0 to 254 "
-                f"(declare the value of missing pixels as nodata: gdal_edit.py -a_nodata V FILE)"
+                f"(values that mean no label: --ignore V, or declare them: gdal_edit.py -a_nodata V FILE)"
             )
     chosen = np.full(values.shape, IGNORE, np.uint8)
     chosen[good] = used.astype(np.uint8)
@@ -892,7 +902,7 @@ def rasterize(shapes: Sequence[tuple[bytes, int]], crs: str | None, scene: Scene
     box = shapely.box(inside.col, inside.row, inside.stop_col, inside.stop_row)
     drawn = []
     for wkb, value in shapes:
-        shape = _in_pixels(bytes(wkb), crs, scene.crs, scene.transform)
+        shape = _in_pixels(bytes(wkb), crs, scene.crs, scene.transform, (scene.height, scene.width))
         if not shape.is_empty and shapely.intersects(shape, box):
             # Whole numbers of 1/65536 pixel: moving them to the window's corner is exact, so windows agree.
             moved = shapely.transform(shape, lambda at: np.round(at * 65536) / 65536 - [inside.col, inside.row])
@@ -907,14 +917,17 @@ def rasterize(shapes: Sequence[tuple[bytes, int]], crs: str | None, scene: Scene
 
 
 @lru_cache(maxsize=1024)
-def _in_pixels(wkb: bytes, crs: str | None, scene_crs: str | None, transform: tuple[float, ...]) -> BaseGeometry:
-    """A shape in (col, row) of a scene."""
+def _in_pixels(
+    wkb: bytes, crs: str | None, scene_crs: str | None, transform: tuple[float, ...], size: tuple[int, int]
+) -> BaseGeometry:
+    """A shape in (col, row) of a scene of this height and width."""
     shape = shapely.from_wkb(wkb)
     if (crs is None) != (scene_crs is None):
         which = "the shapes have" if crs is None else "the scene has"
         raise Refused(f"{which} no CRS, so the two can't be laid over each other; state it")
     transformer = _between(crs, scene_crs) if crs is not None and scene_crs is not None else None
     if transformer is not None:
+        shape = _near(shape, str(scene_crs), str(crs), transform, size)
         # A straight side of one CRS is a curve in the other.
         west, south, east, north = shape.bounds if not shape.is_empty else (0, 0, 0, 0)
         longest = max(east - west, north - south) / 64
@@ -924,6 +937,29 @@ def _in_pixels(wkb: bytes, crs: str | None, scene_crs: str | None, transform: tu
             raise Refused("a shape reaches beyond where the scene's CRS is defined; cut it to the scene first")
     inverse = ~Affine(*transform)
     return shapely.transform(shape, lambda at: np.column_stack(_apply(inverse, at[:, 0], at[:, 1])))
+
+
+def _near(
+    shape: BaseGeometry, scene_crs: str, crs: str, transform: tuple[float, ...], size: tuple[int, int]
+) -> BaseGeometry:
+    """What of a shape lies around a scene: a continent's coastline reaches where the scene's CRS is not defined."""
+    transformer = _between(scene_crs, crs)
+    if transformer is None or shape.is_empty:
+        return shape
+    steps = np.linspace(-0.1, 1.1, 13)
+    cols, rows = (one.ravel() for one in np.meshgrid(steps * size[1], steps * size[0]))
+    xs, ys = (np.asarray(one) for one in transformer.transform(*_apply(transform, cols, rows)))
+    if not (np.isfinite(xs).all() and np.isfinite(ys).all()):
+        return shape
+    # Neighbours far apart: the scene lies on a seam of the shape's CRS (the antimeridian, a pole).
+    for one in (xs.reshape(13, 13), ys.reshape(13, 13)):
+        for axis in (0, 1):
+            gaps = np.abs(np.diff(one, axis=axis))
+            if gaps.max() > 10 * np.median(gaps) + np.ptp(one) / 4:
+                return shape
+    pad = max(np.ptp(xs), np.ptp(ys)) * 0.05
+    box = shapely.box(xs.min() - pad, ys.min() - pad, xs.max() + pad, ys.max() + pad)
+    return shape if shapely.covers(box, shape) else shapely.intersection(shape, box)
 
 
 def aoi_mask(geometry: bytes, crs: str | None, scene: Scene, window: Window) -> np.ndarray:

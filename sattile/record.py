@@ -164,11 +164,19 @@ class Run:
             log.warning("%s: refused %s (%s): %s", self.command, one.url, one.stage, one.reason)
         self.refused.extend(refusals)
 
-    def _stages(self) -> list[dict[str, Any]]:
-        """The stages; those of the run that made what lies here, if this one found nothing to do."""
-        if self.skipped and not self.done and self.finished_before and self.previous:
-            return self.previous["stages"]
-        return [stage.to_dict() for stage in self.stages]
+    def _measured(self) -> dict[str, Any]:
+        """What was measured; of the run that made what lies here, if this one found nothing to do."""
+        measured = {
+            "versions": versions(),
+            "stages": [stage.to_dict() for stage in self.stages],
+            "evaluated_mpix_per_s": None,
+            "delivered_mpix_per_s": None,
+            **self.extra,
+            "peak_memory_mb": max(self.peak_memory, peak_memory_mb()),
+        }
+        if self.skipped and not self.done and self.finished_before:
+            measured |= {name: value for name, value in (self.previous or {}).items() if name in measured}
+        return measured
 
     def finish(self) -> None:
         """Write the record and the quarantine table.
@@ -187,19 +195,13 @@ class Run:
                 storage.write_bytes(url, content)
         else:
             storage.remove(url)
-        peak = max(self.peak_memory, peak_memory_mb())
         storage.write_json(
             storage.join(self.out, RUN),
             {
                 "command": self.command,
                 "settings": self.settings,
-                "versions": versions(),
                 "inputs": sorted(self.inputs, key=lambda one: str(one["url"])),
-                "stages": self._stages(),
-                "evaluated_mpix_per_s": None,
-                "delivered_mpix_per_s": None,
-                **self.extra,
-                "peak_memory_mb": peak,
+                **self._measured(),
                 "done": self.done,
                 "skipped": self.skipped,
                 "quarantined": len(self.refused),

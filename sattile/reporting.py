@@ -211,9 +211,12 @@ def _any_given(by_command: dict[str, list[Folder]]) -> bool:
 
 
 def _scene_count(folder: Folder) -> str:
-    done, skipped = int(folder.run.get("done") or 0), int(folder.run.get("skipped") or 0)
-    text = _times(done + skipped, "scene")
-    return f"{text} ({count(skipped)} of them in an earlier run)" if skipped else text
+    return _times(_done(folder), "scene")
+
+
+def _done(folder: Folder) -> int:
+    """What lies finished in a folder, whichever run made it: a rerun that does nothing leaves the page as it is."""
+    return int(folder.run.get("done") or 0) + int(folder.run.get("skipped") or 0)
 
 
 def _times(many: int, one: str, more: str | None = None) -> str:
@@ -238,14 +241,8 @@ def _cards(
         cards.append({"value": number(best["val_miou"]), "name": "validation mIoU", "more": f"epoch {best['epoch']}"})
     runs = by_command.get("predict") or by_command.get("tile") or by_command.get("index") or []
     if runs:
-        run = runs[0].run
-        cards.append(
-            {
-                "value": count(int(run.get("done") or 0) + int(run.get("skipped") or 0)),
-                "name": {"predict": "scenes mapped", "tile": "scenes tiled"}.get(runs[0].command, "scenes catalogued"),
-                "more": f"{count(run.get('done') or 0)} now, {count(run.get('skipped') or 0)} earlier",
-            }
-        )
+        name = {"predict": "scenes mapped", "tile": "scenes tiled"}.get(runs[0].command, "scenes catalogued")
+        cards.append({"value": count(_done(runs[0])), "name": name, "more": ""})
     refused = len({one["url"] for one in quarantine})
     cards.append(
         {"value": count(refused), "name": "scenes refused", "more": "each with its reason" if refused else "none"}
@@ -491,7 +488,7 @@ def _describe_evaluation(folder: Folder, colors: dict[str, str]) -> dict[str, An
     }
 
 
-PANELS = (("image", "image"), ("truth", "label"), ("prediction", "prediction"), ("errors", "errors"))
+PANELS = (("image", "image"), ("truth", "labels"), ("prediction", "map"), ("errors", "errors"))
 
 
 def _samples(folder: Folder) -> tuple[list[dict[str, Any]], int]:
@@ -558,7 +555,7 @@ def _describe_run(folder: Folder) -> dict[str, Any]:
         }
         for one in run.get("stages", [])
     ]
-    known = {"command", "settings", "versions", "inputs", "stages", "finished"}
+    known = {"command", "settings", "versions", "inputs", "stages", "finished", "done", "skipped"}
     facts = [(key, value) for key, value in run.items() if key not in known and value is not None]
     return {
         "command": folder.command,
@@ -567,8 +564,7 @@ def _describe_run(folder: Folder) -> dict[str, Any]:
         "settings": sorted(run.get("settings", {}).items()),
         "facts": facts,
         "inputs": len(run.get("inputs", [])),
-        "done": run.get("done") or 0,
-        "skipped": run.get("skipped") or 0,
+        "done": _done(folder),
         "quarantined": run.get("quarantined") or 0,
         "evaluated": run.get("evaluated_mpix_per_s"),
         "delivered": run.get("delivered_mpix_per_s"),

@@ -772,7 +772,7 @@ def index(
     bands = [name.strip() for name in bands.split(",")] if isinstance(bands, str) else bands
     candidates = find(scenes, bands=bands, pattern=pattern)  # wrong usage ends it before anything is written
     url = storage.join(out, CATALOG)
-    settings = {"bands": None if bands is None else list(bands), "pattern": pattern, "nodata": _plain(nodata)}
+    settings = {"bands": None if bands is None else list(bands), "pattern": pattern, "nodata": plain(nodata)}
     with record.Run("index", out, settings, overwrite, max_failed_fraction) as run:
         with run.stage("index") as stage:
             resolved = _resolve(spark, candidates, bands, nodata)
@@ -793,8 +793,8 @@ def index(
     return url
 
 
-def _plain(number: float | None) -> float | str | None:
-    """A number that JSON has: NaN as text."""
+def plain(number: float | None) -> float | str | None:
+    """A number as settings hold it, which JSON has: NaN as text."""
     return number if number is None or math.isfinite(number) else str(number)
 
 

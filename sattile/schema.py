@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -127,10 +128,10 @@ def parse_classes(text: str | Sequence[str] | None) -> tuple[SegmentClass, ...] 
     found = []
     for position, part in enumerate(parts):
         fields = [one.strip() for one in part.replace(":", "=").split("=") if one.strip()]
-        color = next((one for one in fields if one.startswith("#")), None)
-        number = next((one for one in fields if one.isdigit()), None)
+        color = next((one for one in fields if re.fullmatch("#[0-9A-Fa-f]{6}", one)), None)
+        number = next((one for one in fields if re.fullmatch("[0-9]+", one)), None)
         names = [one for one in fields if one not in (color, number)]
-        if len(names) > 1 or not fields:
+        if len(names) > 1 or not fields or any(one.startswith("#") for one in names):
             raise UsageError(f"classes: {part!r} is not NAME, NAME=ID or NAME=ID=#rrggbb")
         class_id = int(number) if number is not None else position
         name = names[0] if names else f"class_{class_id}"

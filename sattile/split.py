@@ -7,7 +7,7 @@ different dates, CRSs and resolutions fall into the same cells. numpy only; posi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ EARTH_RADIUS = 6_371_008.8
 """Mean radius in metres (IUGG)."""
 
 _COS_30 = float(np.cos(np.pi / 6))  # standard parallels at 30 degrees: cells are near square where people live
+_AROUND = 2 * float(np.pi) * EARTH_RADIUS * _COS_30
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3 or min(values) < 0 or abs(sum(values) - 1) > 1e-6:
+    if len(values) != 3 or not min(values) >= 0 or not abs(sum(values) - 1) <= 1e-6:
         raise UsageError(f"fractions {text!r}: give three shares for train, val and test that sum to 1: 0.7,0.15,0.15")
     return values
 
@@ -73,26 +74,49 @@ def unit_hash(key: str, seed: int) -> float:
 
 
 def ground(lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Metres east and north on the equal-area plane; longitudes are unwrapped so that an outline stays together."""
-    lon, lat = np.asarray(lon, np.float64), np.asarray(lat, np.float64)
-    if lon.size and np.ptp(lon) > 180:
-        lon = np.where(lon < 0, lon + 360, lon)
+    """Metres east and north on the equal-area plane.
+
+    Longitudes are those of a line, and go on beyond 180 where it does: its points are less than half way around apart.
+    """
+    lon = np.unwrap(np.asarray(lon, np.float64), period=360)
     return EARTH_RADIUS * _COS_30 * np.radians(lon), EARTH_RADIUS * np.sin(np.radians(lat)) / _COS_30
 
 
 def cells(lon: np.ndarray, lat: np.ndarray, cell: float) -> list[str]:
-    """Every ground cell that the bounding rectangle of an outline touches, as `column_row`."""
-    x, y = ground(lon, lat)
-    around = max(round(2 * np.pi * EARTH_RADIUS * _COS_30 / cell), 1)
-    width = 2 * np.pi * EARTH_RADIUS * _COS_30 / around  # whole cells around the Earth, so that 180 E meets 180 W
+    """Every ground cell that the bounding rectangle of a closed outline touches, as `column_row`.
+
+    An outline that goes around the Earth holds the pole on its side.
+    """
+    x, y = ground(np.append(lon, lon[0]), np.append(lat, lat[0]))
+    low, high = float(y.min()), float(y.max())
+    if abs(x[-1] - x[0]) > _AROUND / 2:
+        pole = float(np.copysign(EARTH_RADIUS / _COS_30, y.mean()))
+        low, high = min(low, pole), max(high, pole)
+    return [key for key, _ in _touched(float(x.min()), low, float(x.max()), high, cell)]
+
+
+def cell_shares(bounds: tuple[float, float, float, float], cell: float) -> dict[str, float]:
+    """How much of each ground cell a rectangle (west, south, east, north) covers, 0 to 1."""
+    west, south, east, north = bounds
+    x, y = ground(np.linspace(west, east, 5), np.linspace(south, north, 5))
+    shares: dict[str, float] = {}
+    for key, share in _touched(x[0], y[0], x[-1], y[-1], cell):
+        shares[key] = shares.get(key, 0.0) + share
+    return shares
+
+
+def _touched(left: float, low: float, right: float, high: float, cell: float) -> Iterator[tuple[str, float]]:
+    """(cell, covered share of it) of a rectangle on the plane."""
+    around = max(round(_AROUND / cell), 1)
+    width = _AROUND / around  # whole cells around the Earth, so that 180 E meets 180 W
     # A rectangle that ends on a border does not touch the next cell; rounding leaves a millimetre.
-    first_col, last_col = int(np.floor((x.min() + 1e-3) / width)), int(np.floor((x.max() - 1e-3) / width))
-    first_row, last_row = int(np.floor((y.min() + 1e-3) / cell)), int(np.floor((y.max() - 1e-3) / cell))
-    return [
-        f"{col % around}_{row}"
-        for row in range(first_row, max(last_row, first_row) + 1)
-        for col in range(first_col, min(max(last_col, first_col), first_col + around - 1) + 1)
-    ]
+    first_col, last_col = int(np.floor((left + 1e-3) / width)), int(np.floor((right - 1e-3) / width))
+    first_row, last_row = int(np.floor((low + 1e-3) / cell)), int(np.floor((high - 1e-3) / cell))
+    for row in range(first_row, max(last_row, first_row) + 1):
+        tall = max(min(high, (row + 1) * cell) - max(low, row * cell), 0) / cell
+        for col in range(first_col, min(max(last_col, first_col), first_col + around - 1) + 1):
+            wide = max(min(right, (col + 1) * width) - max(left, col * width), 0) / width
+            yield f"{col % around}_{row}", wide * tall
 
 
 def split_of_tile(
@@ -146,7 +170,7 @@ def fill_empty(rule: SplitRule, sizes: Mapping[str, float]) -> SplitRule:
         if dealt[split]:
             continue
         giver = max(wanted, key=lambda one: len(dealt[one]))
-        if len(dealt[giver]) > 1:
+        if len(dealt[giver]) > (split != "train"):  # a single one is for training
             fixed[dealt[giver][0]] = split
     return SplitRule(rule.by, rule.fractions, rule.seed, rule.cell, rule.buffer, fixed)
 

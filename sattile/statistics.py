@@ -24,6 +24,7 @@ class BandStatistics:
         self.counts = np.zeros(1 << 16, np.int64)
         self.sums: list[float] = []
         self.squares: list[float] = []
+        self.low, self.high = math.inf, -math.inf
 
     @property
     def _low(self) -> int:
@@ -39,12 +40,14 @@ class BandStatistics:
             numbers = values.astype(np.float64)
             self.sums.append(float(numbers.sum()))
             self.squares.append(float(np.square(numbers).sum()))
+            self.low, self.high = min(self.low, float(numbers.min())), max(self.high, float(numbers.max()))
             self.counts += np.bincount(_float_bin(values.astype(np.float32)), minlength=1 << 16)
 
     def merge(self, other: BandStatistics) -> None:
         self.counts += other.counts
         self.sums += other.sums
         self.squares += other.squares
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
     def summary(self) -> dict[str, Any]:
         """Mean, std, min, max and percentiles (nearest rank); None where there is no pixel."""
@@ -61,11 +64,10 @@ class BandStatistics:
             variance = max(math.fsum(self.squares) / count - mean**2, 0.0)
         seen = np.flatnonzero(self.counts)
         rank = np.cumsum(self.counts[seen])
-        at = {str(p): float(values[seen[np.searchsorted(rank, max(count * p / 100, 1))]]) for p in PERCENTILES}
-        return {
-            "mean": mean, "std": math.sqrt(variance), "min": float(values[seen[0]]),
-            "max": float(values[seen[-1]]), "percentiles": at,
-        }  # fmt: skip
+        low, high = (float(values[seen[0]]), float(values[seen[-1]])) if self.exact else (self.low, self.high)
+        found = (float(values[seen[np.searchsorted(rank, max(count * p / 100, 1))]]) for p in PERCENTILES)
+        at = {str(p): min(max(value, low), high) for p, value in zip(PERCENTILES, found, strict=True)}
+        return {"mean": mean, "std": math.sqrt(variance), "min": low, "max": high, "percentiles": at}
 
 
 def _float_bin(values: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -113,10 +114,10 @@ def tile(
         UsageError: wrong settings, missing files, no tile left.
         TooManyRefused: see max_failed_fraction.
     """
-    from sattile.scenes import resolve
+    from sattile.scenes import plain, resolve
 
-    stride = stride or size
-    if size < 1 or not stride > 0:
+    stride = size if stride is None else stride
+    if size < 1 or stride < 1:
         raise UsageError(f"size {size}, stride {stride}: both must be at least 1 pixel")
     grid.starts(1, size, stride)  # refuses a stride over size
     if (scenes is None or labels is None) == (pairs is None):
@@ -127,11 +128,18 @@ def tile(
         raise UsageError(f"split {split!r}: use scene, block or auto")
     shares = split_module.parse_fractions(fractions)
     buffer = size if buffer is None else buffer
+    if cell < 1 or buffer < 0:
+        raise UsageError(f"cell {cell}, buffer {buffer}: a ground cell is 1 tile wide at least, a buffer 0 pixels")
+    for name, share in (
+        ("min-valid", min_valid), ("min-labelled", min_labelled), ("keep-background", keep_background),
+    ):  # fmt: skip
+        if not 0 <= share <= 1:
+            raise UsageError(f"--{name} {share}: give a share from 0 to 1")
     ignored = _numbers(ignore)
     named = schema.parse_classes(classes)
     asked = _names(bands)
     settings = {
-        "size": size, "stride": stride, "bands": asked, "pattern": pattern, "nodata": nodata, "values": values,
+        "size": size, "stride": stride, "bands": asked, "pattern": pattern, "nodata": plain(nodata), "values": values,
         "classes": classes, "attribute": attribute, "ignore": ignored, "background": background, "aoi": aoi,
         "split": split, "fractions": shares, "cell": cell, "buffer": buffer, "min_valid": min_valid,
         "min_labelled": min_labelled, "keep_background": keep_background, "seed": seed,
@@ -153,7 +161,8 @@ def tile(
             found, refused = _that_state_scales(found)
             run.refuse(refused)
         if pairs:
-            chosen, fixed = _rows_by_scene(listed, found)
+            chosen, fixed, refused = _rows_by_scene(listed, found)
+            run.refuse(refused)
             matched = label_module.match_pairs(
                 chosen, [scene for scene in found if scene.scene_id in chosen],
                 classes=named, attribute=attribute, ignore=ignored, background=background,
@@ -171,7 +180,7 @@ def tile(
             for scene in found
         ]  # fmt: skip
         run.inputs = [
-            {"url": url, "size": version[0], "mtime": version[1]}
+            {"url": url, "size": version[0], "time": version[1]}
             for scene in found
             for url, version in {**scene.identity, **matched.sources[scene.scene_id].identity()}.items()
         ]
@@ -190,6 +199,9 @@ def tile(
         rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
         chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area, engine.slots(spark))
         pixels = sum(scene.height * scene.width for scene in found)
+        for entry in storage.list_folder(out):
+            if storage.name(entry.url).startswith(".work-"):  # of a killed run: the lease is ours
+                storage.remove(entry.url)
         work = storage.join(out, f".work-{uuid.uuid4().hex[:8]}")
         cut = partial(
             _cut,
@@ -275,17 +287,22 @@ def _that_state_scales(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Refus
     return good, refused
 
 
-def _rows_by_scene(rows: Sequence[Mapping[str, str]], scenes: Sequence[Scene]) -> tuple[dict[str, str], dict[str, str]]:
-    """Label url and, where said, split of each scene of a pairs file, by scene id."""
+def _rows_by_scene(
+    rows: Sequence[Mapping[str, str]], scenes: Sequence[Scene]
+) -> tuple[dict[str, str], dict[str, str], list[Refusal]]:
+    """Label url and, where said, split of each scene of a pairs file, by scene id; scenes that no line names."""
     by_url = {row["scene"]: row for row in rows}
-    labels_of, split_of = {}, {}
+    labels_of, split_of, refused = {}, {}, []
     for scene in scenes:
-        row = by_url.get(scene.url) or by_url.get(storage.parent(scene.url)) or {}
-        if row:
-            labels_of[scene.scene_id] = row["labels"]
-            if row.get("split"):
-                split_of[scene.scene_id] = row["split"]
-    return labels_of, split_of
+        row = by_url.get(storage.absolute(scene.url)) or by_url.get(storage.parent(storage.absolute(scene.url)))
+        if row is None:
+            reason = "no line of the pairs file names this scene; name each one itself, not a catalogue or a glob"
+            refused.append(Refusal(scene.url, "labels", reason))
+            continue
+        labels_of[scene.scene_id] = row["labels"]
+        if row.get("split"):
+            split_of[scene.scene_id] = row["split"]
+    return labels_of, split_of, refused
 
 
 def _dtype(scenes: Sequence[Scene], values: str) -> str:
@@ -295,10 +312,15 @@ def _dtype(scenes: Sequence[Scene], values: str) -> str:
 
 
 def _background(background: str | None, classes: Sequence[SegmentClass] | None) -> int:
+    if background is None:
+        return 0
     for one in classes or ():
         if background in (one.name, str(one.id)):
             return one.id
-    return int(background) if background and background.isdigit() else 0
+    if classes or not re.fullmatch("[0-9]+", str(background)):
+        known = ", ".join(one.name for one in classes) if classes else "not named (--classes); give a label value"
+        raise UsageError(f"--background {background!r} is no class; classes are {known}")
+    return int(background)
 
 
 # --- dealing tiles to splits -------------------------------------------------------------------------------------
@@ -354,6 +376,8 @@ def _touching(shapes: Sequence[Any], share: float) -> Iterator[tuple[int, int]]:
     import shapely
 
     known = [index for index, shape in enumerate(shapes) if shape is not None]
+    if not known:  # shapely refuses an empty list
+        return
     tree = shapely.STRtree([shapes[index] for index in known])
     for one, other in tree.query([shapes[index] for index in known], predicate="intersects").T:
         a, b = known[one], known[other]
@@ -382,13 +406,8 @@ def _cells_of(scenes: Sequence[Scene], shapes: Sequence[Any], cell: float) -> di
             sizes[scene.scene_id] += 1.0
             continue
         for part in getattr(shape, "geoms", [shape]):
-            west, south, east, north = part.bounds
-            x, y = split_module.ground(np.array([west, east]), np.array([south, north]))
-            for key in split_module.cells(np.array([west, east]), np.array([south, north]), cell):
-                col, row = (int(value) for value in key.split("_"))
-                wide = min(x[1], (col + 1) * cell) - max(x[0], col * cell)
-                high = min(y[1], (row + 1) * cell) - max(y[0], row * cell)
-                sizes[key] += max(wide, 0) * max(high, 0) / cell**2
+            for key, share in split_module.cell_shares(part.bounds, cell).items():
+                sizes[key] += share
     return dict(sizes)
 
 
@@ -441,7 +460,7 @@ def _plan(
         pixels = scene.height * scene.width
         small = pixels <= SMALL_PIXELS
         step = len(rows) if small else max(round(TASK_PIXELS / (scene.width * stride)), 1)
-        alone_in_split = rule.of(scene.scene_id) if rule.by == "scene" or scene.crs is None else None
+        alone_in_split = rule.of(scene.scene_id) if rule.by == "scene" or scene.footprint is None else None
         for first in range(0, len(rows), step):
             chunk = Chunk(
                 scene, sources[scene.scene_id], tuple(rows[first : first + step]), not small, alone_in_split,
@@ -640,8 +659,10 @@ class _Cutter:
         """(split, ground cell) of each tile; split None leaves it out."""
         import shapely
 
+        from sattile import raster
+
         scene = chunk.scene
-        if scene.crs is None:
+        if scene.footprint is None:
             return [(chunk.split, scene.scene_id) for _ in windows]
         outlines = _outlines(scene, windows, 0)
         padded = _outlines(scene, windows, self.rule.buffer)
@@ -650,16 +671,21 @@ class _Cutter:
         area = _aoi_outline(chunk.aoi)
         dealt: list[tuple[str | None, str]] = []
         for outline, wide in zip(outlines, padded, strict=True):
-            middle = np.array([outline[0].mean()]), np.array([outline[1].mean()])
+            if not (np.isfinite(outline).all() and np.isfinite(wide).all()):  # the edge of a full-disk image
+                on_no_ground = self.rule.by == "block" or held is not None or area is not None
+                dealt.append((None if on_no_ground else chunk.split, scene.scene_id))
+                continue
+            middle = np.unwrap(outline[0], period=360).mean(keepdims=True), outline[1].mean(keepdims=True)
             cell = split_module.cells(*middle, cell_edge)[0]
             if self.rule.by == "block":
                 part = split_module.split_of_tile(self.rule, outline, wide)
             else:
                 part = chunk.split
-                ring = wide if part == "train" else outline
-                if held is not None and shapely.intersects(held, shapely.Polygon(np.column_stack(ring))):
+                if held is not None and shapely.intersects(
+                    held, raster.on_globe(*(wide if part == "train" else outline))
+                ):
                     part = None
-            if area is not None and not shapely.intersects(area, shapely.Polygon(np.column_stack(outline))):
+            if area is not None and not shapely.intersects(area, raster.on_globe(*outline)):
                 part = None
             dealt.append((part, cell))
         return dealt
@@ -823,6 +849,8 @@ def _describe(
 
 
 def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int) -> str:
+    if not description["sources"]:
+        return "no scene is left to tile: each was refused while it was cut; the warnings above say why"
     counts = ", ".join(f"{number} {reason}" for reason, number in description["dropped"].items()) or "none was cut"
     remedy = (
         f"ground blocks are {rule.cell:.0f} m wide and a buffer of {rule.buffer} px is kept: give a smaller --size, "

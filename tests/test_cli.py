@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_help_shows_an_example_that_parses(name, capsys):
     assert command.example in shown
     words = shlex.split(command.example)
     assert words[:2] == ["sattile", name]
-    parsed = vars(cli.parser(command).parse_args(words[2:]))
+    parsed = cli.parser(command).parse(words[2:])
     required = [option.name for option in command.options() if option.required]
     assert all(parsed.get(option) for option in required)
 
@@ -55,7 +56,9 @@ def test_every_command_is_a_job(name):
     [
         (["predikt"], "'predikt' is no command; did you mean predict?"),
         (["predict"], "`sattile predict` needs --model, --scenes, --out"),
-        (["tile", "--sise", "3"], "--sise"),
+        (["tile", "--sise", "3"], "--sise is no option; did you mean --size?"),
+        (["predict", "scene.tif", "--model", "m"], "what is scene.tif?"),
+        (["--conf", "c.yaml", "predict"], "the command comes first: sattile predict --conf"),
         (["tile", "--size", "big"], "invalid int value: 'big'"),
         (["index", "x", "--out", "o", "--set", "index.bandz=a"], "did you mean index.bands?"),
         (["index", "x", "--out", "o", "--conf", "nowhere.yaml"], "does not exist"),
@@ -64,6 +67,43 @@ def test_every_command_is_a_job(name):
 def test_wrong_usage_is_2_and_says_what_is_wrong(arguments, message, capsys):
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_help_shows_defaults_and_what_has_to_be_given(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("(default: unet-small)", "never does (default: 0)", "jitter (default: on)", "wrote (required)"):
+        assert text in shown
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    assert "--settings" not in capsys.readouterr().out  # only Python can give a mapping
+
+
+def test_scenes_may_stand_before_and_after_options():
+    parsed = cli.parser(config.COMMANDS["index"]).parse(["a.tif", "--out", "o", "b.tif", "--nodata", "-9999"])
+    assert parsed == {"scenes": ["a.tif", "b.tif"], "out": "o", "nodata": -9999.0}
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), "free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), "choose another --out"),
+        (OSError(errno.EROFS, "Read-only file system", "/out"), "can be written"),
+    ],
+)
+def test_the_systems_errors_say_what_to_do(error, hint, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("sattile.reporting.report", fail)
+    monkeypatch.setattr(config.Command, "options", lambda _: [])
+    assert cli.main(["report"]) == 1
+    shown = capsys.readouterr().err
+    assert str(error) in shown
+    assert hint in shown
+    assert "Traceback" not in shown
 
 
 def test_statuses_of_a_real_run(tmp_path):

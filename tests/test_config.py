@@ -75,3 +75,43 @@ def test_what_is_wrong_is_named(tmp_path, text, message):
 def test_an_assignment_without_a_value_is_refused():
     with pytest.raises(UsageError, match=r"section\.name=value"):
         config.load(None, ["train.epochs"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("index.pattern={scene}, {band}.tiff", "{scene}, {band}.tiff"),
+        ("index.pattern={scene}_{band}.tif", "{scene}_{band}.tif"),
+        ("tile.labels=no", "no"),
+        ("tile.classes=007=1,no=0", "007=1,no=0"),
+        ("tile.ignore=[0, 99]", "0,99"),
+        ("index.scenes=[a.tif, b.tif]", ["a.tif", "b.tif"]),
+        ("index.scenes=2024", ["2024"]),
+        ("tile.aoi=null", None),
+        ("tile.nodata=-1e3", -1000.0),
+    ],
+)
+def test_words_of_an_assignment_stay_words(assignment, value):
+    section, _, rest = assignment.partition(".")
+    assert config.load(None, [assignment]) == {section: {rest.partition("=")[0]: value}}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.epochs=.inf", "epochs inf is no int"),
+        ("train.epochs=[1", r"epochs '\[1' is no int"),
+        ("epochs=3", r"epochs is no setting; did you mean train\.epochs\?"),
+        ("run.settings={}", r"run\.settings is no setting"),
+    ],
+)
+def test_a_wrong_assignment_is_named(assignment, message):
+    with pytest.raises(UsageError, match=message):
+        config.load(None, [assignment])
+
+
+def test_a_settings_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "picture").write_bytes(b"\xff\xd8\xff")
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "picture", "is not YAML"), (tmp_path / "no", "exist")):
+        with pytest.raises(UsageError, match=message):
+            config.load(str(path))

@@ -81,3 +81,23 @@ def test_refusals_are_listed_and_too_many_fail_after_all_is_written(tmp_path):
         run.given = 3
         run.finish()
     assert not (tmp_path / "_quarantine.parquet").exists()
+
+
+def test_a_run_that_finds_nothing_to_do_keeps_what_was_measured(tmp_path):
+    """Speeds and versions are those of the run that made what lies there; what was skipped is this run's."""
+    out = tmp_path / "out"
+    with Run("predict", str(out), {}) as run:
+        run.given = run.done = 2
+        run.extra |= {"delivered_mpix_per_s": 3.5, "plan": {"scenes": 2}}
+        run.peak_memory = 1e6
+        with run.stage("infer", pixels=10):
+            pass
+        run.finish()
+    first = json.loads((out / "_run.json").read_text())
+    with Run("predict", str(out), {}) as run:
+        run.given = run.skipped = 2
+        run.extra |= {"delivered_mpix_per_s": None, "plan": {"scenes": 0}}
+        with run.stage("plan"):
+            pass
+        run.finish()
+    assert json.loads((out / "_run.json").read_text()) == {**first, "done": 0, "skipped": 2}

@@ -309,6 +309,15 @@ def test_report_writes_once(folders: dict[str, Path], tmp_path: Path) -> None:
     assert (run["command"], run["done"], run["skipped"], len(run["inputs"])) == ("report", 0, 5, 5)
 
 
+def test_a_rerun_that_does_nothing_leaves_the_page(folders: dict[str, Path]) -> None:
+    """Its records say that all was skipped; the page is about what lies there."""
+    before = page_of(*folders.values())
+    for folder in folders.values():
+        run = json.loads((folder / "_run.json").read_text())
+        write_json(folder / "_run.json", {**run, "done": 0, "skipped": run["done"]})
+    assert page_of(*folders.values()) == before
+
+
 def test_refuses_what_is_no_out_folder(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     with pytest.raises(UsageError, match=r"photos has no _run\.json"):

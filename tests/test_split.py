@@ -67,6 +67,12 @@ def test_no_wanted_split_stays_empty_where_there_is_enough_ground(seed, count):
     assert {filled.of(key) for key in sizes} == {"train", "val", "test"}
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_all_of_a_single_place_is_for_training(seed):
+    filled = split.fill_empty(SplitRule("scene", (0.4, 0.3, 0.3), seed, 0, 0), {"only": 1.0})
+    assert filled.of("only") == "train"
+
+
 def test_unwanted_splits_stay_empty():
     filled = split.fill_empty(SplitRule("block", (1.0, 0.0, 0.0), 0, 1.0, 0), {"0_0": 1.0, "1_0": 1.0})
     assert {filled.of(key) for key in ("0_0", "1_0")} == {"train"}
@@ -85,5 +91,37 @@ def test_each_pixel_of_overlapping_tiles_is_owned_once(corners):
 
 @pytest.mark.parametrize("text", ["0.7,0.3", "0.7,0.2,0.2", "a,b,c", "1.2,-0.1,-0.1"])
 def test_fractions_that_do_not_sum_to_one_are_refused(text):
+    with pytest.raises(UsageError, match="sum to 1"):
+        split.parse_fractions(text)
+
+
+def test_an_outline_around_a_pole_holds_all_beyond_it():
+    lon = np.linspace(-180, 170, 36)
+    ring = set(split.cells(lon, np.full(36, -70.0), 50_000.0))
+    assert set(split.cells(*outline(20, -85, 5, 2), 50_000.0)) <= ring
+
+
+def test_an_outline_wider_than_half_the_earth_holds_all_of_it():
+    lon = np.array([-120, -60, 0, 60, 120, 120, 60, 0, -60, -120.0])
+    wide = set(split.cells(lon, np.repeat([0, 10.0], 5), 500_000.0))
+    for west in range(-118, 115, 20):
+        assert set(split.cells(*outline(west, 3, 2, 2), 500_000.0)) <= wide
+
+
+@given(st.floats(-179, 170), st.floats(-60, 50), st.floats(0.1, 9), st.floats(0.1, 9))
+def test_shares_of_cells_sum_to_the_area(west, south, width, height):
+    x, y = split.ground(np.array([west, west + width]), np.array([south, south + height]))
+    cell = 50_000.0
+    shares = split.cell_shares((west, south, west + width, south + height), cell)
+    # Cells are stretched to fit around the Earth a whole number of times: by 0.1 % at most here.
+    assert sum(shares.values()) * cell**2 == pytest.approx(np.ptp(x) * np.ptp(y), rel=2e-3)
+    assert max(shares.values()) <= 1 + 1e-9
+    assert {key for key, share in shares.items() if share > 1e-6} <= set(
+        split.cells(*outline(west, south, width, height), cell)
+    )
+
+
+@pytest.mark.parametrize("text", ["nan,0,0", "inf,0,0", "1,nan,0"])
+def test_fractions_are_numbers(text):
     with pytest.raises(UsageError, match="sum to 1"):
         split.parse_fractions(text)

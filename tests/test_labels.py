@@ -1,0 +1,148 @@
+"""Labels of scenes: which file, which class; what is wrong with one file costs its scene."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pytest
+import shapely
+from scenes_for_tests import write_scene
+
+from sattile import labels, raster, schema
+from sattile.errors import Refused, UsageError
+from sattile.grid import Window
+from sattile.scenes import describe, find
+from sattile.schema import IGNORE, Scene
+
+WEST, NORTH = 600_000, 5_000_000
+
+
+def scene_of(path: Path, height: int = 40, width: int = 60, **profile: object) -> Scene:
+    url = write_scene(path, np.ones((1, height, width), np.uint8), **profile)
+    return describe(find(url)[0], raster.describe_file)
+
+
+def pixels(left: int, top: int, right: int, bottom: int) -> shapely.Polygon:
+    return shapely.box(WEST + 10 * left, NORTH - 10 * bottom, WEST + 10 * right, NORTH - 10 * top)
+
+
+def write_shapes(path: Path, shapes: list[object], crs: str = "EPSG:32632", **columns: object) -> str:
+    geopandas.GeoDataFrame(columns, geometry=shapes, crs=crs).to_file(path)
+    return str(path)
+
+
+def drawn(source: labels.LabelSource, scene: Scene) -> np.ndarray:
+    return labels.read(source, scene, Window(0, 0, scene.height, scene.width))
+
+
+def test_pairs_as_spreadsheets_write_them(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(b"\xef\xbb\xbfscene, labels\r\na b.tif, l.tif\r\n,\r\n")
+    for name in ("a b.tif", "l.tif"):
+        (tmp_path / name).touch()
+    assert labels.read_pairs(str(path)) == [{"scene": str(tmp_path / "a b.tif"), "labels": str(tmp_path / "l.tif")}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"scene,labels\na.tif,\xe9.tif\n", "not UTF-8"),
+        (b"scene;labels\na.tif;b.tif\n", "needs columns scene and labels"),
+        (b"scene,labels,split\na.tif,b.tif,train\nx/../a.tif,c.tif,val\n", "line 3: .*a.tif is on line 2 already"),
+    ],
+)
+def test_pairs_that_cannot_be_meant(tmp_path, content, message):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        labels.read_pairs(str(path))
+
+
+def test_one_bad_labels_file_costs_its_scene(tmp_path):
+    one, two, three = (scene_of(tmp_path / name) for name in ("one.tif", "two.tif", "three.tif"))
+    good = write_shapes(tmp_path / "good.geojson", [shapely.box(8, 40, 12, 48)], "EPSG:4326", kind=["a"])
+    (tmp_path / "bad.geojson").write_text('{"type": "FeatureCollection", "features": [')
+    urls = {"one": good, "two": str(tmp_path / "bad.geojson"), "three": str(tmp_path / "none.tif")}
+    matched = labels.match_pairs(urls, [one, two, three], attribute="kind")
+    assert list(matched.sources) == ["one"]
+    reasons = {Path(refusal.url).stem: refusal.reason for refusal in matched.refused}
+    assert "cannot be read as a vector file" in reasons["two"]
+    assert "none.tif do not exist" in reasons["three"]
+    with pytest.raises(UsageError, match="cannot be read"):
+        labels.match(str(tmp_path / "bad.geojson"), [one, two], attribute="kind")
+
+
+def test_two_label_files_of_one_scene_are_not_chosen_from(tmp_path):
+    scene = scene_of(tmp_path / "s.tif")
+    write_scene(tmp_path / "labels" / "s.tif", np.ones((1, 40, 60), np.uint8))
+    write_shapes(tmp_path / "labels" / "s.geojson", [shapely.box(8, 40, 12, 48)], "EPSG:4326", kind=["a"])
+    matched = labels.match(str(tmp_path / "labels"), [scene], attribute="kind")
+    assert not matched.sources
+    assert "several label files" in matched.refused[0].reason
+
+
+def test_shapes_without_a_class_are_left_out(tmp_path, caplog):
+    scene = scene_of(tmp_path / "s.tif")
+    shapes = [pixels(0, 0, 10, 10), pixels(20, 0, 30, 10), pixels(40, 0, 50, 10)]
+    url = write_shapes(tmp_path / "v.gpkg", shapes, kind=[3, None, 7])
+    caplog.set_level("WARNING", "sattile")
+    matched = labels.match(url, [scene], attribute="kind")
+    assert [one.id for one in matched.classes or ()] == [3, 7]
+    assert set(np.unique(drawn(matched.sources["s"], scene))) == {3, 7, IGNORE}
+    url = write_shapes(tmp_path / "w.gpkg", shapes, kind=["b", "", "a"])
+    matched = labels.match(url, [scene], attribute="kind")
+    assert [one.name for one in matched.classes or ()] == ["a", "b"]
+
+
+def test_values_to_be_ignored_need_be_no_class_ids(tmp_path):
+    scene = scene_of(tmp_path / "s.tif")
+    stored = np.ones((1, 40, 60), np.int16)
+    stored[:, :5], stored[:, 30:] = -1, 999
+    url = write_scene(tmp_path / "labels.tif", stored)
+    matched = labels.match(url, [scene], ignore=[-1, 999])
+    found = drawn(matched.sources["s"], scene)
+    assert (found == np.where(stored[0] == 1, 1, IGNORE)).all()
+    with pytest.raises(Refused, match="--ignore"):
+        drawn(labels.match(url, [scene]).sources["s"], scene)
+
+
+def test_a_changed_attribute_of_a_shapefile_is_a_change(tmp_path):
+    scene = scene_of(tmp_path / "s.tif")
+    url = write_shapes(tmp_path / "v.shp", [pixels(0, 0, 10, 10)], kind=["a"])
+    before = labels.match(url, [scene], attribute="kind").sources["s"].identity()
+    assert set(before) == {url, *(str(tmp_path / f"v.{one}") for one in ("dbf", "prj", "cpg"))}
+
+
+def test_a_continent_can_be_a_label(tmp_path):
+    """Its far side is not on the scene's projection, and sides of 60 degrees are far from straight there."""
+    scene = scene_of(tmp_path / "s.tif")
+    transformer = raster._to_lonlat("EPSG:32632")
+    assert transformer is not None
+    rows, cols = np.mgrid[:40, :60] + 0.5
+    _, lats = transformer.transform(WEST + 10 * cols, NORTH - 10 * rows)
+    edge = float(lats.mean())
+    land = shapely.segmentize(shapely.box(-170, -60, 170, edge), 400)
+    url = write_shapes(tmp_path / "land.geojson", [land], "EPSG:4326", kind=["land"])
+    found = drawn(labels.match(url, [scene], attribute="kind").sources["s"], scene)
+    clear = np.abs(lats - edge) > 1e-5  # a tenth of a pixel
+    assert 0 < (found == 0).sum() < found.size
+    assert ((found == 0) == (lats < edge))[clear].all()
+
+
+def test_a_vrt_is_no_label_whatever_it_is_called(tmp_path):
+    other = write_shapes(tmp_path / "o.geojson", [pixels(0, 0, 9, 9)], kind=["a"])
+    path = tmp_path / "v.geojson"
+    path.write_text(
+        f'<OGRVRTDataSource><OGRVRTLayer name="o"><SrcDataSource>{other}</SrcDataSource></OGRVRTLayer>'
+        f"</OGRVRTDataSource>"
+    )
+    with pytest.raises(UsageError, match="does not hold what its name"):
+        labels.read_vector(str(path))
+
+
+@pytest.mark.parametrize("text", ["a=0=#zz", "a=0=#12", "a=²", "a,,b"])
+def test_classes_that_are_none(text):
+    with pytest.raises(UsageError, match="classes"):
+        schema.parse_classes(text)

@@ -1,0 +1,52 @@
+"""The chain of commands: settings reach their steps, and what no step has is refused before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from sattile import cli, demo, pipeline
+from sattile.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trian": {"epochs": 1}}, "settings of trian: steps are index, tile"),
+        ({"train": {"epoch": 1}}, r"train\.epoch is no setting; there are .*epochs"),
+        ({"index": {"out": "elsewhere"}}, r"index\.out is chosen by the chain"),
+        ({"predict": {"scenes": ["a.tif"]}}, r"predict\.scenes is chosen by the chain"),
+    ],
+)
+def test_settings_that_no_step_has_are_refused_at_once(tmp_path, settings, message):
+    with pytest.raises(UsageError, match=message):
+        pipeline.run(None, out=str(tmp_path / "work"), scenes=["s"], labels="l", settings=settings)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.fixture
+def chained(monkeypatch):
+    """What the chain is given by a command; no Spark."""
+    calls = []
+    monkeypatch.setattr(pipeline, "_chain", lambda spark, out, **given: calls.append(given))
+    monkeypatch.setattr(cli, "_with_session", lambda command, values, master, conf: command.function()(None, **values))
+    return calls
+
+
+def test_one_settings_file_serves_all_commands(tmp_path, chained):
+    """`run` takes the sections of its steps, its own for itself, and leaves the others alone."""
+    conf = tmp_path / "c.yaml"
+    conf.write_text("run: {classes: 'a,b'}\nbundle: {gsd: 10}\ndemo: {seed: 3}\ntrain: {epochs: 2}\n")
+    given = ["run", "--scenes", "s", "--labels", "l", "--out", str(tmp_path), "--conf", str(conf)]
+    assert cli.main([*given, "--set", "tile.size=64"]) == 0
+    assert chained[0]["settings"] == {"train": {"epochs": 2}, "tile": {"size": 64}}
+    assert chained[0]["classes"] == "a,b"
+
+
+def test_the_demo_takes_settings_of_its_steps(tmp_path, chained):
+    assert cli.main(["demo", "--out", str(tmp_path), "--set", "train.epochs=2", "--set", "predict.merge=blend"]) == 0
+    settings = chained[0]["settings"]
+    assert settings["train"] == {**demo.SETTINGS["train"], "epochs": 2}
+    assert settings["predict"] == {"merge": "blend"}
+    assert settings["tile"] == demo.SETTINGS["tile"]
+    assert cli.main(["demo", "--out", str(tmp_path), "--set", "train.epochs=2", "--epochs", "1"]) == 0
+    assert chained[1]["settings"]["train"]["epochs"] == 1
