@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format benchmarks lock clean
+.PHONY: help env demo test lint format benchmarks picture lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -16,9 +16,9 @@ env: $(READY)  ## build .venv with .venv/bin/sattile
 
 # Java: none is needed beforehand; the environment brings a JRE in a wheel, used where no Java >= 17 is found.
 $(READY): requirements/lock.txt setup.py
-	@test -n "$(PYTHON)" || { echo "sattile needs Python 3.11 (TensorFlow 2.21 and pyarrow 14 meet there): install it, or say make PYTHON=/path/to/python3.11 ..."; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "sattile needs Python 3.11 (TensorFlow 2.21 and pyarrow 14 meet there), and $(or $(PYTHON),what is on the path) is not: install it, or say make PYTHON=/path/to/python3.11 ..."; exit 2; }
 	@echo "building $(VENV) with $(PYTHON) (two or three minutes and 3 GB the first time)"
-	@$(PYTHON) -m venv $(VENV) || { echo "python's venv module is missing: install it (Debian: python3.11-venv)"; exit 2; }
+	@"$(PYTHON)" -m venv $(VENV) || { echo "python's venv module is missing: install it (Debian: python3.11-venv)"; exit 2; }
 	@# pip, not a faster one: it follows the proxies, mirrors and certificates that this machine is set up with.
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/lock.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
@@ -44,9 +44,12 @@ format: $(READY)  ## format the code
 benchmarks: $(READY)  ## speed and memory against plain loops, printed as ratios
 	@$(BIN)/python -m benchmarks
 
+picture: demo  ## renew README's picture from the demo
+	@$(BIN)/python scripts/demo_picture.py demo docs/images/demo.png
+
 lock: $(READY)  ## pin everything anew from setup.py
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@$(BIN)/uv pip compile --quiet --python-version 3.11 setup.py --extra cpu --extra java --extra notebook --extra cog --extra dev --generate-hashes --no-header --output-file requirements/lock.txt --upgrade
 
-clean:  ## remove what the targets made
+clean:  ## remove what the targets made, but .venv
 	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sattile.errors import UsageError
+from sattile.errors import SattileError, UsageError
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -44,8 +44,11 @@ def session(
         conf: Spark settings on top.
 
     Raises:
-        UsageError: if no Java of at least 17 is found.
+        UsageError: if no Java of at least 17 is found, or Spark knows no such master.
+        SattileError: if Java or the master does not answer.
     """
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
     from pyspark.sql import SparkSession
 
     active = SparkSession.getActiveSession()
@@ -84,8 +87,14 @@ def session(
         builder = builder.master(master)
     for key, value in {**settings, **(conf or {})}.items():
         builder = builder.config(key, value)
-    with _launched_by(java):
-        return builder.getOrCreate()
+    try:
+        with _launched_by(java):
+            return builder.getOrCreate()
+    except (PySparkException, Py4JError) as error:
+        if "Could not parse Master URL" in str(error):
+            raise UsageError(f"--master {master}: Spark has no such master; write local[2], local[*], yarn") from error
+        reason = next((line for line in str(error).splitlines() if "Exception: " in line), str(error).split("\n")[0])
+        raise SattileError(f"Spark does not start: {reason}") from error
 
 
 def spark_home() -> str:
@@ -221,7 +230,7 @@ def progress(spark: SparkSession, text: str) -> Iterator[None]:
             if bar is not None:
                 bar.total = total
                 bar.update(done - bar.n)
-            elif now - said >= SECONDS_A_LINE:  # a log file gets a line now and then
+            elif total and now - said >= SECONDS_A_LINE:  # a log file gets a line now and then
                 said = now
                 log.info("%s: %d of %d tasks, %.0f s", text, done, total, now - start)
 

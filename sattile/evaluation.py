@@ -232,7 +232,7 @@ def _on_scenes(
     found = [scene for scene in found if scene.scene_id in matched.sources]
     versions = [(scene.identity, matched.sources[scene.scene_id].identity()) for scene in found]
     run.inputs = [
-        {"url": url, "size": version[0], "mtime": version[1]}
+        {"url": url, "size": version[0], "time": version[1]}
         for scene, truth in versions
         for url, version in {**scene, **truth}.items()
     ]

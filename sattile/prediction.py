@@ -881,7 +881,7 @@ def predict(
         found, refused = fitting(resolved.scenes, bundle, max_gsd_ratio=max_gsd_ratio, aoi=area is not None)
         run.refuse(refused)
         run.inputs = [
-            {"url": url, "size": version[0], "mtime": version[1]}
+            {"url": url, "size": version[0], "time": version[1]}
             for scene in found
             for url, version in scene.identity.items()
         ]

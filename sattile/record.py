@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import platform
 import resource
 import sys
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sattile import schema, storage
-from sattile.errors import TooManyRefused, UsageError
+from sattile.errors import SattileError, TooManyRefused, UsageError
 from sattile.schema import Refusal
 
 log = logging.getLogger("sattile")
@@ -91,6 +92,7 @@ class Run:
     peak_memory: float = 0.0
 
     def __enter__(self) -> Run:
+        self.settings = _plain(self.settings)
         self.previous = self._read_previous()
         self.replacing = False
         if self.previous:
@@ -182,8 +184,14 @@ class Run:
         """Write the record and the quarantine table.
 
         Raises:
+            SattileError: if another job has taken the folder over meanwhile.
             TooManyRefused: if refused / given is above `max_failed_fraction`; everything is written first.
         """
+        if self._lease.lost:
+            raise SattileError(
+                f"{self.out} was taken over by another job while this one stood still; let that one finish, then "
+                f"run this again"
+            )
         url = storage.join(self.out, QUARANTINE)
         if self.refused:
             rows = sorted({(one.url, one.stage, one.reason) for one in self.refused})
@@ -215,6 +223,15 @@ class Run:
                 f"{failed} of {self.given} scenes were refused, more than max_failed_fraction "
                 f"{self.max_failed_fraction:g} allows; {url} says why (the others are published)"
             )
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON has them: lists for tuples, NaN and infinities as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -85,7 +85,7 @@ def report(folders: Sequence[str], *, out: str) -> str:
 
 def _input(folder: Folder) -> dict[str, Any]:
     entry = storage.stat(folder.join(RUN))
-    return {"url": folder.url, "size": entry.size if entry else 0, "mtime": entry.mtime if entry else 0}
+    return {"url": folder.url, "size": entry.size if entry else 0, "time": entry.mtime if entry else 0}
 
 
 def collect(folders: Sequence[str]) -> list[Folder]:

@@ -328,6 +328,9 @@ class Lease:
     Args:
         folder: the out folder.
         seconds: how long it lasts unrenewed.
+
+    Attributes:
+        lost: another job has taken it over: this one slept (a laptop that was closed) for longer than it lasts.
     """
 
     NAME = "_lock.json"
@@ -336,6 +339,7 @@ class Lease:
         self.url = join(folder, self.NAME)
         self.seconds = seconds
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.lost = False
         self._stop = Event()
         self._thread: Thread | None = None
 
@@ -345,6 +349,9 @@ class Lease:
     def __enter__(self) -> Lease:
         if not filesystem(self.url).create_exclusively(self.url, self._content()):
             held = self._held()
+            if held is None:  # made this instant, and not written yet?
+                time.sleep(0.1)
+                held = self._held()
             if held and not _is_dead(held["owner"]) and time.time() - held["time"] < held["seconds"]:
                 raise UsageError(
                     f"{parent(self.url)} is being written by another job ({held['owner']}); wait for it, or, if it "
@@ -366,6 +373,9 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(self.seconds / 4):
+            self.lost = (self._held() or {}).get("owner", self.owner) != self.owner
+            if self.lost:
+                return
             with suppress(OSError):
                 write_bytes(self.url, self._content())
 

@@ -76,3 +76,20 @@ def test_a_log_file_gets_lines(spark, monkeypatch):
         spark.sparkContext.parallelize(range(3), 3).foreach(lambda _: time.sleep(0.8))
     assert said
     assert all(line.startswith("count: ") and " of 3 tasks, " in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind", "message"),
+    [
+        ("session('local[x]')", "UsageError", "--master local[x]: Spark has no such master"),
+        ("session('local[1]', conf={'spark.driver.memory': '1x'})", "SattileError", "Spark does not start: "),
+    ],
+)
+def test_a_spark_that_does_not_start_says_why_in_a_line(setting, kind, message):
+    code = (
+        f"import sattile, sattile.errors\ntry:\n    sattile.{setting}\nexcept sattile.errors.SattileError as error:\n"
+    )
+    code += "    print(type(error).__name__, error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.startswith(f"{kind} {message}"), done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1

@@ -7,7 +7,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from sattile.errors import TooManyRefused, UsageError
+from sattile.errors import SattileError, TooManyRefused, UsageError
 from sattile.record import Run
 from sattile.schema import Refusal
 
@@ -101,3 +101,17 @@ def test_a_run_that_finds_nothing_to_do_keeps_what_was_measured(tmp_path):
             pass
         run.finish()
     assert json.loads((out / "_run.json").read_text()) == {**first, "done": 0, "skipped": 2}
+
+
+def test_a_job_that_lost_its_folder_does_not_finish(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(SattileError, match="taken over by another job"), Run("tile", str(out), {}) as run:
+        run._lease.lost = True
+        run.finish()
+    assert not (out / "_run.json").exists()
+
+
+def test_settings_that_json_has_no_number_for_are_kept_as_text(tmp_path):
+    finished(tmp_path, {"nodata": float("nan"), "shape": (1, 2)})
+    assert json.loads((tmp_path / "_run.json").read_text())["settings"] == {"nodata": "nan", "shape": [1, 2]}
+    assert finished(tmp_path, {"nodata": float("nan"), "shape": (1, 2)}).finished_before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -80,6 +81,26 @@ def test_a_lease_is_renewed_while_its_holder_lives(tmp_path):
         time.sleep(1.0)
         with pytest.raises(UsageError), storage.Lease(str(tmp_path), seconds=0.4):
             pass
+
+
+def test_a_lease_that_another_job_has_taken_is_not_taken_back(tmp_path):
+    """A laptop was closed, the lease ran out, another job holds it now: the first one sees that and stops renewing."""
+    with storage.Lease(str(tmp_path), seconds=0.2) as lease:
+        other = {"owner": "elsewhere:1:abc", "time": time.time(), "seconds": 60}
+        storage.write_json(lease.url, other)
+        time.sleep(0.3)
+        assert lease.lost
+    assert storage.read_json(lease.url) == other
+
+
+def test_a_lock_that_is_being_written_is_not_taken(tmp_path):
+    """A file is made before its content is there."""
+    lock = tmp_path / storage.Lease.NAME
+    lock.touch()
+    content = json.dumps({"owner": "elsewhere:1:abc", "time": time.time(), "seconds": 60})
+    threading.Timer(0.05, lock.write_text, [content]).start()
+    with pytest.raises(UsageError, match="another job"), storage.Lease(str(tmp_path)):
+        pass
 
 
 def test_unknown_schemes_are_refused():
