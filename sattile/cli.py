@@ -6,9 +6,13 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import sattile
@@ -164,9 +168,43 @@ def _with_session(command: Command, values: dict[str, Any], master: str | None, 
         master or (None if submitted else "local[*]"), conf={key: str(value) for key, value in conf.items()}
     )
     try:
-        return command.function()(spark, **values)
+        with _interruptible(spark):
+            return command.function()(spark, **values)
     finally:
         spark.stop()
+
+
+@contextmanager
+def _interruptible(spark: Any) -> Iterator[None]:
+    """Let Ctrl-C end the Spark jobs, then us: an exception amid a call to the JVM would garble all later calls."""
+    interrupted, ended = threading.Event(), threading.Event()
+
+    def cancel() -> None:
+        spark.sparkContext.setLogLevel("OFF")  # tasks that are cut short complain at length
+        while not ended.wait(0.2):
+            spark.sparkContext.cancelAllJobs()
+
+    def handle(_: int, frame: FrameType | None) -> None:
+        again = interrupted.is_set()
+        interrupted.set()
+        if not again:
+            threading.Thread(target=cancel, daemon=True).start()
+        while frame is not None and not again:
+            if frame.f_globals.get("__name__", "").startswith("py4j."):
+                return  # this call ends with its job
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    except Exception:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        ended.set()
+        signal.signal(signal.SIGINT, before)
 
 
 def _log(verbose: bool) -> None:

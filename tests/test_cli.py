@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,34 @@ def test_statuses_of_a_real_run(tmp_path):
     allowed = call("index", scenes, "--out", out, "--master", "local[1]", "--max-failed-fraction", "0.5")
     assert allowed.returncode == 0, allowed.stderr
     assert allowed.stdout.strip().startswith(out)
+
+
+@pytest.mark.parametrize("place", ["in a Spark job", "in Python"])
+def test_an_interrupt_ends_the_job_and_is_said(place):
+    """Ctrl-C goes to the whole process group, as a terminal sends it."""
+    work = "spark.sparkContext.parallelize(range(2), 2).foreach(sleep)" if place == "in a Spark job" else "sleep(0)"
+    code = f"""
+import sys, time, types, sattile.config as config
+from sattile import cli
+def sleep(_): time.sleep(60)
+def wait(spark):
+    print("ready", flush=True)
+    {work}
+command = config.Command("wait", "", "wait", "")
+config.Command.function = lambda self: wait
+config.COMMANDS["wait"] = command
+sys.exit(cli.main(["wait", "--master", "local[2]"]))
+"""
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    time.sleep(3)
+    os.killpg(job.pid, signal.SIGINT)
+    _, said = job.communicate(timeout=30)
+    assert job.returncode == 130, said
+    assert said.strip() == ("sattile: interrupted; what is published is whole, and the next run goes on from there")
 
 
 def test_spark_submit_runs_a_job_and_returns_its_status(tmp_path):
