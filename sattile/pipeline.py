@@ -43,7 +43,7 @@ def run(
 ) -> str:
     """Index, tile, train, evaluate, predict and report; a rerun does only what has changed.
 
-    A model that was trained on other tiles, and maps made by another model, are replaced with `overwrite` only.
+    What follows from something that has changed is made anew: other tiles, another model, other maps.
 
     Args:
         out: folder of it all; each step has a folder of its own below.
@@ -112,7 +112,9 @@ def _chain(
     arguments = [row["scene"] for row in read_pairs(pairs)] if pairs else scenes
     late: list[TooManyRefused] = []
 
-    with Run("run", out, {"steps": steps, **reading, "classes": classes}, True, 1.0) as record:
+    with Run("run", out, {"steps": steps, **reading, "classes": classes}, shared["overwrite"], 1.0) as record:
+        # Settings are agreed on above, for all steps; below, what differs follows from a step before.
+        shared = {**shared, "overwrite": True}
 
         def step(name: str, **options: Any) -> None:
             session = (spark,) if name != "report" else ()

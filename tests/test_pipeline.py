@@ -50,3 +50,26 @@ def test_the_demo_takes_settings_of_its_steps(tmp_path, chained):
     assert settings["tile"] == demo.SETTINGS["tile"]
     assert cli.main(["demo", "--out", str(tmp_path), "--set", "train.epochs=2", "--epochs", "1"]) == 0
     assert chained[1]["settings"]["train"]["epochs"] == 1
+
+
+def test_a_changed_archive_is_followed_and_changed_settings_are_refused(spark, tmp_path, monkeypatch):
+    import numpy as np
+    from scenes_for_tests import position_image, write_scene
+
+    from sattile import pipeline
+    from sattile.errors import UsageError
+
+    seen = []
+    for name in ("training:train", "evaluation:evaluate", "prediction:predict", "reporting:report"):
+        module, _, function = name.partition(":")
+        monkeypatch.setattr(
+            f"sattile.{module}.{function}", lambda *_, _name=function, **given: seen.append((_name, given))
+        )
+    write_scene(tmp_path / "scenes" / "a.tif", position_image(64, 96, 2))
+    write_scene(tmp_path / "l.tif", np.ones((1, 64, 96), np.uint8))
+    given = {"scenes": [str(tmp_path / "scenes")], "labels": str(tmp_path / "l.tif"), "out": str(tmp_path / "out")}
+    steps = {"tile": {"size": 32, "fractions": "1,0,0"}}
+    pipeline.run(spark, **given, settings=steps)
+    assert all(options["overwrite"] for name, options in seen if name != "report")
+    with pytest.raises(UsageError, match="made with other settings"):
+        pipeline.run(spark, **given, settings={"tile": {"size": 48, "fractions": "1,0,0"}})
