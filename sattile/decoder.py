@@ -95,12 +95,16 @@ class Decoder:
             connection = self._start()
             message = pickle.dumps((function, args, kwargs, self._borrower.given_back()), protocol=5)
             try:
+                connection.settimeout(max(self.timeout, 1.0))
                 _send(connection, message, [])
+                _receive_exactly(connection, 1)
                 break
-            except OSError:  # the child was killed while idle, by the system perhaps: no fault of this function
+            except (OSError, EOFError):
+                # The child was killed before it began, by the system perhaps: no fault of this function. Only the
+                # child's word that it has it tells: what ends takes messages for as long as one thread of it lives.
                 self.close()
                 if attempt == 2:
-                    raise
+                    raise SattileError("the process that reads files was ended twice before it began") from None
         self._deadline = time.monotonic() + self.timeout
 
     def result(self, timeout: float | None = None) -> Any:
@@ -138,8 +142,8 @@ class Decoder:
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """`submit` and `result`."""
-        self.submit(function, *args, **kwargs)
         try:
+            self.submit(function, *args, **kwargs)
             return self.result()
         except KeyboardInterrupt:
             self.close()
@@ -234,6 +238,7 @@ def _serve(descriptor: int, parent: int) -> None:
     while True:
         try:
             message, _ = _receive(connection)
+            connection.sendall(b"!")
         except (EOFError, OSError):
             break
         buffers: list[pickle.PickleBuffer] = []
