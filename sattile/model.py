@@ -150,7 +150,7 @@ def save_bundle(
         else:
             network.save(file)
         digest = storage.sha256_file(file)
-        network.export(os.path.join(scratch, SAVED_MODEL), verbose=False)
+        _export(network, os.path.join(scratch, SAVED_MODEL))
         storage.remove(storage.join(url, BUNDLE))
         storage.remove(storage.join(url, SAVED_MODEL))
         storage.upload_folder(os.path.join(scratch, SAVED_MODEL), storage.join(url, SAVED_MODEL))
@@ -181,6 +181,33 @@ def save_bundle(
         },
     )
     return load_bundle(url)
+
+
+def _export(network: Any, folder: str) -> None:
+    """Write a SavedModel that takes inputs of every size that the network takes."""
+    import keras
+    import tensorflow as tf
+
+    class SmoothUpSampling2D(keras.layers.UpSampling2D):
+        """Keras 3.15 compares the new size with 0 in Python, which a size that is not yet known does not allow."""
+
+        def call(self, inputs: Any) -> Any:
+            size = tf.shape(inputs)[1:3] * tf.constant(self.size)
+            return tf.image.resize(inputs, size, method=self.interpolation)
+
+    def replace(layer: Any) -> Any:
+        smooth = isinstance(layer, keras.layers.UpSampling2D) and layer.interpolation != "nearest"
+        return (SmoothUpSampling2D if smooth else type(layer)).from_config(layer.get_config())
+
+    try:
+        if any(getattr(layer, "interpolation", "nearest") != "nearest" for layer in network._flatten_layers()):
+            same = keras.models.clone_model(network, clone_function=replace, recursive=True)
+            same.set_weights(network.get_weights())
+            network = same
+        network.export(folder, verbose=False)
+    except Exception as error:  # Keras raises whatever its layers raise
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        raise UsageError(f"the model can't be written as a SavedModel: {reason[:400]}") from error
 
 
 def bundle(
@@ -310,6 +337,8 @@ def _check_signature(network: Any, bands: Sequence[str], classes: Sequence[Segme
             f"the model takes {taken[3]} bands and {len(bands)} are named ({', '.join(bands)}); name those that it "
             f"was trained on, in its order"
         )
+    if None not in taken[1:3] and taken[1] != taken[2]:
+        raise UsageError(f"the model takes inputs of {taken[1]} x {taken[2]} only; windows are square")
     if given[3] == 1 and len(classes) == 2:
         output = "second"
     elif given[3] == len(classes):

@@ -147,11 +147,13 @@ def _walk(graph: Any, names: dict[int, int], counter: list[int]) -> Iterator[_St
                 continue
             operation = node.operation
             inner = getattr(operation, "_functional", None) or operation
-            if hasattr(inner, "_nodes_by_depth") and len(node.input_tensors) == 1 and len(inner.outputs) == 1:
+            if hasattr(inner, "_nodes_by_depth") and len(node.input_tensors) == len(inner.inputs):
                 # A model inside the model. Its tensors get names of their own at each call.
-                inside = {id(inner.inputs[0]): names[id(node.input_tensors[0])]}
+                given = (names[id(one)] for one in node.input_tensors)
+                inside = {id(one): number for one, number in zip(inner.inputs, given, strict=True)}
                 yield from _walk(inner, inside, counter)
-                names[id(node.outputs[0])] = inside[id(inner.outputs[0])]
+                for outside, one in zip(node.outputs, inner.outputs, strict=True):
+                    names[id(outside)] = inside[id(one)]
                 continue
             inputs = tuple(names[id(one)] for one in node.input_tensors)
             shapes = tuple(tuple(one.shape) for one in node.input_tensors)

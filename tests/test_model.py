@@ -79,6 +79,16 @@ def skip_network() -> Any:
     return keras.Model(values, L.Conv2D(2, 1)(keras.ops.concatenate([near + 1.0, far], axis=-1)))
 
 
+def backbone_network() -> Any:
+    """A model inside the model that gives two tensors, one of them at half the size, as pretrained backbones do."""
+    inside = keras.Input((None, None, 2))
+    near = L.Conv2D(2, 3, padding="same")(inside)
+    backbone = keras.Model(inside, [near, L.Conv2D(2, 5, strides=2, padding="same")(near)])
+    values = keras.Input((None, None, 2))
+    near, far = backbone(values)
+    return keras.Model(values, L.Conv2D(2, 1)(L.Concatenate()([near, L.UpSampling2D(2)(far)])))
+
+
 def small_unet(poolings: int) -> Any:
     bands = ["b1", "b2"]
     statistics = {band: {"mean": 0.0, "std": 1.0} for band in bands}
@@ -104,6 +114,7 @@ NETWORKS = {
     "transposed 3": (lambda: chain(L.AveragePooling2D(2), L.Conv2DTranspose(2, 3, 2, padding="same")), 2, None),
     "transposed 4": (lambda: chain(L.AveragePooling2D(2), L.Conv2DTranspose(2, 4, 2, padding="same")), 2, None),
     "two branches": (skip_network, 2, None),
+    "backbone of two outputs": (backbone_network, 2, 4),
     "unet, 1 pooling": (lambda: small_unet(1), 2, 9),
     "unet, 2 poolings": (lambda: small_unet(2), 4, 23),
 }
@@ -242,6 +253,20 @@ def test_saved_model_serves_the_same_scores(made: str) -> None:
     np.testing.assert_allclose(scores, load_scorer(load_bundle(made))(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_smooth_upsampling_is_served_too(tmp_path: Path, mode: str) -> None:
+    import tensorflow as tf
+
+    grow = keras.Sequential([keras.Input((None, None, 3)), L.UpSampling2D((2, 3), interpolation=mode)])
+    network = chain(L.Conv2D(3, 3, (2, 3), padding="same"), grow, bands=3)
+    network.save(tmp_path / "net.keras")
+    out = bundle(str(tmp_path / "net.keras"), bands="a,b,c", classes="no,yes", out=str(tmp_path / "model"))
+    images = np.random.default_rng(0).normal(size=(2, 12, 30, 3)).astype(np.float32)
+    signature = tf.saved_model.load(f"{out}/saved_model").signatures["serving_default"]
+    (scores,) = signature(tf.constant(images)).values()
+    np.testing.assert_allclose(scores, network(images), rtol=1e-5, atol=1e-5)
+
+
 def test_one_channel_is_the_probability_of_the_second(tmp_path: Path) -> None:
     values = keras.Input((None, None, 1))
     keras.Model(values, L.Conv2D(1, 1, activation="sigmoid")(values)).save(tmp_path / "net.keras")
@@ -286,6 +311,20 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     with pytest.raises(UsageError, match=words):
         bundle(**(good | change))
     assert not (tmp_path / "model" / "bundle.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((64, 96), "64 x 96 only; windows are square"), ((None, 64), "fix both")],
+    ids=["oblong", "half fixed"],
+)
+def test_an_input_that_no_window_fits_is_refused_at_once(
+    tmp_path: Path, shape: tuple[int | None, int], words: str
+) -> None:
+    values = keras.Input((*shape, 1))
+    keras.Model(values, L.Conv2D(2, 3, padding="same")(values)).save(tmp_path / "net.keras")
+    with pytest.raises(UsageError, match=words):
+        bundle(str(tmp_path / "net.keras"), bands="b", classes="a,b", out=str(tmp_path / "model"))
 
 
 def test_code_in_a_keras_file_is_refused(tmp_path: Path) -> None:
