@@ -126,10 +126,11 @@ class Canvas:
             self._file.close()
 
 
-def to_cog(canvas: Canvas, path: str) -> None:
+def to_cog(canvas: Canvas, path: str, threads: int = 1) -> None:
     """Turn a closed canvas into a COG with overviews; the scratch file is gone afterwards.
 
-    DEFLATE, because everything that reads GeoTIFF reads it; tiles without data take no space.
+    DEFLATE, because everything that reads GeoTIFF reads it; tiles without data take no space. The bytes do not depend
+    on the number of threads.
     """
     layer = canvas.layer
     with _quiet():
@@ -137,6 +138,7 @@ def to_cog(canvas: Canvas, path: str) -> None:
             canvas.path, path, driver="COG", BLOCKSIZE=TILE, COMPRESS="DEFLATE", LEVEL=6,
             PREDICTOR="NO" if layer.colors else "YES", OVERVIEW_RESAMPLING=layer.overviews.upper(),
             OVERVIEW_COMPRESS="DEFLATE", BIGTIFF="IF_SAFER", SPARSE_OK="YES", GEOTIFF_VERSION="AUTO",
+            NUM_THREADS=threads,
         )  # fmt: skip
     os.remove(canvas.path)
 

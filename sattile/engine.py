@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -191,6 +192,19 @@ def partitioned(spark: SparkSession, groups: Sequence[Sequence[tuple[Any, ...]]]
 
 def _same(group: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return group
+
+
+def lighten_worker() -> None:
+    """Spare a Spark Python worker what it would do before each of its further tasks; for the start of one.
+
+    pyspark has every importer look at its files again before a task. Among them are those of its own zip and of Spark's
+    jar, which lists thousands of classes and no module: a tenth of a second, and a third once TensorFlow's objects make
+    each pass of the garbage collector long.
+    """
+    sys.path[:] = [one for one in sys.path if "spark-core" not in one]
+    for one in [path for path in sys.path_importer_cache if "spark-core" in path or ".zip" in path]:
+        del sys.path_importer_cache[one]  # made again by the next import that asks for it
+    gc.freeze()
 
 
 @contextmanager

@@ -311,6 +311,7 @@ def count_blocks(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) 
     """
     import pandas as pd
 
+    engines.lighten_worker()
     numbers = (int(number) for frame in frames for number in frame["id"])
     for done in prediction.label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
         yield pd.DataFrame([_count(done, job)], columns=COLUMNS)
@@ -465,6 +466,7 @@ def count_tiles(
     import pandas as pd
     import pyarrow.parquet as pq
 
+    engines.lighten_worker()
     scorer = load_scorer(job.bundle, engine=job.engine, threads=job.threads)
     for number in (int(number) for frame in frames for number in frame["id"]):
         group = tasks.value[number]

@@ -123,7 +123,7 @@ def read_item(out: str, scene_id: str) -> dict[str, Any] | None:
     return item if isinstance(item, dict) and "properties" in item and "assets" in item else None
 
 
-def write_scene(scene: Scene, parts: Iterable[Part], product: Product, staged: str) -> None:
+def write_scene(scene: Scene, parts: Iterable[Part], product: Product, staged: str, threads: int = 1) -> None:
     """Write one scene's finished folder, item included, to `staged`. Runs on an executor.
 
     Args:
@@ -132,6 +132,7 @@ def write_scene(scene: Scene, parts: Iterable[Part], product: Product, staged: s
             them covers is nodata.
         product: what to write.
         staged: URL of the folder, which no other attempt shares.
+        threads: that compress.
     """
     layers = product.layers()
     raw = scene.height * scene.width * sum(layer.pixel_bytes for layer in layers)
@@ -156,7 +157,7 @@ def write_scene(scene: Scene, parts: Iterable[Part], product: Product, staged: s
         finished = os.path.join(folder, "finished")
         os.makedirs(finished)
         for canvas in canvases:
-            cog.to_cog(canvas, os.path.join(finished, f"{canvas.layer.name}.tif"))
+            cog.to_cog(canvas, os.path.join(finished, f"{canvas.layer.name}.tif"), threads)
         picture = cog.preview(os.path.join(finished, "labels.tif"))
         colors = {one.id: cog.rgb(one.color) for one in product.classes}
         with open(os.path.join(finished, "quicklook.png"), "wb") as file:

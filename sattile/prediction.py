@@ -61,6 +61,8 @@ WAVE_PIXELS = 1_000_000_000
 
 WAVE_SCENES = 64
 
+MOST_WRITER_THREADS = 4
+
 
 # --- one block: what runs on executors ----------------------------------------------------------------------------
 
@@ -623,6 +625,7 @@ def infer(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) -> Iter
     """
     import pandas as pd
 
+    engines.lighten_worker()
     numbers = (int(number) for frame in frames for number in frame["id"])
     for done in label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
         yield pd.DataFrame(list(_rows(done, job)), columns=[part.split()[0] for part in INFERRED.split(", ")])
@@ -651,7 +654,7 @@ def _numbers(window: Window) -> tuple[int, int, int, int]:
 
 
 def write(
-    frames: Iterable[pd.DataFrame], *, scenes: Any, product: Product, staging: str, classes: int
+    frames: Iterable[pd.DataFrame], *, scenes: Any, product: Product, staging: str, classes: int, threads: int = 1
 ) -> Iterator[pd.DataFrame]:
     """Reduce: rows of `INFERRED` sorted by scene and rank in, one row of `WRITTEN` a scene out.
 
@@ -660,9 +663,11 @@ def write(
     Args:
         scenes: broadcast {scene_id: Scene}.
         staging: URL of the folder for finished scenes.
+        threads: that compress a scene.
     """
     import pandas as pd
 
+    engines.lighten_worker()
     rows = _Rows(row for frame in frames for row in frame.itertuples(index=False))
     while (first := rows.peek()) is not None:
         scene_id, reason, staged = first.scene_id, None, None
@@ -675,7 +680,7 @@ def write(
             staged = storage.join(staging, uuid.uuid4().hex)
             parts = (_part(tally.add(row), classes) for row in rows.of(scene_id))
             try:
-                mosaic.write_scene(scenes.value[scene_id], parts, product, staged)
+                mosaic.write_scene(scenes.value[scene_id], parts, product, staged, threads)
             except Refused as error:
                 reason, staged = error.reason, None
                 deque(parts, maxlen=0)
@@ -753,7 +758,12 @@ def _run_wave(
         numbers = spark.range(0, len(tasks), 1, len(tasks))
         inferred = numbers.mapInPandas(partial(infer, tasks=tasks_sent, job=job), INFERRED)
         by_scene = inferred.repartition(len(scenes), "scene_id").sortWithinPartitions("scene_id", "rank", "row", "col")
-        reduce = partial(write, scenes=scenes_sent, product=product, staging=staging, classes=len(job.bundle.classes))
+        # Fewer scenes than cores: those without one would idle while the others compress.
+        threads = max(min(engines.slots(spark) // len(scenes), MOST_WRITER_THREADS), 1)
+        reduce = partial(
+            write, scenes=scenes_sent, product=product, staging=staging, classes=len(job.bundle.classes),
+            threads=threads,
+        )  # fmt: skip
         return by_scene.mapInPandas(reduce, WRITTEN).collect()
     finally:
         tasks_sent.unpersist()

@@ -527,6 +527,7 @@ def _cut(batches: Iterable[pandas.DataFrame], **settings: Any) -> Iterator[panda
     """mapInPandas: rows `chunk` (a pickled Chunk) in, rows `piece` (a pickled Piece) out."""
     import pandas
 
+    engine.lighten_worker()
     with storage.scratch() as folder:
         cutter = _Cutter(folder, **settings)
         for batch in batches:
