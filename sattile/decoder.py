@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from sattile import storage
 from sattile.errors import Refused, SattileError
 
 T = TypeVar("T")
@@ -93,7 +94,8 @@ class Decoder:
             raise SattileError("the decoder is busy: take the result of the last function first")
         for attempt in (1, 2):
             connection = self._start()
-            message = pickle.dumps((function, args, kwargs, self._borrower.given_back()), protocol=5)
+            told = self._borrower.given_back(), storage.access()
+            message = pickle.dumps((function, args, kwargs, *told), protocol=5)
             try:
                 connection.settimeout(max(self.timeout, 1.0))
                 _send(connection, message, [])
@@ -243,8 +245,9 @@ def _serve(descriptor: int, parent: int) -> None:
             break
         buffers: list[pickle.PickleBuffer] = []
         try:
-            function, args, kwargs, given_back = pickle.loads(message)
+            function, args, kwargs, given_back, access = pickle.loads(message)
             lender.returned(given_back)
+            storage.use(access)
             answer = pickle.dumps((False, function(*args, **kwargs)), protocol=5, buffer_callback=buffers.append)
         except BaseException as error:
             buffers = []

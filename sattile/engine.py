@@ -13,11 +13,13 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sattile import storage
 from sattile.errors import SattileError, UsageError
 
 if TYPE_CHECKING:
@@ -194,8 +196,24 @@ def _same(group: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return group
 
 
-def lighten_worker() -> None:
-    """Spare a Spark Python worker what it would do before each of its further tasks; for the start of one.
+def on_worker(function: Callable[[Iterator[Any]], Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """A task's function, made ready for Spark's Python workers; for every `mapInPandas` and `mapPartitions`.
+
+    With it goes how this job reaches HDFS, tokens included; in the closure and nowhere else.
+    """
+    return partial(_on_worker, storage.access(), function)
+
+
+def _on_worker(
+    access: storage.Access | None, function: Callable[[Iterator[Any]], Iterator[Any]], rows: Iterator[Any]
+) -> Iterator[Any]:
+    storage.use(access)
+    _lighten_worker()
+    return function(rows)
+
+
+def _lighten_worker() -> None:
+    """Spare a Spark Python worker what it would do before each of its further tasks.
 
     pyspark has every importer look at its files again before a task. Among them are those of its own zip and of Spark's
     jar, which lists thousands of classes and no module: a tenth of a second, and a third once TensorFlow's objects make

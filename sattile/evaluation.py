@@ -298,7 +298,8 @@ def _count_wave(spark: SparkSession, pieces: Sequence[Piece], job: Inference) ->
     sent = spark.sparkContext.broadcast(tasks)
     try:
         numbers = spark.range(0, len(tasks), 1, len(tasks))
-        return numbers.mapInPandas(partial(count_blocks, tasks=sent, job=job), COUNTED).collect()
+        count = engines.on_worker(partial(count_blocks, tasks=sent, job=job))
+        return numbers.mapInPandas(count, COUNTED).collect()
     finally:
         sent.unpersist()
 
@@ -311,7 +312,6 @@ def count_blocks(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) 
     """
     import pandas as pd
 
-    engines.lighten_worker()
     numbers = (int(number) for frame in frames for number in frame["id"])
     for done in prediction.label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
         yield pd.DataFrame([_count(done, job)], columns=COLUMNS)
@@ -379,7 +379,8 @@ def _on_tiles(
         engines.progress(spark, "evaluate"),
     ):
         numbers = spark.range(0, len(groups), 1, len(groups))
-        rows = numbers.mapInPandas(partial(count_tiles, tasks=sent, job=job, places=places), COUNTED).collect()
+        count = engines.on_worker(partial(count_tiles, tasks=sent, job=job, places=places))
+        rows = numbers.mapInPandas(count, COUNTED).collect()
         stage.pixels = sum(row.height * row.width for row in rows)
         chosen = {(row.scene_id, row.row, row.col) for row in _telling(rows, samples)}
     with run.stage("pictures"), prediction.few_rows_a_batch(spark):
@@ -392,7 +393,8 @@ def _on_tiles(
             ]
             sent_again = spark.sparkContext.broadcast(wanted)
             again = spark.range(0, len(wanted), 1, len(wanted))
-            pictured = partial(count_tiles, tasks=sent_again, job=replace(job, image=True), places=places)
+            with_image = replace(job, image=True)
+            pictured = engines.on_worker(partial(count_tiles, tasks=sent_again, job=with_image, places=places))
             drawn = [row for row in again.mapInPandas(pictured, COUNTED).collect() if row.pictures]
         _write_samples(run.out, drawn)
     run.done = len(rows)
@@ -423,7 +425,7 @@ def _row_groups(files: Sequence[str], size: int) -> list[TileGroup]:
 
     read: list[tuple[str, int, list[tuple[str, int, int]]]] = []
     for url in files:
-        with pq.ParquetFile(storage.local_path(url)) as file:
+        with pq.ParquetFile(storage.open_file(url)) as file:
             for number in range(file.num_row_groups):
                 columns = file.read_row_group(number, columns=["scene_id", "row", "col"]).to_pydict()
                 tiles = zip(columns["scene_id"], columns["row"], columns["col"], strict=True)
@@ -466,11 +468,10 @@ def count_tiles(
     import pandas as pd
     import pyarrow.parquet as pq
 
-    engines.lighten_worker()
     scorer = load_scorer(job.bundle, engine=job.engine, threads=job.threads)
     for number in (int(number) for frame in frames for number in frame["id"]):
         group = tasks.value[number]
-        with pq.ParquetFile(storage.local_path(group.url)) as file:
+        with pq.ParquetFile(storage.open_file(group.url)) as file:
             columns = file.read_row_group(group.number, columns=["image", "labels", "valid"]).to_pydict()
         stored = zip(group.tiles, columns["image"], columns["labels"], columns["valid"], strict=True)
         chosen = [one for one in stored if group.drawn is None or one[0][:3] in group.drawn]

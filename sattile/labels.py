@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -248,14 +249,14 @@ def read_vector(url: str, attribute: str | None = None) -> Features:
     suffix = os.path.splitext(url)[1].lower()
     if suffix not in _BEGINNINGS:
         raise UsageError(f"{url} is no vector file that sattile reads ({', '.join(VECTORS)})")
-    with open(storage.local_path(url), "rb") as file:
+    with storage.open_file(url) as file:
         begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n" if suffix.endswith("json") else b"")
     if not begins.startswith(_BEGINNINGS[suffix]):
         raise UsageError(f"{url} cannot be read as a vector file: it does not hold what its name ({suffix}) says")
     try:
-        frame = geopandas.read_parquet(storage.local_path(url)) if suffix == ".parquet" else geopandas.read_file(
-            storage.local_path(url), engine="pyogrio"
-        )  # fmt: skip
+        with storage.beside(url) as path:
+            read = geopandas.read_parquet if suffix == ".parquet" else partial(geopandas.read_file, engine="pyogrio")
+            frame = read(path)
     except Exception as error:
         raise UsageError(f"{url} cannot be read as a vector file: {error}") from error
     if frame.crs is None:

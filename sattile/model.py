@@ -255,7 +255,7 @@ def bundle(
     filled = _parse_fill(fill, names)
     if not storage.exists(keras):
         raise UsageError(f"--keras {keras} does not exist")
-    local = storage.filesystem(keras).open_local(keras)
+    local = storage.open_local(keras)
     out = storage.absolute(out)
     source = storage.sha256_file(local)
     settings = {
@@ -394,7 +394,7 @@ def load_scorer(bundle: Bundle, *, engine: str = "tensorflow", threads: int = 1)
     key = (bundle.digest, engine, threads)
     if key not in _scorers:
         use_threads(threads)
-        path = storage.filesystem(bundle.url).open_local(storage.join(bundle.url, KERAS))
+        path = storage.open_local(storage.join(bundle.url, KERAS))
         found = storage.sha256_file(path)
         if found != bundle.digest:
             raise SattileError(

@@ -625,7 +625,6 @@ def infer(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) -> Iter
     """
     import pandas as pd
 
-    engines.lighten_worker()
     numbers = (int(number) for frame in frames for number in frame["id"])
     for done in label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
         yield pd.DataFrame(list(_rows(done, job)), columns=[part.split()[0] for part in INFERRED.split(", ")])
@@ -667,7 +666,6 @@ def write(
     """
     import pandas as pd
 
-    engines.lighten_worker()
     rows = _Rows(row for frame in frames for row in frame.itertuples(index=False))
     while (first := rows.peek()) is not None:
         scene_id, reason, staged = first.scene_id, None, None
@@ -756,7 +754,7 @@ def _run_wave(
     try:
         # Task numbers, one a partition: the pieces themselves would pass through a second Python worker.
         numbers = spark.range(0, len(tasks), 1, len(tasks))
-        inferred = numbers.mapInPandas(partial(infer, tasks=tasks_sent, job=job), INFERRED)
+        inferred = numbers.mapInPandas(engines.on_worker(partial(infer, tasks=tasks_sent, job=job)), INFERRED)
         by_scene = inferred.repartition(len(scenes), "scene_id").sortWithinPartitions("scene_id", "rank", "row", "col")
         # Fewer scenes than cores: those without one would idle while the others compress.
         threads = max(min(engines.slots(spark) // len(scenes), MOST_WRITER_THREADS), 1)
@@ -764,7 +762,7 @@ def _run_wave(
             write, scenes=scenes_sent, product=product, staging=staging, classes=len(job.bundle.classes),
             threads=threads,
         )  # fmt: skip
-        return by_scene.mapInPandas(reduce, WRITTEN).collect()
+        return by_scene.mapInPandas(engines.on_worker(reduce), WRITTEN).collect()
     finally:
         tasks_sent.unpersist()
         scenes_sent.unpersist()

@@ -12,6 +12,7 @@ alone, single strips or tiles too large to decode.
 
 from __future__ import annotations
 
+import atexit
 import math
 import re
 import warnings
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import pyproj
@@ -28,6 +30,7 @@ import rasterio
 import rasterio.features
 import shapely
 from affine import Affine
+from rasterio.abc import MultiByteRangeResourceContainer
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -117,12 +120,14 @@ def _describe(url: str, source: rasterio.DatasetReader, identity: list[int]) -> 
 
 
 def _open(url: str) -> rasterio.DatasetReader:
-    path = storage.filesystem(url).open_local(url)
+    path = storage.local_path(url)
     try:
-        driver = _driver(path)
-        _driver_of_mask(path)
+        driver = _driver(url)
+        _check_mask(url)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            if storage.scheme_of(url) != "file":
+                return rasterio.open(_Elsewhere.NAME, driver=driver, opener=_Elsewhere(url))
             # Of a str, rasterio would take what stands before a ":" or after a "?" or "#" for parts of a URL.
             return rasterio.open(PurePosixPath(path), driver=driver)
     except OSError as error:  # RasterioIOError is one
@@ -132,8 +137,8 @@ def _open(url: str) -> rasterio.DatasetReader:
         raise Refused(f"cannot be opened: rasterio does not understand its header ({_reason(error, path)})") from None
 
 
-def _driver(path: str) -> str:
-    with open(path, "rb") as file:
+def _driver(url: str) -> str:
+    with storage.open_file(url) as file:
         head = file.read(16)
     if not head:
         raise Refused("the file is empty")
@@ -144,16 +149,74 @@ def _driver(path: str) -> str:
     raise Refused("is neither GeoTIFF, COG nor JPEG 2000; convert it: gdal_translate -of COG IN OUT.tif")
 
 
-def _driver_of_mask(path: str) -> None:
+def _check_mask(url: str) -> None:
     """GDAL opens a mask beside the file with any driver it has: let it be a TIFF."""
-    for suffix in (".msk", ".MSK"):
+    for suffix in (".msk", ".MSK") if storage.scheme_of(url) == "file" else (".msk",):
         try:
-            with open(path + suffix, "rb") as file:
+            with storage.open_file(url + suffix) as file:
                 good = file.read(4) in TIFF
         except OSError:
             continue
         if not good:
-            raise Refused(f"the mask beside it ({storage.name(path)}{suffix}) is no TIFF; remove it, or write it again")
+            raise Refused(f"the mask beside it ({storage.name(url)}{suffix}) is no TIFF; remove it, or write it again")
+
+
+class _Elsewhere(MultiByteRangeResourceContainer):
+    """GDAL's view of a file that is not on this machine, and of its sidecars.
+
+    GDAL sees plain names: spaces, `#`, `;` and the like of a URL mean nothing to it. Of the many sidecars that it asks
+    for, those that matter are looked up, once.
+    """
+
+    NAME = "scene.tif"
+    SIDECARS = (".msk", ".aux.xml", ".ovr")
+    WORLD_FILES = ("scene.tfw", "scene.wld")
+
+    def __init__(self, url: str):
+        self._url = url
+        self._readers: dict[str, Any] = {}
+
+    def _find(self, path: str) -> Any:
+        """A reader of what GDAL calls `path`, of which others are made; None if there is no such file."""
+        base = storage.name(path)
+        if base not in self._readers:
+            real = None
+            if base == self.NAME or base.removeprefix(self.NAME) in self.SIDECARS:
+                real = self._url + base.removeprefix(self.NAME)
+            elif base in self.WORLD_FILES:
+                real = self._url.rpartition(".")[0] + base.removeprefix("scene")
+            try:
+                self._readers[base] = storage.open_file(real) if real else None
+            except FileNotFoundError:
+                self._readers[base] = None
+        return self._readers[base]
+
+    def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        found = self._find(path)
+        if found is None:
+            raise FileNotFoundError(path)
+        return found.again()
+
+    def isfile(self, path: str) -> bool:
+        return self._find(path) is not None
+
+    def isdir(self, path: str) -> bool:
+        return False
+
+    def ls(self, path: str) -> list[str]:
+        return []
+
+    def mtime(self, path: str) -> int:
+        return 0
+
+    def size(self, path: str) -> int:
+        found = self._find(path)
+        if found is None:
+            raise FileNotFoundError(path)
+        return int(found.size)
+
+    def rm(self, path: str) -> None:
+        raise PermissionError(path)
 
 
 def _reason(error: BaseException, path: str) -> str:
@@ -411,6 +474,9 @@ _files = _Files()
 def close_files() -> None:
     """Close what `read` keeps open."""
     _files.close()
+
+
+atexit.register(close_files)  # GDAL closing a file elsewhere after Python has ended would crash
 
 
 def read(

@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from sattile import record, storage
+from sattile import engine, record, storage
 from sattile.errors import Refused, SattileError, UsageError
 from sattile.schema import Band, Refusal, Scene
 
@@ -516,7 +516,7 @@ def _resolve(
         # Several tasks a core, so that a slow disk or a crash does not hold up the rest; small ones cost 10 ms each.
         tasks = max(1, min(len(candidates), max(4 * context.defaultParallelism, len(candidates) // 200)))
         rows = context.parallelize(list(enumerate(candidates)), tasks)
-        outcomes = rows.mapPartitions(partial(_describe_all, bands=wanted, nodata=nodata)).collect()
+        outcomes = rows.mapPartitions(engine.on_worker(partial(_describe_all, bands=wanted, nodata=nodata))).collect()
     scenes, refused = [], []
     for at, text, reason in sorted(outcomes):
         if text is not None:

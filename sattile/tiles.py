@@ -215,7 +215,7 @@ def tile(
                 frame = engine.partitioned(spark, chunks, "chunk binary")
                 pieces = [
                     pickle.loads(row.piece)  # from our own task, never stored
-                    for row in frame.mapInPandas(cut, "piece binary").collect()
+                    for row in frame.mapInPandas(engine.on_worker(cut), "piece binary").collect()
                 ]
             bad = {piece.scene_id: piece.refused for piece in pieces if piece.refused}
             by_id = {scene.scene_id: scene for scene in found}
@@ -527,7 +527,6 @@ def _cut(batches: Iterable[pandas.DataFrame], **settings: Any) -> Iterator[panda
     """mapInPandas: rows `chunk` (a pickled Chunk) in, rows `piece` (a pickled Piece) out."""
     import pandas
 
-    engine.lighten_worker()
     with storage.scratch() as folder:
         cutter = _Cutter(folder, **settings)
         for batch in batches:

@@ -100,7 +100,7 @@ class Split:
         self.cache_bytes = cache_bytes
         split = dataset.description["splits"].get(name, {})
         self._files = [
-            pq.ParquetFile(storage.filesystem(url).open_local(url))
+            pq.ParquetFile(storage.open_local(url))
             for url in (storage.join(dataset.url, name, file) for file in split.get("files", []))
         ]
         # (first row, file, row group), in order

@@ -18,124 +18,19 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Protocol
-from urllib.parse import unquote
+from typing import Any, BinaryIO
 
 from sattile.errors import SattileError, UsageError
+from sattile.storage.files import Entry, FileSystem, LocalFiles, join, local_path, name, parent
+from sattile.storage.hdfs import Access, HdfsFiles, access, use
+
+__all__ = ["Access", "Entry", "access", "join", "local_path", "name", "parent", "use"]
 
 GLOB = re.compile(r"[*?\[]")
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A file or folder as listed: size in bytes, mtime in ns (0 and folder's own for folders)."""
-
-    url: str
-    is_folder: bool
-    size: int
-    mtime: int
-
-
-class FileSystem(Protocol):
-    """What a scheme has to offer. Paths are those of the scheme, without it."""
-
-    def stat(self, url: str) -> Entry | None: ...
-
-    def list(self, url: str) -> list[Entry]: ...
-
-    def read_bytes(self, url: str) -> bytes: ...
-
-    def write_bytes(self, url: str, data: bytes) -> None: ...
-
-    def create_exclusively(self, url: str, data: bytes) -> bool: ...
-
-    def make_folder(self, url: str) -> None: ...
-
-    def rename(self, source: str, target: str) -> None: ...
-
-    def remove(self, url: str) -> None: ...
-
-    def upload(self, local: str, url: str) -> None: ...
-
-    def open_local(self, url: str) -> str: ...
-
-
-class LocalFiles:
-    """Files of this machine, or of a disk that all machines mount."""
-
-    def stat(self, url: str) -> Entry | None:
-        try:
-            info = os.stat(local_path(url))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        is_folder = os.path.isdir(local_path(url))
-        return Entry(url, is_folder, 0 if is_folder else info.st_size, info.st_mtime_ns)
-
-    def list(self, url: str) -> list[Entry]:
-        with os.scandir(local_path(url)) as entries:
-            names = sorted(entry.name for entry in entries)
-        found = (self.stat(join(url, name)) for name in names)
-        return [entry for entry in found if entry]
-
-    def read_bytes(self, url: str) -> bytes:
-        return Path(local_path(url)).read_bytes()
-
-    def write_bytes(self, url: str, data: bytes) -> None:
-        """Whole or not at all: written beside it, then renamed."""
-        target = Path(local_path(url))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            part.write_bytes(data)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-
-    def create_exclusively(self, url: str, data: bytes) -> bool:
-        target = Path(local_path(url))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(target, "xb") as file:
-                file.write(data)
-        except FileExistsError:
-            return False
-        return True
-
-    def make_folder(self, url: str) -> None:
-        os.makedirs(local_path(url), exist_ok=True)
-
-    def rename(self, source: str, target: str) -> None:
-        """Atomic; a file is replaced, a folder must not exist or be empty."""
-        Path(local_path(target)).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(local_path(source), local_path(target))
-
-    def remove(self, url: str) -> None:
-        path = local_path(url)
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            with suppress(FileNotFoundError):
-                os.remove(path)
-
-    def upload(self, local: str, url: str) -> None:
-        """Move a file of local scratch to `url`, whole or not at all."""
-        target = Path(local_path(url))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            shutil.move(local, part)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-
-    def open_local(self, url: str) -> str:
-        return local_path(url)
-
-
-_SCHEMES: dict[str, FileSystem] = {"file": LocalFiles()}
+_SCHEMES: dict[str, FileSystem] = {"file": LocalFiles(), "hdfs": HdfsFiles()}
 
 
 def scheme_of(url: str) -> str:
@@ -151,32 +46,9 @@ def filesystem(url: str) -> FileSystem:
     return _SCHEMES[scheme]
 
 
-def local_path(url: str) -> str:
-    """The path of a plain path or `file:` URL on this machine."""
-    if not re.match(r"file:/", url, re.IGNORECASE):
-        return url
-    path = url[len("file:") :]
-    if path.startswith("//"):
-        path = "/" + path[2:].partition("/")[2]  # file://host/path: the host is this one
-    # Spark and pystac write spaces as %20 in file: URLs; a file that really has a % in its name wins.
-    return path if os.path.exists(path) or "%" not in path else unquote(path)
-
-
 def absolute(url: str) -> str:
     """The same place, said so that it means the same in every process. `.` and `..` go, links stay."""
     return os.path.abspath(url) if scheme_of(url) == "file" and not url.lower().startswith("file:") else url
-
-
-def join(url: str, *names: str) -> str:
-    return "/".join([url.rstrip("/") if url != "/" else "", *names])
-
-
-def parent(url: str) -> str:
-    return url.rstrip("/").rsplit("/", 1)[0] if "/" in url.rstrip("/") else "."
-
-
-def name(url: str) -> str:
-    return url.rstrip("/").rsplit("/", 1)[-1]
 
 
 def stat(url: str) -> Entry | None:
@@ -260,6 +132,30 @@ def write_text(url: str, text: str) -> None:
 
 def write_json(url: str, value: Any) -> None:
     write_text(url, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def open_local(url: str) -> str:
+    """The path of a file on this machine: its own, or that of a copy on scratch, kept until this process ends."""
+    return filesystem(url).open_local(url)
+
+
+def open_file(url: str) -> BinaryIO:
+    """A seekable reader; of a file elsewhere it reads what is asked for, not the whole."""
+    return filesystem(url).open(url)
+
+
+@contextmanager
+def beside(url: str) -> Iterator[str]:
+    """The path of a file on this machine with those of the same stem beside it: the parts of a shapefile."""
+    if scheme_of(url) == "file":
+        yield local_path(url)
+        return
+    stem = name(url).rpartition(".")[0] + "."
+    with scratch() as folder:
+        for entry in list_folder(parent(url)):
+            if not entry.is_folder and name(entry.url).startswith(stem):
+                Path(folder, name(entry.url)).write_bytes(read_bytes(entry.url))
+        yield os.path.join(folder, name(url))
 
 
 def make_folder(url: str) -> None:
