@@ -114,7 +114,7 @@ def evaluate(
         UsageError: before anything is computed: also if bands or classes of model and dataset or labels differ.
         TooManyRefused: see max_failed_fraction.
     """
-    if (dataset is None) == (scenes is None or labels is None):
+    if (dataset is None) == (scenes is None or labels is None) or (dataset is not None and (scenes or labels)):
         raise UsageError("give either --dataset, or --scenes and --labels")
     bundle = load_bundle(model)
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
@@ -128,6 +128,8 @@ def evaluate(
         check_dataset(bundle, description, dataset, split)
         if size or stride or halo or merge:
             raise UsageError("merge, size, stride and halo are for --scenes: tiles are inferred one by one")
+        if any(one is not None for one in (bands, pattern, attribute, ignore, background, aoi)):
+            raise UsageError("bands, pattern, attribute, ignore, background and aoi are for --scenes and --labels")
         job = _tile_job(prediction.prepare(bundle, **shared), description["size"])
         settings |= prediction.describe_job(job) | {"dataset": description["digest"], "split": split}
     else:
@@ -562,9 +564,7 @@ def _write_metrics(run: Run, job: Inference, rows: Sequence[Any], state: str, ur
         "evaluated_mpix_per_s": round(evaluated / 1e6 / stage.seconds, 3) if stage.seconds else None,
         "delivered_mpix_per_s": round(stage.pixels / 1e6 / stage.seconds, 3) if stage.seconds else None,
     }
-    if not rows:
-        if run.refused:
-            return
+    if not rows and not run.refused:
         raise UsageError("there is nothing to measure: no scene has labels")
     found = metrics.summarize(sum(tables.values(), zero), classes) | {
         "undecided": sum(row.undecided for row in rows),

@@ -9,10 +9,12 @@ The window geometry is measured from the network's graph, whoever built it: `sat
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -149,6 +151,7 @@ def save_bundle(
             file = keras_file
         else:
             network.save(file)
+            _without_time(file)
         digest = storage.sha256_file(file)
         _export(network, os.path.join(scratch, SAVED_MODEL))
         storage.remove(storage.join(url, BUNDLE))
@@ -181,6 +184,17 @@ def save_bundle(
         },
     )
     return load_bundle(url)
+
+
+def _without_time(path: str) -> None:
+    """Take the time of writing out of a .keras file: the same network is the same file, and the same digest."""
+    with zipfile.ZipFile(path) as source:
+        members = {name: source.read(name) for name in sorted(source.namelist())}
+    about = json.loads(members["metadata.json"])
+    members["metadata.json"] = json.dumps(about | {"date_saved": "1980-01-01@00:00:00"}).encode()
+    with zipfile.ZipFile(path, "w") as target:
+        for name, content in members.items():
+            target.writestr(zipfile.ZipInfo(name), content)
 
 
 def _export(network: Any, folder: str) -> None:
@@ -305,8 +319,6 @@ def _parse_fill(fill: str | float | Sequence[float] | None, bands: Sequence[str]
 
 def _load_keras(path: str) -> Any:
     """A Keras model in safe mode, without its optimiser and losses."""
-    import zipfile
-
     import keras
 
     if not zipfile.is_zipfile(path):

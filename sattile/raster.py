@@ -615,6 +615,8 @@ def _read_pixels(
         return _valid(source, bands, area, nodata, out)
     except (RasterioError, OSError) as error:
         path = storage.local_path(bands[0].url)
+        # GDAL keeps the error until a file is opened; the next question to one that is open already would get it.
+        _files.close()
         raise Refused(f"pixels cannot be read: {_reason(error, path)} (in {storage.name(path)})") from None
 
 

@@ -104,7 +104,10 @@ class Run:
                 )
             self.replacing = bool(changed)
         self._lease = storage.Lease(self.out)
-        self._lease.__enter__()
+        try:
+            self._lease.__enter__()
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise UsageError(f"--out {self.out} can't be written: {error.strerror or error}") from error
         storage.write_json(storage.join(self.out, STARTED), {"command": self.command, "settings": self.settings})
         return self
 
@@ -221,7 +224,8 @@ class Run:
         if self.given and failed / self.given > self.max_failed_fraction:
             raise TooManyRefused(
                 f"{failed} of {self.given} scenes were refused, more than max_failed_fraction "
-                f"{self.max_failed_fraction:g} allows; {url} says why (the others are published)"
+                f"{self.max_failed_fraction:g} allows; {url} says why"
+                + (" (the others are published)" if self.done + self.skipped else "")
             )
 
 

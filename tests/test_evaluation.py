@@ -160,6 +160,7 @@ def test_labels_of_another_class_refuse_their_scene(spark: Any, model: str, arch
     )  # fmt: skip
     record = json.loads((out / "_run.json").read_text())
     assert (record["done"], record["quarantined"]) == (0, 1)
+    assert json.loads((out / "metrics.json").read_text())["pixels"] == 0
 
 
 def test_a_model_that_does_not_fit_a_dataset_is_refused(model: str) -> None:
@@ -180,7 +181,7 @@ def test_a_model_that_does_not_fit_a_dataset_is_refused(model: str) -> None:
 
 
 def test_neither_and_both_of_dataset_and_scenes_are_refused(spark: Any, model: str, tmp_path: Path) -> None:
-    for options in ({}, {"scenes": ["a"]}, {"dataset": "d", "scenes": ["a"], "labels": "b"}):
+    for options in ({}, {"scenes": ["a"]}, {"dataset": "d", "scenes": ["a"]}, {"dataset": "d", "labels": "b"}):
         with pytest.raises(UsageError, match="either --dataset"):
             evaluate(spark, model=model, out=str(tmp_path / "out"), **options)  # type: ignore[arg-type]
 

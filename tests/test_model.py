@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,20 @@ def test_smooth_upsampling_is_served_too(tmp_path: Path, mode: str) -> None:
     signature = tf.saved_model.load(f"{out}/saved_model").signatures["serving_default"]
     (scores,) = signature(tf.constant(images)).values()
     np.testing.assert_allclose(scores, network(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_network_is_the_same_file(tmp_path: Path) -> None:
+    from sattile.model import save_bundle
+    from sattile.schema import SegmentClass
+
+    network = small_unet(1)
+    classes = (SegmentClass(0, "a", "#000000"), SegmentClass(1, "b", "#ffffff"))
+    digests = set()
+    for name in ("one", "other"):
+        digests.add(save_bundle(str(tmp_path / name), network, bands=["b1", "b2"], classes=classes, fill=[0, 0]).digest)
+        time.sleep(1.1)  # a .keras file says when it was written, in seconds
+    assert len(digests) == 1
+    keras.models.load_model(tmp_path / "one" / "model.keras")
 
 
 def test_one_channel_is_the_probability_of_the_second(tmp_path: Path) -> None:

@@ -548,6 +548,21 @@ def test_damaged_pixels_are_refused_when_read(tmp_path):
     assert "See previous" not in caught.value.reason
 
 
+def test_a_damaged_file_leaves_the_next_ones_alone(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 9999, (300, 200, 1)).astype("uint16")
+    bad = write(tmp_path / "bad.tif", pixels, compress="deflate", tiled=True, blockxsize=64, blockysize=64)
+    labels = write(tmp_path / "labels.tif", (pixels % 2).astype("uint8"))
+    damaged, scene = scene_of(bad), scene_of(write(tmp_path / "good.tif", pixels))
+    raster.close_files()
+    with open(bad, "r+b") as file:
+        file.truncate(os.path.getsize(bad) - 2000)
+    damaged = replace(damaged, identity={})
+    expected = raster.read_labels(labels, scene, whole(scene))
+    with pytest.raises(Refused, match="cannot be read"):
+        raster.read(damaged, whole(damaged))
+    assert np.array_equal(raster.read_labels(labels, scene, whole(scene)), expected)
+
+
 def test_a_file_that_changed_or_went_is_refused(tmp_path):
     url = write(tmp_path / "a.tif", positions(3, 5).astype("uint16"))
     scene = scene_of(url)

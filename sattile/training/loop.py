@@ -10,8 +10,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import tempfile
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,9 +110,7 @@ def fit(*, dataset: str, work: str, settings: Settings, stop_after: int | None =
     key = storage.digest([settings.to_dict(), described.digest])
     state = _resume(url, key, network, optimizer)
     _agree(strategy, len(state.history))
-    callbacks = keras.callbacks.CallbackList(
-        [_tensorboard(work)] if worker == 0 and storage.scheme_of(work) == "file" else [], model=network
-    )
+    callbacks = keras.callbacks.CallbackList([_tensorboard(work)] if worker == 0 else [], model=network)
     callbacks.on_train_begin()
     augmentation = data.Augmentation() if settings.augment else None
     for epoch in range(len(state.history), settings.epochs):
@@ -353,10 +354,10 @@ def _tensorboard(work: str) -> Any:
 
     class Scalars(keras.callbacks.Callback):
         def on_train_begin(self, logs: Any = None) -> None:
-            folder = storage.join(work, "tensorboard")
-            storage.make_folder(folder)
-            path = storage.join(storage.local_path(folder), f"events.out.tfevents.{time.time_ns()}.sattile")
-            self.file = tf.io.TFRecordWriter(path)
+            self.url = storage.join(work, "tensorboard", f"events.out.tfevents.{time.time_ns()}.sattile")
+            self.scratch = tempfile.TemporaryDirectory(prefix="sattile-")
+            self.path = os.path.join(self.scratch.name, "events")
+            self.file = tf.io.TFRecordWriter(self.path)
             self.write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
         def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -367,10 +368,12 @@ def _tensorboard(work: str) -> Any:
 
         def on_train_end(self, logs: Any = None) -> None:
             self.file.close()
+            self.scratch.cleanup()
 
         def write(self, event: Any) -> None:
             self.file.write(event.SerializeToString())
             self.file.flush()
+            storage.write_bytes(self.url, Path(self.path).read_bytes())
 
     return Scalars()
 
