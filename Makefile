@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format benchmarks picture lock clean
+.PHONY: help env demo test test-hadoop lint format benchmarks picture lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,6 +31,9 @@ test: $(READY)  ## all tests that need no cluster
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/pytest -q
+
+test-hadoop: $(READY)  ## tests on a real Hadoop (needs Java 17 and Maven; fetches the rest)
+	@SATTILE_HADOOP=1 $(BIN)/pytest -q tests/hadoop
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -163,7 +163,7 @@ def _with_session(command: Command, values: dict[str, Any], master: str | None, 
     from sattile.engine import session
 
     # Under spark-submit the master is set already.
-    submitted = "SPARK_ENV_LOADED" in os.environ
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_ENV_LOADED" in os.environ
     spark = session(
         master or (None if submitted else "local[*]"), conf={key: str(value) for key, value in conf.items()}
     )

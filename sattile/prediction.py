@@ -964,9 +964,7 @@ def _clean(out: str, found: Sequence[Scene], replacing: bool, product: Product) 
             log.warning("predict: removed %s, made with other settings from a scene that is not given now", name)
             storage.remove(storage.join(out, name))
         else:
-            log.info(
-                "predict: %s is of an earlier run, and its scene was refused or not given now; left so", name
-            )
+            log.info("predict: %s is of an earlier run, and its scene was refused or not given now; left so", name)
 
 
 def describe_job(job: Inference) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "sattile"
 
 LAYERS = [
-    {"cli"},
+    {"cli", "submit"},
     {"config"},
     {"pipeline"},
     {"evaluation"},

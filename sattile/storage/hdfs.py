@@ -98,7 +98,7 @@ def find_access(folder: str | None = None) -> Access:
     """
     folder = folder or os.environ.get("HADOOP_CONF_DIR")
     spark = _active_session()
-    conf = _read_configuration(folder) if folder else {}
+    conf = read_configuration(folder) if folder else {}
     if spark is not None:
         given = dict(spark.sparkContext.getConf().getAll())
         conf |= {key[len("spark.hadoop.") :]: value for key, value in given.items() if key.startswith("spark.hadoop.")}
@@ -126,9 +126,10 @@ def _words(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
-def _read_configuration(folder: str) -> dict[str, str]:
+def read_configuration(folder: str, files: Sequence[str] = ("core-site.xml", "hdfs-site.xml")) -> dict[str, str]:
+    """The properties of Hadoop's configuration files; later ones win."""
     found: dict[str, str] = {}
-    for file in ("core-site.xml", "hdfs-site.xml"):
+    for file in files:
         path = os.path.join(folder, file)
         if os.path.exists(path):
             for entry in ElementTree.parse(path).getroot().iter("property"):

@@ -1,0 +1,391 @@
+"""`spark-submit.sh`: a job with its environment to a cluster, its progress and its exit status back.
+
+    spark-submit.sh [local|local[N]|yarn|yarn-client|k8s] [Spark's options] jobs/NAME.py [the job's options]
+
+On YARN the environment (this interpreter's venv) and the library lie in HDFS, each an archive named after the digest of
+what is in it, so that a submit uploads only what is new. Settings come from `conf/spark/*.conf`; Spark's own options go
+before them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import sattile
+from sattile import engine
+from sattile.errors import SattileError, UsageError
+from sattile.storage.hdfs import find_access, read_configuration
+
+HERE = Path(sattile.__file__).resolve().parents[1]
+CONF = HERE / "conf" / "spark"
+
+USAGE = (__doc__ or "").split("\n\n")[1].strip()
+
+STATUS = re.compile(r"(?:exited with status|exitCode:?) (\d+)")
+"""How the report of an application in cluster mode tells the job's own exit status: spark-submit itself exits 1."""
+
+EDITABLE = r"/__editable__|/sattile-[^/]*\.dist-info"
+"""The library's own entries in the environment: it travels apart."""
+
+NOISE = (
+    r" INFO |Application report for|^\s+(client|ApplicationM|queue|start|final|tracking|user|diagnostics: (N/A|AM ))"
+    r"|^Using |^WARNING: Using|NativeCodeLoader"
+)
+"""What spark-submit says each second."""
+
+UNNEEDED = ("/pyspark/jars/", "/__pycache__/", "/share/jupyter/", "/debugpy/")
+"""Of the environment: Spark's jars come by their own way, the rest is for notebooks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Submit; returns the job's own exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        where, options, job, job_arguments = _parse(arguments)
+        if where.startswith("local"):
+            return _local(where, options, job, job_arguments)
+        if where == "k8s":
+            return _kubernetes(options, job, job_arguments)
+        return _yarn("cluster" if where == "yarn" else "client", options, job, job_arguments)
+    except SattileError as error:
+        print(f"spark-submit.sh: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, list[str], Path, list[str]]:
+    where = arguments[0] if arguments else ""
+    if where in ("", "-h", "--help"):
+        raise UsageError(USAGE)
+    if not re.fullmatch(r"local(\[[\d*]+(,\d+)?\])?|yarn|yarn-client|k8s", where):
+        raise UsageError(f"{where!r}: use local, local[N], yarn, yarn-client or k8s\n  {USAGE}")
+    at = next((index for index, word in enumerate(arguments) if index and word.endswith(".py")), None)
+    if at is None:
+        raise UsageError(f"name a job: {', '.join(f'jobs/{one.name}' for one in sorted((HERE / 'jobs').glob('*.py')))}")
+    job = next((path for path in (Path(arguments[at]), HERE / arguments[at]) if path.is_file()), None)
+    if job is None:
+        names = ", ".join(one.name for one in sorted((HERE / "jobs").glob("*.py")))
+        raise UsageError(f"no such job: {arguments[at]} (there are: {names})")
+    return where, list(arguments[1:at]), job.resolve(), list(arguments[at + 1 :])
+
+
+def _environment(**more: str) -> dict[str, str]:
+    """For Spark's scripts, which look for `python3` on the path unless they are told where Spark and Python are."""
+    return {
+        **os.environ,
+        "SPARK_HOME": engine.spark_home(),
+        "SATTILE_JAVA_HOME": engine.find_java(),
+        "JAVA_HOME": engine.LAUNCHER,
+        "PYSPARK_PYTHON": sys.executable,
+        **more,
+    }
+
+
+def _properties(name: str) -> str:
+    """The settings file: one of the project's, or the user's own (SATTILE_SPARK_CONF)."""
+    path = Path(os.environ.get("SATTILE_SPARK_CONF") or CONF / name)
+    if not path.is_file():
+        raise UsageError(f"SATTILE_SPARK_CONF {path} is no file; {CONF} has examples")
+    return str(path)
+
+
+def _local(where: str, options: Sequence[str], job: Path, arguments: Sequence[str]) -> int:
+    master = re.sub(r"^local(?:\[([\d*]+)\])?$", lambda found: f"local[{found.group(1) or '*'},4]", where)
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    settings = _environment(PYSPARK_DRIVER_PYTHON=sys.executable, SPARK_LOCAL_IP="127.0.0.1", PYTHONPATH=path)
+    command = [
+        f"{settings['SPARK_HOME']}/bin/spark-submit", "--master", master,
+        "--properties-file", _properties("local.conf"), "--driver-java-options", engine.LOGGING,
+        *options, str(job), *arguments,
+    ]  # fmt: skip
+    os.execve(command[0], command, settings)
+
+
+# --- YARN ----------------------------------------------------------------------------------------------------------
+
+
+def _yarn(mode: str, options: Sequence[str], job: Path, arguments: Sequence[str]) -> int:
+    if not os.environ.get("HADOOP_CONF_DIR") and not os.environ.get("YARN_CONF_DIR"):
+        raise UsageError("set HADOOP_CONF_DIR to the folder of core-site.xml, hdfs-site.xml and yarn-site.xml")
+    settings = _environment()
+    settings.pop("PYTHONPATH", None)  # Spark would hand it on to the containers
+    store = Store(settings)
+    library = store.provide("sattile", library_digest(), ".zip", write_library)
+    archives, python = [f"{library}#sattile_library"], sys.executable
+    if os.environ.get("SATTILE_ENV", "packed") == "packed":
+        archives.append(f"{store.provide('environment', environment_digest(), '.tar', write_environment)}#environment")
+        python = "./environment/bin/python"
+    spark = {"spark.yarn.dist.archives": ",".join(archives)}
+    if not _says(options, "spark.yarn.archive") and not _says(options, "spark.yarn.jars"):
+        spark["spark.yarn.archive"] = store.provide("spark", jars_digest(settings["SPARK_HOME"]), ".zip", write_jars)
+    for place in ("spark.yarn.appMasterEnv", "spark.executorEnv"):
+        spark |= {f"{place}.PYSPARK_PYTHON": python, f"{place}.PYTHONPATH": "./sattile_library"}
+        spark |= {f"{place}.TF_CPP_MIN_LOG_LEVEL": "2", f"{place}.PYTHONNOUSERSITE": "1"}
+        if java := os.environ.get("SATTILE_CLUSTER_JAVA_HOME"):
+            spark[f"{place}.JAVA_HOME"] = java
+    here = "-Dlog4j.configurationFile=sattile_library/sattile/log4j2.properties"
+    spark |= {"spark.executor.extraJavaOptions": here}
+    spark |= {"spark.driver.extraJavaOptions": here if mode == "cluster" else engine.LOGGING}
+    if mode == "client":
+        settings |= {"PYSPARK_DRIVER_PYTHON": sys.executable}
+        settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+        settings["PYSPARK_PYTHON"] = python
+    command = [f"{settings['SPARK_HOME']}/bin/spark-submit", "--master", "yarn", "--deploy-mode", mode]
+    command += ["--properties-file", _properties("yarn-gpu.conf" if _wants_gpu(options) else "yarn-cpu.conf")]
+    arguments = list(arguments)
+    if mode == "cluster" and (given := _local_settings(arguments)) is not None:
+        spark["spark.yarn.dist.files"] = f"file:{os.path.abspath(arguments[given])}"
+        arguments[given] = os.path.basename(arguments[given])
+    for key, value in spark.items():
+        if not _says(options, key):
+            command += ["--conf", f"{key}={value}"]
+    command += [*options, str(job), *arguments]
+    if mode == "client":
+        return subprocess.run(command, env=settings).returncode
+    return _follow(command, settings)
+
+
+def _local_settings(arguments: Sequence[str]) -> int | None:
+    """Where the job's settings file stands among its options, if it is one of this machine: it has to travel, too."""
+    for at, (word, following) in enumerate(itertools.pairwise(arguments), start=1):
+        if word == "--conf" and os.path.isfile(following):
+            return at
+    return None
+
+
+def _says(options: Sequence[str], key: str) -> bool:
+    return any(one.partition("=")[0] == key for one in options)
+
+
+def _wants_gpu(options: Sequence[str]) -> bool:
+    return any("resource.gpu.amount" in one for one in options)
+
+
+def _follow(command: Sequence[str], settings: Mapping[str, str]) -> int:
+    """Run spark-submit in cluster mode; the driver's words on standard error, the job's status as the result."""
+    status = None
+    process = subprocess.Popen(command, env=dict(settings), stderr=subprocess.PIPE, text=True, errors="replace")
+    assert process.stderr is not None
+    reader: _DriverLog | None = None
+    try:
+        for line in process.stderr:
+            if reader is None and (found := re.search(r"\b(application_\d+_\d+)\b", line)):
+                reader = _DriverLog(found.group(1))
+                print(f"spark-submit.sh: {found.group(1)}", file=sys.stderr, flush=True)
+            if found := STATUS.search(line):
+                status = int(found.group(1))
+            if not re.search(
+                r" INFO |Application report for|^\s+(client token|ApplicationMaster|queue|start time)", line
+            ):
+                print(line, end="", file=sys.stderr, flush=True)
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        print("spark-submit.sh: no longer followed; end it with: yarn application -kill ID", file=sys.stderr)
+        raise
+    finally:
+        if reader:
+            reader.close()
+    return code if not code or status is None else status
+
+
+class _DriverLog:
+    """Shows what the driver says, as far as the cluster serves its container's logs over HTTP."""
+
+    def __init__(self, application: str):
+        self.application = application
+        self._shown: dict[str, int] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(15)
+
+    def _run(self) -> None:
+        import requests
+
+        manager = resource_manager()
+        last = False
+        while manager and not last:
+            last = self._stop.is_set()  # once more after the end, for the last words
+            try:
+                said = requests.get(f"{manager}/ws/v1/cluster/apps/{self.application}", timeout=5).json()["app"]
+                place = re.match(r"(https?://[^/]+)/node/containerlogs/([^/]+)/", said.get("amContainerLogs") or "")
+                if place:
+                    node, container = place.groups()
+                    for stream in ("stderr", "stdout"):  # of the JVM; of Python, both its streams
+                        text = requests.get(f"{node}/ws/v1/node/containers/{container}/logs/{stream}", timeout=5)
+                        if text.ok:
+                            self._show(stream, text.text)
+            except (requests.RequestException, ValueError, KeyError):
+                pass  # a secured or closed web address: the job goes on unseen
+            self._stop.wait(2)
+
+    def _show(self, stream: str, text: str) -> None:
+        body = re.sub(r"\A.*?LogContents:\n|\nEnd of LogType:.*\Z", "", text, flags=re.DOTALL)
+        body = body[: body.rfind("\n") + 1]
+        for line in body[self._shown.get(stream, 0) :].splitlines():
+            if not re.search(NOISE, line):
+                print(line, file=sys.stderr, flush=True)
+        self._shown[stream] = len(body)
+
+
+def resource_manager() -> str | None:
+    """The ResourceManager's web address; that of the first of several."""
+    folder = os.environ.get("YARN_CONF_DIR") or os.environ["HADOOP_CONF_DIR"]
+    conf = read_configuration(folder, ("yarn-site.xml",))
+    named = [value for key, value in sorted(conf.items()) if key.startswith("yarn.resourcemanager.webapp.address")]
+    host = conf.get("yarn.resourcemanager.hostname")
+    address = named[0] if named else f"{host}:8088" if host else None
+    return f"http://{address}" if address else None
+
+
+class Store:
+    """Archives in HDFS by the digest of their content: written once, found by every later submit.
+
+    Through Hadoop's own shell, with the jars of Spark: it knows every way to log in.
+
+    Args:
+        settings: environment of Spark's scripts.
+    """
+
+    def __init__(self, settings: Mapping[str, str]):
+        self._settings = dict(settings)
+        self.folder = os.environ.get("SATTILE_STORE", ".sattile")
+
+    def provide(self, name: str, digest: str, suffix: str, write: Callable[[str], None]) -> str:
+        """URL of an archive; made and uploaded if it is not there yet."""
+        target = f"{self.folder}/{name}-{digest}{suffix}"
+        found = self._shell("-stat", "%n", target)
+        if found.returncode == 0:
+            return self._url(target)
+        if "No such file" not in found.stderr:
+            raise SattileError(_hdfs_problem(found.stderr))
+        start = time.monotonic()
+        print(f"spark-submit.sh: packing {name} ...", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix="sattile-") as scratch:
+            local = os.path.join(scratch, f"{name}{suffix}")
+            write(local)
+            part = f"{target}.{os.getpid()}.part"
+            size = os.path.getsize(local)
+            done = self._shell("-mkdir", "-p", self.folder)
+            done = done if done.returncode else self._shell("-put", local, part)
+        if done.returncode == 0:
+            done = self._shell("-mv", part, target)
+            if "File exists" in done.stderr:  # another submit was quicker with the same bytes
+                done = self._shell("-rm", "-skipTrash", part)
+        if done.returncode:
+            raise SattileError(f"{name} could not be put into HDFS: {_hdfs_problem(done.stderr)}")
+        seconds = time.monotonic() - start
+        print(f"spark-submit.sh: {name}: {size / 1e6:.0f} MB in HDFS after {seconds:.0f} s", file=sys.stderr)
+        return self._url(target)
+
+    def _url(self, target: str) -> str:
+        """In full: YARN takes relative names for local ones."""
+        if re.match(r"[a-z0-9]+://", target):
+            return target
+        access = find_access()
+        home = "" if target.startswith("/") else f"/user/{access.user}/"
+        return f"hdfs://{access.default}{home}{target}"
+
+    def _shell(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [f"{self._settings['SPARK_HOME']}/bin/spark-class", "org.apache.hadoop.fs.FsShell", *arguments]
+        return subprocess.run(command, env=self._settings, capture_output=True, text=True)
+
+
+def _hdfs_problem(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if " WARN " not in line and not line.startswith("WARNING")]
+    reason = lines[-1][:300] if lines else "no reason given"
+    if "GSS" in text or "AccessControlException" in text or "SaslException" in text:
+        reason += "; log in with kinit first (spark-submit.sh passes --principal and --keytab on to Spark)"
+    return reason
+
+
+def library_digest() -> str:
+    """Of the library's files."""
+    digest = hashlib.sha256()
+    for path in _library_files():
+        digest.update(path.relative_to(HERE).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _library_files() -> list[Path]:
+    folder = Path(sattile.__file__).parent
+    return sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+def write_library(path: str) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for one in _library_files():
+            file.write(one, one.relative_to(HERE).as_posix())
+
+
+def environment_digest() -> str:
+    """Of the interpreter and of every package's version."""
+    packages = sorted({f"{one.metadata['Name']}=={one.version}" for one in metadata.distributions()})
+    return hashlib.sha256("\n".join([sys.version, sys.prefix, *packages]).encode()).hexdigest()[:16]
+
+
+def write_environment(path: str) -> None:
+    """This venv as a tar, not compressed: twice the bytes and a tenth of the time.
+
+    A venv finds its packages beside itself wherever it lies; its interpreter is a link to the Python that it was made
+    with, which every node needs at the same place.
+    """
+    if sys.prefix == sys.base_prefix:
+        raise UsageError(
+            "the interpreter is no virtual environment: make one with `make env`, or set SATTILE_ENV=local"
+        )
+
+    def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        editable = re.search(
+            r"/__editable__|/easy-install\.pth|sattile\.egg-link|/sattile-[^/]*\.dist-info", member.name
+        )
+        return None if editable or any(part in member.name + "/" for part in UNNEEDED) else member
+
+    with tarfile.open(path, "w") as file:
+        file.add(sys.prefix, arcname=".", filter=wanted)
+
+
+def jars_digest(spark_home: str) -> str:
+    """Of the names and sizes of Spark's jars."""
+    jars = sorted(f"{path.name} {path.stat().st_size}" for path in Path(spark_home, "jars").glob("*.jar"))
+    return hashlib.sha256("\n".join(jars).encode()).hexdigest()[:16]
+
+
+def write_jars(path: str) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        for jar in sorted(Path(engine.spark_home(), "jars").glob("*.jar")):
+            file.write(jar, jar.name)
+
+
+# --- Kubernetes ----------------------------------------------------------------------------------------------------
+
+
+def _kubernetes(options: Sequence[str], job: Path, arguments: Sequence[str]) -> int:
+    """The image holds environment and library; spark-submit does the rest."""
+    if not any(one.startswith("k8s://") for one in options):
+        raise UsageError("k8s: give --master k8s://https://HOST:PORT and --conf spark.kubernetes.container.image=IMAGE")
+    settings = _environment()
+    command = [f"{settings['SPARK_HOME']}/bin/spark-submit", "--deploy-mode", "cluster"]
+    command += ["--properties-file", _properties("k8s.conf"), *options, f"local:///opt/sattile/jobs/{job.name}"]
+    return subprocess.run([*command, *arguments], env=settings).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""A real Hadoop for the tests of this folder, which run where SATTILE_HADOOP=1 asks for them (`make test-hadoop`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from hadoop.cluster import Cluster, missing
+
+# Minutes on two cores, and gigabytes: `make test` is quick and needs neither Maven nor a KDC.
+collect_ignore_glob = [] if os.environ.get("SATTILE_HADOOP") == "1" else ["test_*.py"]
+
+
+def need(*, kerberos: bool = False) -> None:
+    """Skip the test where no Hadoop can be started, with the reason; in CI that is a failure."""
+    reason = missing(kerberos=kerberos)
+    if reason and os.environ.get("CI") == "true":
+        pytest.fail(f"CI must run the Hadoop tests: {reason}")
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two NameNodes, two DataNodes, two NodeManagers. A test that kills one restarts it."""
+    need()
+    with Cluster(tmp_path_factory.mktemp("hadoop"), namenodes=2, datanodes=2, nodemanagers=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def kerberos_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One NameNode, one DataNode, one NodeManager, which refuse who has no ticket."""
+    need(kerberos=True)
+    folder = tmp_path_factory.mktemp("kerberos")
+    with Cluster(folder, datanodes=1, nodemanagers=1, replication=1, kerberos=True) as running:
+        yield running
