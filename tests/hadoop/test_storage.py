@@ -1,0 +1,185 @@
+"""Files of a real HDFS: the same contract as those of a disk, whatever they are called and whoever fails meanwhile."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from scenes_for_tests import write_scene
+
+from hadoop.cluster import Cluster
+from sattile import raster, scenes, storage
+from sattile.errors import SattileError, UsageError
+from sattile.grid import Window
+from sattile.storage import hdfs
+
+ODD = "a b,ü;#+%41&c=d.tif"
+
+
+@pytest.fixture(scope="module")
+def root(cluster: Cluster) -> Iterator[str]:
+    before = dict(os.environ)
+    os.environ.update(cluster.environment())
+    hdfs.use(hdfs.find_access())
+    yield f"{cluster.url}/storage"
+    raster.close_files()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_files_are_written_whole_listed_read_renamed_and_removed(root: str) -> None:
+    folder = f"{root}/one two"
+    storage.write_text(f"{folder}/{ODD}", "hällo")
+    assert storage.read_text(f"{folder}/{ODD}") == "hällo"
+    assert [storage.name(one.url) for one in storage.list_folder(folder)] == [ODD]
+    assert storage.stat(f"{folder}/{ODD}") == storage.list_folder(folder)[0]
+    storage.write_text(f"{folder}/{ODD}", "again")
+    assert storage.read_text(f"{folder}/{ODD}") == "again"
+    storage.rename(folder, f"{root}/three")
+    assert [one.url for one in storage.glob(f"{root}/thr*/*.tif")] == [f"{root}/three/{ODD}"]
+    assert storage.stat(folder) is None
+    storage.remove(f"{root}/three")
+    assert storage.list_folder(f"{root}/three") == []
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{root}/three/{ODD}")
+
+
+def test_a_folder_is_never_renamed_onto_one_that_holds_something(root: str) -> None:
+    storage.write_text(f"{root}/new/a", "1")
+    storage.write_text(f"{root}/full/b", "2")
+    with pytest.raises(SattileError, match="not empty"):
+        storage.rename(f"{root}/new", f"{root}/full")
+    assert storage.read_text(f"{root}/full/b") == "2"
+
+
+def test_one_of_many_gets_a_file_that_must_not_exist(root: str) -> None:
+    won: list[int] = []
+
+    def create(number: int) -> None:
+        if storage.filesystem(root).create_exclusively(f"{root}/lock", str(number).encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(won) == 1
+    assert storage.read_text(f"{root}/lock") == str(won[0])
+    with (
+        storage.Lease(f"{root}/leased"),
+        pytest.raises(UsageError, match="another job"),
+        storage.Lease(f"{root}/leased"),
+    ):
+        pass
+
+
+def test_a_hundred_thousand_files_are_listed_and_matched_in_seconds(cluster: Cluster, root: str) -> None:
+    """Ten thousand of them, and what ten snapshots show of them: to make more would take minutes."""
+    storage.make_folder(f"{root}/many")
+    names = [f"{root}/many/scene {number:05}.tif" for number in range(10_000)]
+    cluster.java("org.apache.hadoop.fs.FsShell", "-touchz", *names)
+    cluster.java("org.apache.hadoop.hdfs.tools.DFSAdmin", "-allowSnapshot", f"{root}/many")
+    for number in range(10):
+        cluster.java("org.apache.hadoop.fs.FsShell", "-createSnapshot", f"{root}/many", f"s{number}")
+    start = time.monotonic()
+    found = storage.glob(f"{root}/many/.snapshot/s*/scene*.tif")
+    seconds = time.monotonic() - start
+    assert len(found) == 100_000
+    assert storage.name(found[-1].url) == "scene 09999.tif"
+    assert seconds < 60
+
+
+@pytest.fixture(scope="module")
+def scene(root: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(path on disk, URL) of a tiled scene of 16.8 Mpix, named awkwardly, with a mask beside it."""
+    path = tmp_path_factory.mktemp("scene") / ODD
+    data = np.random.default_rng(0).integers(1, 3000, (3, 3584, 4608)).astype(np.uint16)
+    write_scene(path, data, nodata=0, tiled=True, blockxsize=512, blockysize=512, compress="deflate", interleave="band")
+    copy = path.with_name("copy.tif")
+    copy.write_bytes(path.read_bytes())
+    storage.upload(str(copy), f"{root}/{ODD}")
+    return str(path), f"{root}/{ODD}"
+
+
+def open_scene(url: str):
+    (candidate,) = scenes.find([url])
+    return scenes.build_scene(candidate, [raster.describe_file(one.url) for one in candidate.sources])
+
+
+def test_windows_are_those_of_the_local_file(scene: tuple[str, str]) -> None:
+    local, remote = (open_scene(url) for url in scene)
+    assert (local.transform, local.crs, local.bands[0].dtype) == (remote.transform, remote.crs, remote.bands[0].dtype)
+    for window in (Window(0, 0, 700, 900), Window(3000, 4000, 1000, 1000), Window(1000, 7, 1, 4000)):
+        for mine, theirs in zip(raster.read(remote, window), raster.read(local, window), strict=True):
+            assert np.array_equal(mine, theirs)
+
+
+def test_a_window_reads_hardly_more_than_its_bytes(scene: tuple[str, str]) -> None:
+    path, url = scene
+    raster.close_files()
+    opened = open_scene(url)
+    window = Window(1024, 2048, 512, 512)
+    raster.read(opened, Window(0, 0, 1, 1))  # the header, and a tile elsewhere
+    before = hdfs.bytes_fetched, hdfs.requests_sent
+    raster.read(opened, window)
+    fetched, requests = hdfs.bytes_fetched - before[0], hdfs.requests_sent - before[1]
+    stored = os.path.getsize(path) * window.area / (opened.height * opened.width)
+    assert fetched <= 1.2 * stored
+    assert requests <= 3 * 2 + 1  # a range a band, each sent on to a DataNode, and the file's state
+
+
+def test_sidecars_elsewhere_are_seen(root: str, tmp_path: Path) -> None:
+    data = np.ones((1, 64, 96), np.uint8)
+    write_scene(tmp_path / "m.tif", data)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(tmp_path / "m.tif", "r+") as file:
+        mask = np.full((64, 96), 255, np.uint8)
+        mask[:10] = 0
+        file.write_mask(mask)
+    assert (tmp_path / "m.tif.msk").exists()
+    for name in ("m.tif", "m.tif.msk"):
+        storage.upload(str(tmp_path / name), f"{root}/masked/{name}")
+    opened = open_scene(f"{root}/masked/m.tif")
+    _, valid = raster.read(opened, Window(0, 0, 64, 96))
+    assert valid.sum() == 54 * 96
+
+
+def test_reading_and_writing_go_on_through_failures(cluster: Cluster, root: str, scene: tuple[str, str]) -> None:
+    """The active NameNode dies, then a DataNode; GDAL's openers belong to the thread that made them, so they stay here."""
+    opened = open_scene(scene[1])
+    expected = raster.read(open_scene(scene[0]), Window(0, 0, 3584, 4608))[0]
+    first = cluster.active
+    assert first
+    failed: list[float] = []
+
+    def fail() -> None:
+        time.sleep(2)
+        cluster.kill(first)
+        time.sleep(3)
+        cluster.failover("namenode-2" if first == "namenode-1" else "namenode-1")
+        failed.append(time.monotonic())
+        time.sleep(5)
+        cluster.kill("datanode-1")
+        failed.append(time.monotonic())
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    try:
+        turn = after = 0
+        while after < 3:  # three whole turns with one DataNode and the other NameNode
+            raster.close_files()
+            assert np.array_equal(raster.read(opened, Window(0, 0, 3584, 4608))[0], expected)
+            storage.write_text(f"{root}/turn", str(turn))
+            assert storage.read_text(f"{root}/turn") == str(turn)
+            turn += 1
+            after += len(failed) == 2
+    finally:
+        thread.join()
+        cluster.restart(first)
+        cluster.restart("datanode-1")
