@@ -8,13 +8,16 @@ __main__   the child process of the driver: the runner's `local_mode`, and assem
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -53,6 +56,7 @@ def train(
     augment: bool = True,
     patience: int = 0,
     seed: int = 0,
+    max_restarts: int = 3,
     overwrite: bool = False,
 ) -> str:
     """Train a segmentation model on a tiles dataset.
@@ -77,6 +81,7 @@ def train(
         augment: flips, quarter turns, brightness and band jitter.
         patience: stop after so many epochs without a better validation mIoU; 0 never does.
         seed: of weights, order and augmentation.
+        max_restarts: how often several workers begin again from the last epoch when one of them is lost.
         overwrite: replace a model made with other settings or other tiles.
 
     Returns:
@@ -114,7 +119,7 @@ def train(
                 else:
                     if ":" in arch:
                         _child({"do": ["build"], **job})
-                    _fit_on_cluster(workers, job)
+                    run.extra["restarts"] = _fit_on_cluster(spark, workers, job, max_restarts)
             with run.stage("bundle"):
                 if workers > 1:
                     _child({"do": ["assemble"], **job})
@@ -159,11 +164,7 @@ def _check_slots(spark: SparkSession, workers: int) -> None:
             "training on several workers needs a fixed number of executors: submit with "
             f"--conf spark.dynamicAllocation.enabled=false --num-executors {workers}"
         )
-    inner = context._jsc.sc()
-    try:
-        slots = inner.maxNumConcurrentTasks(inner.resourceProfileManager().defaultResourceProfile())
-    except Exception:  # Spark's own check, but not of its public interface
-        slots = context.defaultParallelism
+    slots = _slots(spark)
     if slots < workers:
         raise UsageError(
             f"workers {workers}: the session {context.master} runs {slots} task(s) at once and all workers must run "
@@ -171,29 +172,72 @@ def _check_slots(spark: SparkSession, workers: int) -> None:
         )
 
 
-def _fit_on_cluster(workers: int, job: Mapping[str, Any]) -> None:
-    """`fit` in barrier tasks of the session that is active."""
+def _slots(spark: SparkSession) -> int:
+    """How many tasks can run at once just now."""
+    context = spark.sparkContext
+    inner = context._jsc.sc()
+    try:
+        return int(inner.maxNumConcurrentTasks(inner.resourceProfileManager().defaultResourceProfile()))
+    except Exception:  # Spark's own check, but not of its public interface
+        return int(context.defaultParallelism)
+
+
+LOST = (
+    "ExecutorLostFailure", "Python worker exited unexpectedly", "Connection reset by peer", "UnavailableError",
+    "UNAVAILABLE", "Collective ops is aborted", "Barrier task set", "worker lost", "is dead", "AbortedError",
+)  # fmt: skip
+"""What is said when a worker, or the one that it talked to, is gone."""
+
+REPLACEMENT = 300
+"""Seconds to wait for the cluster to replace what was lost."""
+
+
+def _fit_on_cluster(spark: SparkSession, workers: int, job: Mapping[str, Any], max_restarts: int) -> int:
+    """`fit` in barrier tasks of the session, begun again from its last checkpoint if a worker is lost.
+
+    Spark tries the runner's stage once only: it ends in a `collect` of barrier tasks.
+
+    Returns:
+        How often it was begun again.
+    """
     from spark_tensorflow_distributor import MirroredStrategyRunner
 
-    for left in reversed(range(PORT_TRIES)):
+    restarts, ports = 0, PORT_TRIES
+    while True:
         try:
             runner = MirroredStrategyRunner(num_slots=workers, local_mode=False, use_gpu=False)
-            runner.run(functools.partial(fit_worker, dict(job)))
-            return
+            runner.run(functools.partial(fit_worker, dict(job), storage.access()))
+            return restarts
         except Exception as error:
             text = str(error)
             # The distributor finds a port, closes it, and lets TensorFlow open it again: another may be quicker.
-            taken = any(one in text for one in ("Address already in use", "Could not start gRPC server"))
-            if taken and left:
+            if any(one in text for one in ("Address already in use", "Could not start gRPC server")) and ports > 1:
+                ports -= 1
                 log.warning("train: a port was taken by another process; trying again")
                 continue
-            raise _reason(text) from error
+            if "sattile.errors." in text or not any(one in text for one in LOST) or restarts >= max_restarts:
+                raise _reason(text) from error
+            restarts += 1
+            log.warning("train: a worker was lost; going on from the last epoch (%d of %d)", restarts, max_restarts)
+            _wait_for_slots(spark, workers)
 
 
-def fit_worker(job: Mapping[str, Any]) -> None:
-    """What each barrier task runs."""
+def _wait_for_slots(spark: SparkSession, workers: int) -> None:
+    end = time.monotonic() + REPLACEMENT
+    while (slots := _slots(spark)) < workers:
+        if time.monotonic() > end:
+            raise SattileError(
+                f"{slots} of {workers} workers are left, and the cluster gave no replacement within {REPLACEMENT} s; "
+                f"run it again: it goes on from its last epoch"
+            )
+        time.sleep(2)
+
+
+def fit_worker(job: Mapping[str, Any], access: storage.Access | None = None) -> None:
+    """What each worker runs."""
     from sattile.training.loop import fit
 
+    storage.use(access)
     fit(dataset=job["dataset"], work=job["work"], settings=Settings(**job["settings"]))
 
 
@@ -236,6 +280,10 @@ def _child(job: Mapping[str, Any]) -> None:
         said: deque[str] = deque(maxlen=30)
         try:
             assert process.stdout is not None
+            assert process.stdin is not None
+            # Not among the arguments, which others can see: a token may be in it.
+            process.stdin.write(base64.b64encode(pickle.dumps(storage.access())).decode() + "\n")
+            process.stdin.flush()
             for line in process.stdout:
                 if not line.startswith(_NOISE):
                     said.append(line)

@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ from sattile.training import data, fit_worker, loop, networks
 
 def main(text: str) -> int:
     job = json.loads(text)
+    storage.use(_given_access())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("sattile").setLevel(logging.INFO)
@@ -36,6 +39,15 @@ def main(text: str) -> int:
         answer = {"error": str(error)}
     storage.write_json(job["answer"], answer)
     return 0 if "done" in answer else 1
+
+
+def _given_access() -> storage.Access | None:
+    """The first line of our standard input: how the parent reaches HDFS."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(0, 1)):
+        line += byte
+    access: storage.Access | None = pickle.loads(base64.b64decode(line)) if line else None
+    return access
 
 
 def _end_with_parent() -> None:
