@@ -26,7 +26,17 @@ log = logging.getLogger("sattile")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0 (done), 2 (wrong usage), 3 (too many refused) or 1 (anything else)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    status = _main(list(sys.argv[1:] if arguments is None else arguments))
+    if status and "PYSPARK_GATEWAY_PORT" in os.environ and "CONTAINER_ID" in os.environ:
+        time.sleep(LAST_WORDS)
+    return status
+
+
+LAST_WORDS = 3
+"""Seconds that a driver on the cluster stays after a failure: its container's log goes with it, unread."""
+
+
+def _main(arguments: list[str]) -> int:
     try:
         name = arguments[0] if arguments else ""
         return _run(COMMANDS[name], arguments[1:]) if name in COMMANDS else _overview(arguments)

@@ -124,6 +124,12 @@ COMMANDS = {
             "sattile run --scenes scenes --labels labels --out work --set train.epochs=10 --set tile.size=128",
         ),
         Command(
+            "doctor",
+            "sattile.doctor:doctor",
+            "check the session, its executors and a shared folder, and say what to set",
+            "sattile doctor --folder work --workers 2",
+        ),
+        Command(
             "demo",
             "sattile.pipeline:demo",
             "make a small archive and run everything on it",

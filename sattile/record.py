@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import sattile
 from sattile import schema, storage
 from sattile.errors import SattileError, TooManyRefused, UsageError
 from sattile.schema import Refusal
@@ -35,8 +36,8 @@ STARTED = "_started.json"
 
 def versions() -> dict[str, str]:
     """Versions of all that shapes a result."""
-    found = {"python": platform.python_version()}
-    for package in ("sattile", "pyspark", "tensorflow", "tensorflow-cpu", "keras", "rasterio", "numpy", "pyarrow"):
+    found = {"python": platform.python_version(), "sattile": sattile.__version__}
+    for package in ("pyspark", "tensorflow", "tensorflow-cpu", "keras", "rasterio", "numpy", "pyarrow"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,14 +22,15 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import sattile
 from sattile import engine
 from sattile.errors import SattileError, UsageError
-from sattile.storage.hdfs import find_access, read_configuration
+from sattile.storage.hdfs import LOG_IN, find_access, read_configuration
 
 HERE = Path(sattile.__file__).resolve().parents[1]
 CONF = HERE / "conf" / "spark"
@@ -40,9 +43,9 @@ STATUS = re.compile(r"(?:exited with status|exitCode:?) (\d+)")
 EDITABLE = r"/__editable__|/sattile-[^/]*\.dist-info"
 """The library's own entries in the environment: it travels apart."""
 
-NOISE = (
+NOISE = re.compile(
     r" INFO |Application report for|^\s+(client|ApplicationM|queue|start|final|tracking|user|diagnostics: (N/A|AM ))"
-    r"|^Using |^WARNING: Using|NativeCodeLoader"
+    r"|^\s+at |^Exception in thread|^Using |^NOTE: Picked up |^WARNING: Using|NativeCodeLoader"
 )
 """What spark-submit says each second."""
 
@@ -59,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _local(where, options, job, job_arguments)
         if where == "k8s":
             return _kubernetes(options, job, job_arguments)
-        return _yarn("cluster" if where == "yarn" else "client", options, job, job_arguments)
+        with logged_in(options) as ticket:
+            return _yarn("cluster" if where == "yarn" else "client", options, job, job_arguments, ticket)
     except SattileError as error:
         print(f"spark-submit.sh: {error}", file=sys.stderr)
         return error.exit_status
@@ -116,12 +120,13 @@ def _local(where: str, options: Sequence[str], job: Path, arguments: Sequence[st
 # --- YARN ----------------------------------------------------------------------------------------------------------
 
 
-def _yarn(mode: str, options: Sequence[str], job: Path, arguments: Sequence[str]) -> int:
+def _yarn(mode: str, options: Sequence[str], job: Path, arguments: Sequence[str], ticket: Mapping[str, str]) -> int:
+    """`ticket`: environment of the commands beside Spark, which logs in by itself."""
     if not os.environ.get("HADOOP_CONF_DIR") and not os.environ.get("YARN_CONF_DIR"):
         raise UsageError("set HADOOP_CONF_DIR to the folder of core-site.xml, hdfs-site.xml and yarn-site.xml")
     settings = _environment()
     settings.pop("PYTHONPATH", None)  # Spark would hand it on to the containers
-    store = Store(settings)
+    store = Store({**settings, **ticket})
     library = store.provide("sattile", library_digest(), ".zip", write_library)
     archives, python = [f"{library}#sattile_library"], sys.executable
     if os.environ.get("SATTILE_ENV", "packed") == "packed":
@@ -154,7 +159,54 @@ def _yarn(mode: str, options: Sequence[str], job: Path, arguments: Sequence[str]
     command += [*options, str(job), *arguments]
     if mode == "client":
         return subprocess.run(command, env=settings).returncode
-    return _follow(command, settings)
+    return _follow(command, settings, ticket)
+
+
+@contextmanager
+def logged_in(options: Sequence[str]) -> Iterator[dict[str, str]]:
+    """What commands beside Spark want in their environment: a ticket by Spark's `--principal` and `--keytab`.
+
+    It lies in a folder of its own and goes with it; without the options the user's own ticket is used.
+
+    Raises:
+        UsageError: if one of the two options is missing, there is no `kinit`, or it gets no ticket.
+    """
+    principal = _option(options, "--principal", "spark.kerberos.principal")
+    keytab = _option(options, "--keytab", "spark.kerberos.keytab")
+    if principal is None and keytab is None:
+        yield {}
+        return
+    if principal is None or keytab is None:
+        raise UsageError("a login by keytab needs both: --principal USER@REALM --keytab FILE")
+    if not os.path.isfile(keytab):
+        raise UsageError(f"--keytab {keytab} is no file here")
+    kinit = shutil.which("kinit")
+    if kinit is None:
+        raise UsageError(
+            "--principal and --keytab: there is no `kinit` on the path, which puts the archives into HDFS under that "
+            "name (Debian: krb5-user, Red Hat: krb5-workstation); install it"
+        )
+    with tempfile.TemporaryDirectory(prefix="sattile-") as folder:  # of mode 700
+        cache = f"FILE:{folder}/ticket"
+        command = [kinit, "-c", cache, "-k", "-t", keytab, principal]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+            raise UsageError(f"no Kerberos ticket for {principal} by {keytab}: {said}")
+        yield {"KRB5CCNAME": cache}
+
+
+def _option(options: Sequence[str], flag: str, key: str) -> str | None:
+    """The value of one of Spark's options, in each of the ways to write it; the last one counts."""
+    value = None
+    for word, following in itertools.pairwise([*options, ""]):
+        if word == flag and following:
+            value = following
+        elif word.startswith((f"{flag}=", f"{key}=")):
+            value = word.partition("=")[2]
+        elif word.startswith(f"--conf={key}="):
+            value = word.split("=", 2)[2]
+    return value
 
 
 def _local_settings(arguments: Sequence[str]) -> int | None:
@@ -173,7 +225,7 @@ def _wants_gpu(options: Sequence[str]) -> bool:
     return any("resource.gpu.amount" in one for one in options)
 
 
-def _follow(command: Sequence[str], settings: Mapping[str, str]) -> int:
+def _follow(command: Sequence[str], settings: Mapping[str, str], ticket: Mapping[str, str]) -> int:
     """Run spark-submit in cluster mode; the driver's words on standard error, the job's status as the result."""
     status = None
     process = subprocess.Popen(command, env=dict(settings), stderr=subprocess.PIPE, text=True, errors="replace")
@@ -182,13 +234,11 @@ def _follow(command: Sequence[str], settings: Mapping[str, str]) -> int:
     try:
         for line in process.stderr:
             if reader is None and (found := re.search(r"\b(application_\d+_\d+)\b", line)):
-                reader = _DriverLog(found.group(1))
+                reader = _DriverLog(found.group(1), ticket)
                 print(f"spark-submit.sh: {found.group(1)}", file=sys.stderr, flush=True)
             if found := STATUS.search(line):
                 status = int(found.group(1))
-            if not re.search(
-                r" INFO |Application report for|^\s+(client token|ApplicationMaster|queue|start time)", line
-            ):
+            if line.strip() and not NOISE.search(line):
                 print(line, end="", file=sys.stderr, flush=True)
         code = process.wait()
     except KeyboardInterrupt:
@@ -199,15 +249,26 @@ def _follow(command: Sequence[str], settings: Mapping[str, str]) -> int:
     finally:
         if reader:
             reader.close()
+    if code and reader and not reader.shown:
+        print(f"spark-submit.sh: what the job said: yarn logs -applicationId {reader.application}", file=sys.stderr)
     return code if not code or status is None else status
 
 
 class _DriverLog:
-    """Shows what the driver says, as far as the cluster serves its container's logs over HTTP."""
+    """Shows what the driver says, as far as the cluster serves its container's logs over HTTP.
 
-    def __init__(self, application: str):
+    Args:
+        application: its id.
+        ticket: environment in which `curl` finds the Kerberos ticket, where the web addresses want one.
+
+    Attributes:
+        shown: characters of each stream so far.
+    """
+
+    def __init__(self, application: str, ticket: Mapping[str, str]):
         self.application = application
-        self._shown: dict[str, int] = {}
+        self.shown: dict[str, int] = {}
+        self._ticket = {**os.environ, **ticket}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -217,32 +278,40 @@ class _DriverLog:
         self._thread.join(15)
 
     def _run(self) -> None:
-        import requests
-
         manager = resource_manager()
         last = False
         while manager and not last:
             last = self._stop.is_set()  # once more after the end, for the last words
             try:
-                said = requests.get(f"{manager}/ws/v1/cluster/apps/{self.application}", timeout=5).json()["app"]
+                said = json.loads(self._get(f"{manager}/ws/v1/cluster/apps/{self.application}"))["app"]
                 place = re.match(r"(https?://[^/]+)/node/containerlogs/([^/]+)/", said.get("amContainerLogs") or "")
                 if place:
                     node, container = place.groups()
                     for stream in ("stderr", "stdout"):  # of the JVM; of Python, both its streams
-                        text = requests.get(f"{node}/ws/v1/node/containers/{container}/logs/{stream}", timeout=5)
-                        if text.ok:
-                            self._show(stream, text.text)
-            except (requests.RequestException, ValueError, KeyError):
+                        self._show(stream, self._get(f"{node}/ws/v1/node/containers/{container}/logs/{stream}"))
+            except (OSError, ValueError, KeyError):
                 pass  # a secured or closed web address: the job goes on unseen
-            self._stop.wait(2)
+            self._stop.wait(1)
+
+    def _get(self, url: str) -> str:
+        import requests
+
+        answer = requests.get(url, timeout=5)
+        if answer.status_code == 401 and (curl := shutil.which("curl")):  # it speaks SPNEGO; `requests` does not
+            command = [curl, "-s", "-f", "-m", "10", "--negotiate", "-u", ":", url]
+            done = subprocess.run(command, env=self._ticket, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            if done.returncode == 0:
+                return done.stdout.decode(errors="replace")
+        answer.raise_for_status()
+        return answer.text
 
     def _show(self, stream: str, text: str) -> None:
-        body = re.sub(r"\A.*?LogContents:\n|\nEnd of LogType:.*\Z", "", text, flags=re.DOTALL)
+        body = re.sub(r"\A.*?LogContents:\n|^End of LogType:.*\Z", "", text, flags=re.DOTALL | re.MULTILINE)
         body = body[: body.rfind("\n") + 1]
-        for line in body[self._shown.get(stream, 0) :].splitlines():
-            if not re.search(NOISE, line):
+        for line in body[self.shown.get(stream, 0) :].splitlines():
+            if not NOISE.search(line):
                 print(line, file=sys.stderr, flush=True)
-        self._shown[stream] = len(body)
+        self.shown[stream] = len(body)
 
 
 def resource_manager() -> str | None:
@@ -271,11 +340,11 @@ class Store:
     def provide(self, name: str, digest: str, suffix: str, write: Callable[[str], None]) -> str:
         """URL of an archive; made and uploaded if it is not there yet."""
         target = f"{self.folder}/{name}-{digest}{suffix}"
-        found = self._shell("-stat", "%n", target)
+        found = self._shell("-stat", "%u", target)
         if found.returncode == 0:
-            return self._url(target)
+            return self._url(target, found.stdout)
         if "No such file" not in found.stderr:
-            raise SattileError(_hdfs_problem(found.stderr))
+            raise _hdfs_problem(found.stderr)
         start = time.monotonic()
         print(f"spark-submit.sh: packing {name} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix="sattile-") as scratch:
@@ -290,17 +359,17 @@ class Store:
             if "File exists" in done.stderr:  # another submit was quicker with the same bytes
                 done = self._shell("-rm", "-skipTrash", part)
         if done.returncode:
-            raise SattileError(f"{name} could not be put into HDFS: {_hdfs_problem(done.stderr)}")
+            raise _hdfs_problem(done.stderr, f"{name} could not be put into HDFS: ")
         seconds = time.monotonic() - start
         print(f"spark-submit.sh: {name}: {size / 1e6:.0f} MB in HDFS after {seconds:.0f} s", file=sys.stderr)
-        return self._url(target)
+        return self._url(target, self._shell("-stat", "%u", target).stdout)
 
-    def _url(self, target: str) -> str:
-        """In full: YARN takes relative names for local ones."""
+    def _url(self, target: str, owner: str) -> str:
+        """In full: YARN takes relative names for local ones. Kerberos' name for us is told by what we own there."""
         if re.match(r"[a-z0-9]+://", target):
             return target
         access = find_access()
-        home = "" if target.startswith("/") else f"/user/{access.user}/"
+        home = "" if target.startswith("/") else f"/user/{owner.strip() or access.user}/"
         return f"hdfs://{access.default}{home}{target}"
 
     def _shell(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -308,12 +377,12 @@ class Store:
         return subprocess.run(command, env=self._settings, capture_output=True, text=True)
 
 
-def _hdfs_problem(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if " WARN " not in line and not line.startswith("WARNING")]
+def _hdfs_problem(text: str, what: str = "") -> SattileError:
+    lines = [line for line in text.strip().splitlines() if not re.search(r" WARN |^WARNING|^NOTE: |^\s+at ", line)]
     reason = lines[-1][:300] if lines else "no reason given"
-    if "GSS" in text or "AccessControlException" in text or "SaslException" in text:
-        reason += "; log in with kinit first (spark-submit.sh passes --principal and --keytab on to Spark)"
-    return reason
+    if re.search(r"GSSException|via:\[TOKEN, KERBEROS\]|SaslException|KerberosAuthException", text):
+        return UsageError(f"{what}HDFS wants a Kerberos login, and there is no valid ticket: {LOG_IN}\n  ({reason})")
+    return SattileError(what + reason)
 
 
 def library_digest() -> str:

@@ -17,7 +17,7 @@ LAYERS = [
     {"pipeline"},
     {"evaluation"},
     {"tiles", "training", "prediction"},
-    {"scenes", "labels", "model", "mosaic", "reporting", "demo"},
+    {"scenes", "labels", "model", "mosaic", "reporting", "demo", "doctor"},
     {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics"},
     {"schema", "stitch"},
     {"grid", "split", "statistics", "storage"},

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
+import traceback
 
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sattile import storage
 from sattile.errors import SattileError, UsageError
+from sattile.storage import hdfs
 
 AWKWARD = ["plain.tif", "a b, c.tif", "50%.tif", "20%20.tif", "ü+#;.tif", "q?.tif"]
 
@@ -116,3 +120,44 @@ def test_too_small_scratch_says_so():
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()))
 def test_the_digest_does_not_depend_on_order(value):
     assert storage.digest(value) == storage.digest(dict(reversed(value.items())))
+
+
+@pytest.mark.parametrize("failure", ["TooManyRedirects", "ConnectionError"])
+def test_a_delegation_token_is_never_shown(monkeypatch, failure):
+    """`requests` writes whole addresses into its errors, and WebHDFS wants the token in them."""
+    monkeypatch.setattr(hdfs, "PATIENCE", 0.0)
+    for name in ("_access", "_received", "_found"):
+        monkeypatch.setattr(hdfs, name, getattr(hdfs, name))
+    monkeypatch.setattr(hdfs, "_clients", {})
+    storage.use(storage.Access("nn:8020", {"nn:8020": "http://nn:9870"}, "me", {"nn:8020": "SECRET-tok_1"}))
+    asked = []
+
+    def send(self, request, **_):
+        asked.append(request.url)
+        raise getattr(requests, failure)(f"Max retries exceeded with url: {request.url} (at {request.url!r})")
+
+    monkeypatch.setattr(requests.Session, "send", send)
+    with pytest.raises(SattileError, match=r"delegation=\.\.\.") as told:
+        storage.read_bytes("hdfs:///a b")
+    assert "delegation=SECRET-tok_1" in asked[0]
+    assert "SECRET" not in "".join(traceback.format_exception(told.value))
+    assert "SECRET" not in repr(storage.access())
+
+
+def test_what_came_from_the_driver_is_kept_and_sent_on(monkeypatch):
+    """A worker has a Hadoop configuration, too, and would find no token by it."""
+    for name in ("_access", "_received", "_found"):
+        monkeypatch.setattr(hdfs, name, getattr(hdfs, name))
+    monkeypatch.setitem(sys.modules, "pyspark", sys)
+    given = storage.Access("nn:8020", {}, "me", {"nn:8020": "token"})
+    storage.use(given)
+    assert storage.access() is given
+
+
+@pytest.mark.parametrize("service", ["host:8020", "127.0.0.1:8020"])
+def test_a_token_is_found_by_each_name_of_its_service(monkeypatch, service):
+    """https://hadoop.apache.org/docs/stable/hadoop-project-dist/hadoop-common/core-default.xml, token.service.use_ip"""
+    monkeypatch.setattr("socket.gethostbyname", lambda _: "127.0.0.1")
+    for authority in ("host", "host:8020"):
+        assert hdfs._token_of(authority, {service: "t", "other:8020": "x"}) == "t"
+    assert hdfs._token_of("host:9000", {service: "t"}) is None

@@ -11,7 +11,9 @@ import atexit
 import getpass
 import io
 import os
+import re
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -51,6 +53,13 @@ PASSING = {"RetriableException", "StandbyException", "SafeModeException", "Conne
 LOST = ("could not obtain", "no live", "connection", "failed to find datanode", "could only be written", "closed")
 """What its IOExceptions say that may be otherwise in a moment, too."""
 
+FRESH = 60.0
+"""Seconds after which the driver looks for newer tokens: Spark puts new ones beside the old long before they expire."""
+
+RPC_PORT = 8020
+
+LOG_IN = "run kinit first, or give spark-submit.sh --principal and --keytab"
+
 
 @dataclass(frozen=True)
 class Access:
@@ -70,20 +79,48 @@ class Access:
 
 
 _access: Access | None = None
+_received = False
+"""Whether it came from another process: this one could not find the tokens anew."""
+_found = 0.0
 
 
 def use(access: Access | None) -> None:
     """Make this process reach HDFS as the one that sent `access`; None leaves it to find its own way."""
+    global _received
+    if access is not None:
+        _received = True
+        _set(access)
+
+
+def access() -> Access | None:
+    """To be sent to other processes, with fresh tokens; None if HDFS was not used so far."""
+    if _access is not None:
+        _refresh()
+    return _access
+
+
+def _set(access: Access) -> None:
     global _access
-    if access is not None and access != _access:
+    if access != _access:
         _access = access
         _clients.clear()
 
 
-def access() -> Access | None:
-    """To be sent to other processes: made anew, so that its tokens are fresh; None if HDFS was not used so far."""
-    if _access is not None and "pyspark" in sys.modules:
-        use(find_access())
+def _refresh() -> Access:
+    """How this process reaches HDFS, looked up again where that may tell more than the last time."""
+    global _found
+    known = _access
+    if known is not None and (_received or "pyspark" not in sys.modules):
+        return known
+    if known is not None and known.tokens and time.monotonic() - _found < FRESH:
+        return known
+    _found = time.monotonic()
+    try:
+        _set(find_access())
+    except Exception:
+        if known is None or not known.tokens:
+            raise  # else a ticket has run out, or Spark ends: the token that we have is good for longer
+    assert _access is not None
     return _access
 
 
@@ -97,10 +134,11 @@ def find_access(folder: str | None = None) -> Access:
         UsageError: if there is none.
     """
     folder = folder or os.environ.get("HADOOP_CONF_DIR")
-    spark = _active_session()
+    context = _active_context()
     conf = read_configuration(folder) if folder else {}
-    if spark is not None:
-        given = dict(spark.sparkContext.getConf().getAll())
+    given = {}
+    if context is not None:
+        given = dict(context.getConf().getAll())
         conf |= {key[len("spark.hadoop.") :]: value for key, value in given.items() if key.startswith("spark.hadoop.")}
     scheme, _, default = conf.get("fs.defaultFS", "").partition("://")
     default = default.rstrip("/") if scheme == "hdfs" else ""
@@ -119,7 +157,9 @@ def find_access(folder: str | None = None) -> Access:
         addresses[default] = f"{secure}://{host if said_host in ('', '0.0.0.0') else said_host}:{said_port}"
     user = os.environ.get("HADOOP_USER_NAME") or getpass.getuser()
     kerberos = conf.get("hadoop.security.authentication", "simple").lower() == "kerberos"
-    return Access(default, addresses, user, _tokens(spark) if kerberos else {})
+    others = _words(given.get("spark.kerberos.access.hadoopFileSystems"))
+    tokens = _tokens(context, [f"hdfs://{default}"] * bool(default) + others) if kerberos else {}
+    return Access(default, addresses, user, tokens)
 
 
 def _words(text: str | None) -> list[str]:
@@ -137,32 +177,55 @@ def read_configuration(folder: str, files: Sequence[str] = ("core-site.xml", "hd
     return found
 
 
-def _active_session() -> Any:
+def _active_context() -> Any:
+    """Spark's, in whatever thread this runs: an active session belongs to one."""
     if "pyspark" not in sys.modules:
         return None
+    from pyspark import SparkContext
+
+    if SparkContext._active_spark_context is not None:
+        return SparkContext._active_spark_context
     from pyspark.sql import SparkSession
 
     spark = SparkSession.getActiveSession()
     if spark is not None and "connect" in type(spark).__module__:
         raise UsageError("HDFS needs a session's Hadoop configuration, and Spark Connect shows none: use a classic one")
-    return spark
+    return None if spark is None else spark.sparkContext
 
 
-def _tokens(spark: Any) -> dict[str, str]:
-    """Delegation tokens by authority: those that Spark keeps fresh; where it has none, new ones."""
-    if spark is None:
+def _tokens(context: Any, urls: Sequence[str]) -> dict[str, str]:
+    """Delegation tokens by service: those that Spark keeps fresh; where it has none, new ones for these clusters.
+
+    Under a token HDFS gives no further one, so that Spark's have to do where there are any.
+    """
+    if context is None:
         return {}
-    jvm, hadoop = spark.sparkContext._jvm, spark.sparkContext._jsc.hadoopConfiguration()
-    user = jvm.org.apache.hadoop.security.UserGroupInformation.getCurrentUser()
-    credentials = user.getCredentials()
-    if not any(str(one.getKind()) == "HDFS_DELEGATION_TOKEN" for one in credentials.getAllTokens()):
-        system = jvm.org.apache.hadoop.fs.FileSystem.get(hadoop)
-        token = system.getDelegationToken(user.getShortUserName())
-        if token is not None:
-            credentials.addToken(token.getService(), token)
+    from py4j.protocol import Py4JJavaError
+
+    jvm, hadoop = context._jvm, context._jsc.hadoopConfiguration()
+    try:
+        user = jvm.org.apache.hadoop.security.UserGroupInformation.getCurrentUser()
+        credentials = user.getCredentials()  # a copy: a token that is added stays with us
+        found = _hdfs_tokens(credentials)
+        if not found:
+            for url in urls:
+                system = jvm.org.apache.hadoop.fs.FileSystem.get(jvm.java.net.URI.create(url), hadoop)
+                system.addDelegationTokens(user.getShortUserName(), credentials)
+            found = _hdfs_tokens(credentials)
+    except Py4JJavaError as error:
+        reason = str(error.java_exception.toString())
+        if any(word in reason for word in ("AccessControlException", "GSSException", "KerberosAuth", "SaslException")):
+            raise UsageError(
+                f"{', '.join(urls)}: HDFS wants a Kerberos login, and there is no valid ticket: {LOG_IN}"
+            ) from None
+        raise SattileError(f"{', '.join(urls)}: no delegation token: {_redacted(reason)[:300]}") from None
+    return found
+
+
+def _hdfs_tokens(credentials: Any) -> dict[str, str]:
     return {
         str(one.getService()).removeprefix("ha-hdfs:"): one.encodeToUrlString()
-        for one in credentials.getAllTokens()
+        for one in credentials.getAllTokens().toArray()
         if str(one.getKind()) == "HDFS_DELEGATION_TOKEN"
     }
 
@@ -185,18 +248,18 @@ def _split(url: str) -> tuple[str, str]:
 
 def _client(url: str) -> tuple[hdfs.Client, str]:
     authority, path = _split(url)
-    if _access is None:
-        use(find_access())
-    assert _access is not None
-    authority = authority or _access.default
+    # Looked up once, but for tokens: an XML file for each request would be slow.
+    access = _access if _access is not None and not _access.tokens else _refresh()
+    authority = authority or access.default
     if not authority:
         raise UsageError(
             f"{url} names no NameNode, and there is no fs.defaultFS: set HADOOP_CONF_DIR to the folder of core-site.xml"
         )
     key = (os.getpid(), authority)  # connections are not shared with a fork
-    if key not in _clients:
-        _clients[key] = _connect(authority, _access)
-    return _clients[key], path or "/"
+    client = _clients.get(key)
+    if client is None:  # another thread may clear them at any time
+        client = _clients[key] = _connect(authority, access)
+    return client, path or "/"
 
 
 def _connect(authority: str, access: Access) -> hdfs.Client:
@@ -223,10 +286,20 @@ def _connect(authority: str, access: Access) -> hdfs.Client:
 
     session = Session()
     session.trust_env = False  # proxies are for the world outside; a cluster is inside
-    token = access.tokens.get(authority)
-    if token:
+    if token := _token_of(authority, access.tokens):
         return hdfs.TokenClient(address, token, session=session, timeout=TIMEOUT)
     return hdfs.InsecureClient(address, user=access.user, session=session, timeout=TIMEOUT)
+
+
+def _token_of(authority: str, tokens: Mapping[str, str]) -> str | None:
+    """Hadoop names a token's service by nameservice or by host and port, and by default writes the host as a number."""
+    if not tokens or authority in tokens:
+        return tokens.get(authority)
+    host, _, port = authority.partition(":")
+    port = port or str(RPC_PORT)
+    with suppress(OSError):
+        return tokens.get(f"{host}:{port}") or tokens.get(f"{socket.gethostbyname(host)}:{port}")
+    return None
 
 
 def _ask(url: str, request: Callable[[Any, str], T], *, again: Callable[[Any, str], T] | None = None) -> T:
@@ -241,15 +314,23 @@ def _ask(url: str, request: Callable[[Any, str], T], *, again: Callable[[Any, st
     """
     import hdfs
     import requests
+    import urllib3
 
     end, wait = time.monotonic() + PATIENCE, 0.2
     while True:
         client, path = _client(url)
         try:
             return request(client, path)
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        except (
+            requests.ConnectionError,
+            requests.Timeout,
+            requests.exceptions.ChunkedEncodingError,
+            urllib3.exceptions.HTTPError,  # of a body that is read without the help of `requests`
+        ) as error:
             problem: Exception = error
             request = again or request
+        except requests.RequestException as error:
+            raise SattileError(f"{url}: {_short(error)}") from None  # its own text may hold an address with a token
         except hdfs.HdfsError as error:
             problem = _translated(url, error)
             if problem is not error:
@@ -271,8 +352,8 @@ def _translated(url: str, error: hdfs.HdfsError) -> Exception:
         return PermissionError(f"{url}: {text}")
     if "Authentication failure" in text or "oken" in text or kind == "AuthenticationException":
         return UsageError(
-            f"{url}: HDFS wants a Kerberos login and this job has no valid delegation token ({text}); run kinit first, "
-            f"or give spark-submit.sh --principal and --keytab"
+            f"{url}: HDFS wants a Kerberos login and this job has no valid delegation token for it ({text}): {LOG_IN}; "
+            f"a cluster that is not fs.defaultFS goes into spark.kerberos.access.hadoopFileSystems"
         )
     if kind in PASSING or (kind == "IOException" and any(word in text.lower() for word in LOST)):
         return error
@@ -280,8 +361,13 @@ def _translated(url: str, error: hdfs.HdfsError) -> Exception:
 
 
 def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = _redacted(str(error)).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def _redacted(text: str) -> str:
+    """Without the token that WebHDFS takes as a part of the address, which `requests` prints in its errors."""
+    return re.sub(r"(?i)(\bdelegation(?:=|%3D))[^&\s'\")>]*", r"\1...", text)
 
 
 class HdfsFiles:

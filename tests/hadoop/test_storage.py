@@ -151,7 +151,7 @@ def test_sidecars_elsewhere_are_seen(root: str, tmp_path: Path) -> None:
 
 
 def test_reading_and_writing_go_on_through_failures(cluster: Cluster, root: str, scene: tuple[str, str]) -> None:
-    """The active NameNode dies, then a DataNode; GDAL's openers belong to the thread that made them, so they stay here."""
+    """The active NameNode dies, then a DataNode. GDAL's openers belong to the thread that made them: they stay here."""
     opened = open_scene(scene[1])
     expected = raster.read(open_scene(scene[0]), Window(0, 0, 3584, 4608))[0]
     first = cluster.active

@@ -1,0 +1,8 @@
+"""`sattile doctor` for spark-submit: same options, same exit status."""
+
+import sys
+
+from sattile.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["doctor", *sys.argv[1:]]))

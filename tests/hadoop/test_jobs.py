@@ -1,0 +1,285 @@
+"""Jobs submitted to YARN: the same tiles, metrics and maps as on one machine, whatever dies meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyspark
+import pytest
+import yaml
+from scenes_for_tests import write_scene
+from test_local_cluster import weights
+
+from hadoop.cluster import Cluster
+from sattile import storage
+from sattile.storage import hdfs
+
+HERE = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--num-executors", "2", "--conf", "spark.executor.cores=1", "--conf", "spark.executor.memory=512m",
+    "--conf", "spark.executor.memoryOverhead=1500m", "--conf", "spark.driver.memory=512m",
+    # All nodes are this machine: neither environment nor jars have to travel. test_submit.py sends them.
+    "--conf", f"spark.yarn.jars=local:{Path(pyspark.__file__).parent}/jars/*",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(cluster: Cluster) -> Iterator[dict[str, str]]:
+    """Of clients of the cluster; this process is one, too."""
+    before = dict(os.environ)
+    os.environ.update(cluster.environment() | {"SATTILE_ENV": "local"})
+    hdfs.use(hdfs.find_access())
+    yield dict(os.environ)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def submit(where: str, *arguments: str, status: int = 0, options: list[str] = SMALL) -> str:
+    """Run spark-submit.sh; what it said."""
+    command = [str(HERE / "spark-submit.sh"), where, *options, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == status, done.stderr[-5000:]
+    return done.stdout + done.stderr
+
+
+def sattile(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sattile.cli", *arguments], capture_output=True, text=True, check=False, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def put(source: Path, url: str, scratch: Path) -> None:
+    """Copy a file or folder into HDFS."""
+    files = [source] if source.is_file() else [one for one in source.rglob("*") if one.is_file()]
+    for file in files:
+        copy = scratch / "copy"
+        shutil.copy(file, copy)
+        storage.upload(str(copy), url if source.is_file() else f"{url}/{file.relative_to(source).as_posix()}")
+
+
+def fetch(url: str, target: Path) -> Path:
+    """Copy a folder out of HDFS."""
+    for entry in storage.list_folder(url):
+        if entry.is_folder:
+            fetch(entry.url, target / storage.name(entry.url))
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / storage.name(entry.url)).write_bytes(storage.read_bytes(entry.url))
+    return target
+
+
+@pytest.fixture(scope="module")
+def water(cluster: Cluster, environment: Any, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the loop made in HDFS (hdfs:///loop) and a copy of its data on disk: `pairs.csv` for either."""
+    folder = tmp_path_factory.mktemp("water")
+    put(shared_data / "water", "hdfs:///water", folder)
+    for name, base in (("remote", "hdfs:///water"), ("pairs", str(shared_data / "water"))):
+        lines = [f"{base}/water_{one}_img.tif,{base}/water_{one}_water.tif,{one}" for one in ("train", "val")]
+        (folder / f"{name}.csv").write_text("scene,labels,split\n" + "\n".join(lines) + "\n")
+    put(folder / "remote.csv", "hdfs:///water/pairs.csv", folder)
+    steps = {
+        "tile": {"size": 128},
+        "train": {"epochs": 2, "arch": "unet-tiny", "workers": 2},
+        "evaluate": {"split": "val"},
+    }
+    (folder / "settings.yaml").write_text(yaml.safe_dump(steps))
+    said = submit(
+        "yarn", "jobs/run.py", "--pairs", "hdfs:///water/pairs.csv", "--classes", "land,water",
+        "--out", "hdfs:///loop", "--conf", str(folder / "settings.yaml"),
+    )  # fmt: skip
+    (folder / "said.txt").write_text(said)
+    return folder
+
+
+def test_the_loop_on_yarn_gives_what_one_machine_gives(water: Path, tmp_path: Path) -> None:
+    said = (water / "said.txt").read_text()
+    assert "application_" in said
+    assert "epoch   2/2" in said  # the driver's own words come back
+    sattile("tile", "--pairs", str(water / "pairs.csv"), "--out", str(tmp_path / "tiles"), "--size", "128",
+            "--classes", "land,water")  # fmt: skip
+    ours = json.loads((tmp_path / "tiles" / "dataset.json").read_text())
+    theirs = storage.read_json("hdfs:///loop/tiles/dataset.json")
+    assert ours["digest"] == theirs["digest"]
+    assert ours["statistics"] == theirs["statistics"]
+
+    model = fetch("hdfs:///loop/model", tmp_path / "model")
+    sattile("evaluate", "--model", str(model), "--dataset", str(tmp_path / "tiles"), "--split", "val",
+            "--out", str(tmp_path / "evaluation"))  # fmt: skip
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    for key in ("confusion", "miou", "accuracy", "classes", "pixels"):
+        assert metrics[key] == storage.read_json("hdfs:///loop/evaluation/metrics.json")[key], key
+
+    scene = (water / "pairs.csv").read_text().splitlines()[2].split(",")[0]
+    sattile("predict", "--model", str(model), "--scenes", scene, "--out", str(tmp_path / "maps"))
+    for name in ("labels.tif", "quicklook.png"):
+        mine = (tmp_path / "maps" / "water_val_img" / name).read_bytes()
+        assert mine == storage.read_bytes(f"hdfs:///loop/mosaics/water_val_img/{name}"), name
+    assert {one.url.rsplit("/", 1)[1] for one in storage.list_folder("hdfs:///loop/model/tensorboard")}
+
+
+def test_a_second_run_does_nothing(water: Path) -> None:
+    before = {one.url: one.mtime for one in storage.walk("hdfs:///loop")}
+    submit("yarn-client", "jobs/predict.py", "--model", "hdfs:///loop/model", "--scenes", "hdfs:///loop/catalog",
+           "--out", "hdfs:///again")  # fmt: skip
+    maps = {one.url: one.mtime for one in storage.walk("hdfs:///again")}
+    submit("yarn-client", "jobs/predict.py", "--model", "hdfs:///loop/model", "--scenes", "hdfs:///loop/catalog",
+           "--out", "hdfs:///again")  # fmt: skip
+    assert {one.url: one.mtime for one in storage.walk("hdfs:///again")} == maps
+    assert {one.url: one.mtime for one in storage.walk("hdfs:///loop")} == before
+    assert storage.read_json("hdfs:///again/_run.json")["skipped"] == 2
+
+
+@pytest.mark.parametrize("where", ["yarn", "yarn-client"])
+def test_the_jobs_own_exit_status_comes_back(environment: Any, where: str) -> None:
+    said = submit(where, "jobs/index.py", "hdfs:///nowhere/x.tif", "--out", "hdfs:///x", status=2)
+    assert "does not exist" in said
+
+
+def executors(application: str) -> list[int]:
+    """Processes of an application's executors (their JVMs)."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                line = (folder / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if "YarnCoarseGrainedExecutorBackend" in line and application in line and "/bash" not in line[:12]:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def master_is_on(application: str, node: str) -> bool:
+    """Whether the application's master, which has one attempt only, runs on this node."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                line, place = (folder / "cmdline").read_bytes(), os.readlink(folder / "cwd")
+            except OSError:
+                continue
+            if b"ExecutorLauncher" in line and application in place and f"/{node}/" in place:
+                return True
+    return False
+
+
+class Running:
+    """A job in client mode, running beside the test."""
+
+    def __init__(self, *arguments: str):
+        command = [str(HERE / "spark-submit.sh"), "yarn-client", *SMALL, *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(iter(self.process.stdout.readline, ""))
+
+    def wait_for(self, happened: Callable[[], bool], seconds: float = 150) -> None:
+        end = time.monotonic() + seconds
+        while not happened():
+            assert self.process.poll() is None, "".join(self.lines)[-3000:]
+            assert time.monotonic() < end, "".join(self.lines)[-3000:]
+            time.sleep(0.2)
+
+    def says(self, text: str) -> bool:
+        return any(re.search(text, line) for line in self.lines)
+
+    def end(self, seconds: float = 400) -> None:
+        try:
+            status = self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                self.process.terminate()
+        self._reader.join(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        assert status == 0, "".join(self.lines)[-4000:]
+
+
+def running_application(cluster: Cluster) -> dict[str, Any]:
+    found = cluster.get(f"{cluster.resourcemanager}/ws/v1/cluster/apps?states=RUNNING")["apps"]
+    return found["app"][0] if found else {}
+
+
+def test_a_training_goes_on_after_a_lost_executor(cluster: Cluster, water: Path) -> None:
+    options = ["--dataset", "hdfs:///loop/tiles", "--arch", "unet-tiny", "--epochs", "8", "--workers", "2"]
+    job = Running("jobs/train.py", *options, "--out", "hdfs:///killed")
+    job.wait_for(lambda: job.says(r"epoch +2/8"))
+    os.kill(executors(running_application(cluster)["id"])[0], signal.SIGKILL)
+    job.end()
+    assert job.says("a worker was lost; going on")
+    assert storage.read_json("hdfs:///killed/_run.json")["restarts"] >= 1
+    undisturbed = Running("jobs/train.py", *options, "--out", "hdfs:///undisturbed")
+    undisturbed.end()
+    scratch = water / "weights"
+    one, two = (weights(fetch(f"hdfs:///{name}", scratch / name)) for name in ("killed", "undisturbed"))
+    assert len(one) == len(two) > 20
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+def test_too_few_slots_are_said_at_once(water: Path) -> None:
+    said = submit("yarn-client", "jobs/train.py", "--dataset", "hdfs:///loop/tiles", "--workers", "4",
+                  "--batch-size", "12", "--out", "hdfs:///four", status=2)  # fmt: skip
+    assert re.search(r"workers 4: .* runs [012] task", said)
+
+
+def test_maps_are_the_same_whatever_dies(cluster: Cluster, water: Path, tmp_path: Path) -> None:
+    """The active NameNode, a DataNode, an executor, a NodeManager, one after the other in the middle of predict."""
+    bands = tuple(storage.read_json("hdfs:///loop/model/bundle.json")["bands"])
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    for number in range(10):
+        data = np.random.default_rng(number).integers(1, 4000, (7, 1500, 2100)).astype(np.uint16)
+        write_scene(
+            scenes / f"s{number}.tif", data, names=bands, nodata=0,
+            tiled=True, blockxsize=512, blockysize=512, compress="deflate",
+        )  # fmt: skip
+    put(scenes, "hdfs:///many scenes", tmp_path)
+    model = fetch("hdfs:///loop/model", tmp_path / "model")
+    sattile("predict", "--model", str(model), "--scenes", str(scenes), "--out", str(tmp_path / "maps"),
+            "--max-gsd-ratio", "9")  # fmt: skip
+
+    job = Running("jobs/predict.py", "--model", "hdfs:///loop/model", "--scenes", "hdfs:///many scenes",
+                  "--out", "hdfs:///many maps", "--max-gsd-ratio", "9")  # fmt: skip
+    first = cluster.active
+    assert first
+    killed = [first, "datanode-1"]
+    try:
+        job.wait_for(lambda: job.says("predict: infer and write"))
+        time.sleep(4)
+        cluster.kill(first)
+        cluster.failover("namenode-2" if first == "namenode-1" else "namenode-1")
+        cluster.kill("datanode-1")
+        application = running_application(cluster)
+        os.kill(executors(application["id"])[0], signal.SIGKILL)
+        time.sleep(4)
+        node = "nodemanager-2" if master_is_on(application["id"], "nodemanager-1") else "nodemanager-1"
+        if job.process.poll() is None:
+            cluster.kill(node)
+            killed.append(node)
+        job.end()
+    finally:
+        for name in killed:
+            cluster.restart(name)
+    record = storage.read_json("hdfs:///many maps/_run.json")
+    assert (record["done"], record["quarantined"]) == (10, 0)
+    for number in range(10):
+        mine = (tmp_path / "maps" / f"s{number}" / "labels.tif").read_bytes()
+        assert mine == storage.read_bytes(f"hdfs:///many maps/s{number}/labels.tif"), number
+    assert killed[2:], "the job had ended before a node could die"
