@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -61,9 +62,9 @@ def train(
 ) -> str:
     """Train a segmentation model on a tiles dataset.
 
-    Always through MirroredStrategyRunner: one worker in its `local_mode`, in a child process of the driver, several as
-    barrier tasks of the session. The weights do not depend on the number of workers. A training that was killed goes on
-    from its last epoch when it is started again with the same settings.
+    Always through MirroredStrategyRunner: on one machine a single worker in its `local_mode`, in a child process of the
+    driver; several, and those of a cluster, as barrier tasks of the session. The weights do not depend on the number of
+    workers. A training that was killed goes on from its last epoch when it is started again with the same settings.
 
     Args:
         spark: the caller's session; its tasks do the work if there is more than one worker.
@@ -97,7 +98,9 @@ def train(
     )  # fmt: skip
     described = load_dataset(dataset)
     _check(settings, described, workers)
-    if workers > 1:
+    # On a cluster a single worker is an executor's, too: the driver's container is small and may have no Spark to start.
+    on_cluster = workers > 1 or not re.fullmatch(r"local(\[.*\])?", spark.sparkContext.master or "")
+    if on_cluster:
         _check_slots(spark, workers)
     dataset, out = storage.absolute(dataset), storage.absolute(out)
     work = storage.join(out, WORK)
@@ -114,14 +117,14 @@ def train(
                 storage.remove(work)
             pixels = described.tiles("train") * described.size**2 * epochs
             with run.stage("train", pixels=pixels), _followed(work, epochs):
-                if workers == 1:
+                if not on_cluster:
                     _child({"do": ["fit", "assemble"], **job})
                 else:
                     if ":" in arch:
                         _child({"do": ["build"], **job})
                     run.extra["restarts"] = _fit_on_cluster(spark, workers, job, max_restarts)
             with run.stage("bundle"):
-                if workers > 1:
+                if on_cluster:
                     _child({"do": ["assemble"], **job})
                 _publish(storage.join(work, "bundle"), out)
                 storage.remove(work)
