@@ -1,7 +1,8 @@
 """Quality on real, labelled imagery: the default U-Net against a per-pixel classifier trained on the same tiles.
 
 Needs the water mosaics (`water_train_*.tif`, `water_val_*.tif`: Landsat/Sentinel-2 chips of 128 px side by side). The
-classifier is scikit-learn's MLP on the seven bands of each pixel. Both are measured on the same pixels of `water_val`.
+classifier is scikit-learn's gradient boosting on the seven bands of each pixel (an MLP of two layers comes as far if it is trained
+long enough, and to half of that if not). Both are measured on the same pixels of `water_val`.
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ def iou(truth: np.ndarray, found: np.ndarray) -> float:
 
 def main(folder: Path, data: Path, epochs: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Train both, print and return IoU of water on `water_val`."""
-    from sklearn.neural_network import MLPClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn.ensemble import HistGradientBoostingClassifier
 
     from sattile.engine import session
     from sattile.evaluation import evaluate
@@ -62,11 +61,11 @@ def main(folder: Path, data: Path, epochs: int | None = None, seed: int = 0) -> 
     network = json.loads(Path(url).read_text())["classes"]["water"]["iou"]
     values, labels = pixels(Path(dataset), "train")
     some = np.random.default_rng(seed).choice(len(values), 300_000, replace=False)
-    classifier = make_pipeline(
-        StandardScaler(), MLPClassifier((32, 32), early_stopping=True, max_iter=40, random_state=seed)
-    )
+    classifier = HistGradientBoostingClassifier(max_iter=200, random_state=seed)
     classifier.fit(values[some], labels[some])
     held, truth = pixels(Path(dataset), "val")
     baseline = iou(truth, classifier.predict(held))
-    print(f"water, IoU on water_val: U-Net {network:.3f} ({seconds:.0f} s of training), per-pixel MLP {baseline:.3f}")
+    print(
+        f"water, IoU on water_val: U-Net {network:.3f} ({seconds:.0f} s of training), per-pixel boosting {baseline:.3f}"
+    )
     return {"network": network, "baseline": baseline, "seconds": seconds}

@@ -98,7 +98,7 @@ def train(
     )  # fmt: skip
     described = load_dataset(dataset)
     _check(settings, described, workers)
-    # On a cluster a single worker is an executor's, too: the driver's container is small and may have no Spark to start.
+    # On a cluster a single worker is an executor's, too: the driver's container is small, and has no Spark to start.
     on_cluster = workers > 1 or not re.fullmatch(r"local(\[.*\])?", spark.sparkContext.master or "")
     if on_cluster:
         _check_slots(spark, workers)
