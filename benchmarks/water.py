@@ -1,8 +1,8 @@
 """Quality on real, labelled imagery: the default U-Net against a per-pixel classifier trained on the same tiles.
 
 Needs the water mosaics (`water_train_*.tif`, `water_val_*.tif`: Landsat/Sentinel-2 chips of 128 px side by side). The
-classifier is scikit-learn's gradient boosting on the seven bands of each pixel (an MLP of two layers comes as far if it is trained
-long enough, and to half of that if not). Both are measured on the same pixels of `water_val`.
+classifier is scikit-learn's gradient boosting on the seven bands of each pixel (an MLP comes as far if trained long
+enough, and to half of that if not). Both are measured on the same pixels of `water_val`.
 """
 
 from __future__ import annotations

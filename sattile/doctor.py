@@ -686,15 +686,6 @@ def _wait_for_executors(spark: SparkSession) -> int:
     return asked
 
 
-def concurrent_tasks(spark: SparkSession) -> int:
-    """How many tasks run at once now."""
-    inner = spark.sparkContext._jsc.sc()
-    try:
-        return int(inner.maxNumConcurrentTasks(inner.resourceProfileManager().defaultResourceProfile()))
-    except Exception:  # Spark's own check of barrier jobs, but not of its public interface
-        return engine.slots(spark)
-
-
 def _survey(spark: SparkSession, exam: Exam) -> tuple[list[Report], list[str]]:
     """A report from each executor, and the places of all that answered."""
     found = _everywhere(spark, partial(_examine_executor, exam), exam, "examine")
@@ -714,7 +705,7 @@ def _everywhere(
     Spark sends no task to an executor by name. So there are several for each slot, each stays a moment, and the first
     on an executor does the work (all of them if `phase` is None).
     """
-    tasks = 4 * max(concurrent_tasks(spark), 1)
+    tasks = 4 * max(engine.concurrent_tasks(spark), 1)
     rows = spark.sparkContext.parallelize(range(tasks), tasks)
     return rows.mapPartitions(engine.on_worker(partial(_in_task, function, exam.run, phase))).collect()
 
@@ -822,10 +813,10 @@ def hdfs_text(access: storage.Access, *, configuration: str | None, kerberos: bo
 
 def _barrier(spark: SparkSession, workers: int | None) -> Finding:
     conf = _conf(spark)
-    found = barrier_slots(concurrent_tasks(spark), workers, master=_master(spark), dynamic=_is_dynamic(conf))
+    found = barrier_slots(engine.concurrent_tasks(spark), workers, master=_master(spark), dynamic=_is_dynamic(conf))
     if found.status != OK:
         return found
-    together = workers or min(concurrent_tasks(spark), 2)
+    together = workers or min(engine.concurrent_tasks(spark), 2)
     rows = spark.sparkContext.parallelize(range(together), together).barrier()
     problems = sorted({text for text in rows.mapPartitions(engine.on_worker(_meet)).collect() if text})
     if problems:
@@ -882,7 +873,7 @@ def _meet(_rows: Iterator[int]) -> Iterator[str]:
 def _memory(spark: SparkSession) -> Finding:
     master, conf = _master(spark), _conf(spark)
     if master.startswith("local"):
-        return local_memory(memory_free_gb(), concurrent_tasks(spark), master)
+        return local_memory(memory_free_gb(), engine.concurrent_tasks(spark), master)
     return container_memory(conf)
 
 

@@ -179,6 +179,15 @@ def slots(spark: SparkSession) -> int:
     return spark.sparkContext.defaultParallelism
 
 
+def concurrent_tasks(spark: SparkSession) -> int:
+    """How many tasks can run at once just now: executors come and go."""
+    inner = spark.sparkContext._jsc.sc()
+    try:
+        return int(inner.maxNumConcurrentTasks(inner.resourceProfileManager().defaultResourceProfile()))
+    except Exception:  # Spark's own check of barrier jobs, but not of its public interface
+        return slots(spark)
+
+
 def partitioned(spark: SparkSession, groups: Sequence[Sequence[tuple[Any, ...]]], schema: str) -> DataFrame:
     """A DataFrame with exactly one partition per group, in order: Spark's own splitting would mix neighbours.
 

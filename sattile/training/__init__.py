@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from sattile import storage
+from sattile import engine, storage
 from sattile.errors import SattileError, UsageError
 from sattile.record import Run
 from sattile.training.data import SHARDS, Dataset, load_dataset
@@ -161,28 +161,17 @@ def _check(settings: Settings, dataset: Dataset, workers: int) -> None:
 
 def _check_slots(spark: SparkSession, workers: int) -> None:
     """All barrier tasks must run at once: say so now, not in Spark's words after a minute of waiting."""
-    context = spark.sparkContext
     if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
         raise UsageError(
             "training on several workers needs a fixed number of executors: submit with "
             f"--conf spark.dynamicAllocation.enabled=false --num-executors {workers}"
         )
-    slots = _slots(spark)
+    slots = engine.concurrent_tasks(spark)
     if slots < workers:
         raise UsageError(
-            f"workers {workers}: the session {context.master} runs {slots} task(s) at once and all workers must run "
-            f"together; use --workers {slots}, or a larger one (--master local[{workers}], or more executors)"
+            f"workers {workers}: the session {spark.sparkContext.master} runs {slots} task(s) at once and all workers "
+            f"must run together; use --workers {slots}, or a larger one (--master local[{workers}], or more executors)"
         )
-
-
-def _slots(spark: SparkSession) -> int:
-    """How many tasks can run at once just now."""
-    context = spark.sparkContext
-    inner = context._jsc.sc()
-    try:
-        return int(inner.maxNumConcurrentTasks(inner.resourceProfileManager().defaultResourceProfile()))
-    except Exception:  # Spark's own check, but not of its public interface
-        return int(context.defaultParallelism)
 
 
 LOST = (
@@ -227,7 +216,7 @@ def _fit_on_cluster(spark: SparkSession, workers: int, job: Mapping[str, Any], m
 
 def _wait_for_slots(spark: SparkSession, workers: int) -> None:
     end = time.monotonic() + REPLACEMENT
-    while (slots := _slots(spark)) < workers:
+    while (slots := engine.concurrent_tasks(spark)) < workers:
         if time.monotonic() > end:
             raise SattileError(
                 f"{slots} of {workers} workers are left, and the cluster gave no replacement within {REPLACEMENT} s; "
