@@ -277,7 +277,7 @@ def _connect(authority: str, access: Access) -> hdfs.Client:
         address = f"http://{host}:9870"
 
     class Session(requests.Session):
-        """Counts; and keeps the name of a redirected DataNode for whoever asks which one failed."""
+        """Counts its requests, redirected ones too."""
 
         def send(self, request: Any, **kwargs: Any) -> Any:
             global requests_sent

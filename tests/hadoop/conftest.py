@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import pyspark
 import pytest
 
 from hadoop.cluster import Cluster, missing
 
 # Minutes on two cores, and gigabytes: `make test` is quick and needs neither Maven nor a KDC.
 collect_ignore_glob = [] if os.environ.get("SATTILE_HADOOP") == "1" else ["test_*.py"]
+
+
+SMALL = [
+    "--num-executors", "2", "--conf", "spark.executor.cores=1", "--conf", "spark.executor.memory=512m",
+    "--conf", "spark.executor.memoryOverhead=1500m", "--conf", "spark.driver.memory=512m",
+    # All nodes are this machine: neither environment (SATTILE_ENV=local) nor jars have to travel.
+    "--conf", f"spark.yarn.jars=local:{Path(pyspark.__file__).parent}/jars/*",
+]  # fmt: skip
+"""Spark's options for jobs that share two cores with their cluster."""
 
 
 def need(*, kerberos: bool = False) -> None:

@@ -16,23 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyspark
 import pytest
 import yaml
 from scenes_for_tests import write_scene
 from test_local_cluster import weights
 
 from hadoop.cluster import Cluster
+from hadoop.conftest import SMALL
 from sattile import storage
 from sattile.storage import hdfs
 
 HERE = Path(__file__).resolve().parents[2]
-SMALL = [
-    "--num-executors", "2", "--conf", "spark.executor.cores=1", "--conf", "spark.executor.memory=512m",
-    "--conf", "spark.executor.memoryOverhead=1500m", "--conf", "spark.driver.memory=512m",
-    # All nodes are this machine: neither environment nor jars have to travel. test_submit.py sends them.
-    "--conf", f"spark.yarn.jars=local:{Path(pyspark.__file__).parent}/jars/*",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

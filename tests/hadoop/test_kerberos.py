@@ -20,21 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
-import pyspark
 import pytest
 import rasterio
 from scenes_for_tests import position_image, write_scene
 
 from hadoop.cluster import SHELL, Cluster
+from hadoop.conftest import SMALL
 from sattile.errors import UsageError
 from sattile.submit import logged_in
 
 HERE = Path(__file__).resolve().parents[2]
-SMALL = [
-    "--num-executors", "2", "--conf", "spark.executor.cores=1", "--conf", "spark.executor.memory=512m",
-    "--conf", "spark.executor.memoryOverhead=1500m", "--conf", "spark.driver.memory=512m",
-    "--conf", f"spark.yarn.jars=local:{Path(pyspark.__file__).parent}/jars/*",
-]  # fmt: skip
 EVENTS = [
     "--conf", "spark.eventLog.enabled=true", "--conf", "spark.eventLog.dir=hdfs:///events",
     "--conf", "spark.eventLog.compress=false",
