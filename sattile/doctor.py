@@ -77,7 +77,7 @@ REMEDIES = {
     "it again",
     "scratch": "set TMPDIR to a folder on a local disk that can be written (executors: --conf "
     "spark.executorEnv.TMPDIR=...; on YARN: yarn.nodemanager.local-dirs)",
-    "java": "set JAVA_HOME to a Java 17 or 21",
+    "java": "set JAVA_HOME to a Java 17, or 21 where Spark is 4",
     "HDFS": "set HADOOP_CONF_DIR to the folder of core-site.xml and hdfs-site.xml; on a cluster with Kerberos run "
     "kinit first, or give spark-submit.sh --principal and --keytab",
     "barrier": "tasks on several workers talk to each other: open the nodes' ports to each other, and let each node's "
@@ -584,8 +584,9 @@ def _folder_remedy(folder: str) -> str:
     if storage.scheme_of(folder) == "hdfs":
         return (
             "set HADOOP_CONF_DIR (its dfs.namenode.http-address must answer, dfs.webhdfs.enabled be true, and the "
-            "DataNodes' web ports be open to all nodes); kinit, or --principal and --keytab, on a cluster with "
-            "Kerberos; `hdfs dfs -chown` or -chmod where the right to write is missing"
+            "DataNodes' web ports be open to all nodes; else SATTILE_HDFS=libhdfs, with libhdfs.so on all nodes); "
+            "kinit, or --principal and --keytab, on a cluster with Kerberos; `hdfs dfs -chown` or -chmod where the "
+            "right to write is missing"
         )
     return (
         f"let the user who runs it ({_user()}) write there, on every machine, or choose another folder; executors of a "
@@ -777,7 +778,7 @@ def _java(spark: SparkSession) -> Finding | str:
     hadoop = jvm.org.apache.hadoop.util.VersionInfo.getVersion()
     found = f"driver: {said('java.version')} ({said('java.home')}), Spark {spark.version}, Hadoop client {hadoop}"
     major = int(said("java.version").removeprefix("1.").partition(".")[0].partition("-")[0])
-    return found if major >= engine.MIN_JAVA else Finding("java", WARNING, found, REMEDIES["java"])
+    return found if engine.java_fits(major) else Finding("java", WARNING, found, REMEDIES["java"])
 
 
 def _hdfs(spark: SparkSession, exam: Exam) -> Finding | str:
@@ -801,8 +802,12 @@ def _hdfs(spark: SparkSession, exam: Exam) -> Finding | str:
 def hdfs_text(access: storage.Access, *, configuration: str | None, kerberos: bool) -> str:
     """Which way HDFS is reached; of tokens only whether there are any."""
     addresses = "; ".join(
-        f"{authority} by WebHDFS at {address.replace(';', ' or ')}" for authority, address in access.addresses.items()
+        f"{authority} by WebHDFS at {address.replace(';', ' or ')}"
+        if access.way == "webhdfs"
+        else f"{authority} by libhdfs"
+        for authority, address in access.addresses.items()
     )
+    addresses += f" ({access.why})" * bool(addresses and access.why)
     login = f"as user {access.user}, no Kerberos, no tokens needed"
     if kerberos:
         held = ", ".join(sorted(access.tokens))

@@ -273,6 +273,8 @@ def test_no_secret_is_shown():
     assert "delegation tokens for ns" in text
     assert "http://a:9870 or http://b:9870" in text
     assert "no delegation token" in doctor.hdfs_text(Access(), configuration=None, kerberos=True)
+    other = Access("ns", {"ns": "http://a:9870"}, "me", {}, "libhdfs", "dfs.webhdfs.enabled=false")
+    assert "ns by libhdfs (dfs.webhdfs.enabled=false)" in doctor.hdfs_text(other, configuration="/conf", kerberos=False)
     shown = doctor.table(
         [
             Finding("folder", FAILED, "url: /webhdfs/v1/a?op=OPEN&delegation=SECRET&x=1 (Caused by ...)", "ask"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sattile import storage
 from sattile.errors import SattileError, UsageError
-from sattile.storage import hdfs
+from sattile.storage import hdfs, jni, libhdfs
 
 AWKWARD = ["plain.tif", "a b, c.tif", "50%.tif", "20%20.tif", "ü+#;.tif", "q?.tif"]
 
@@ -161,3 +161,62 @@ def test_a_token_is_found_by_each_name_of_its_service(monkeypatch, service):
     for authority in ("host", "host:8020"):
         assert hdfs._token_of(authority, {service: "t", "other:8020": "x"}) == "t"
     assert hdfs._token_of("host:9000", {service: "t"}) is None
+
+
+CLOSED = "<configuration><property><name>dfs.webhdfs.enabled</name><value>false</value></property></configuration>"
+
+
+@pytest.mark.parametrize(
+    ("said", "conf", "way"),
+    [(None, "", "webhdfs"), (None, CLOSED, "libhdfs"), ("webhdfs", CLOSED, "webhdfs"), ("libhdfs", "", "libhdfs")],
+)
+def test_the_configuration_says_which_way_hdfs_is_reached_and_the_user_first(tmp_path, monkeypatch, said, conf, way):
+    monkeypatch.delenv("SATTILE_HDFS", raising=False)
+    monkeypatch.setitem(sys.modules, "pyspark", None)
+    monkeypatch.delitem(sys.modules, "pyspark")
+    if said:
+        monkeypatch.setenv("SATTILE_HDFS", said)
+    if conf:
+        (tmp_path / "hdfs-site.xml").write_text(conf)
+    found = hdfs.find_access(str(tmp_path))
+    assert found.way == way
+    assert "SATTILE_HDFS" in found.why if said else "dfs.webhdfs.enabled" in found.why
+
+
+def test_another_way_to_hdfs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SATTILE_HDFS", "http")
+    with pytest.raises(UsageError, match="webhdfs or libhdfs"):
+        hdfs.find_access(str(tmp_path))
+
+
+def test_without_libhdfs_the_error_says_what_to_set(tmp_path, monkeypatch):
+    for name in ("_access", "_received", "_found"):
+        monkeypatch.setattr(hdfs, name, getattr(hdfs, name))
+    monkeypatch.setenv("ARROW_LIBHDFS_DIR", str(tmp_path))
+    monkeypatch.setenv("HADOOP_HOME", str(tmp_path))
+    storage.use(storage.Access("nn:8020", {}, "me", {}, "libhdfs", "dfs.webhdfs.enabled=false"))
+    with pytest.raises(UsageError, match=r"\(dfs\.webhdfs\.enabled=false\).*ARROW_LIBHDFS_DIR.*CLASSPATH"):
+        storage.read_bytes("hdfs:///a")
+
+
+def test_the_class_path_is_what_was_said_else_sparks_jars(tmp_path):
+    for jar in ("b.jar", "a.jar", "no.txt"):
+        (tmp_path / jar).touch()
+    found = libhdfs.class_path({"CLASSPATH": f"/conf:{tmp_path}/*", "HADOOP_CONF_DIR": "/other"})
+    assert found == f"/conf:{tmp_path}/a.jar:{tmp_path}/b.jar"
+    first, *jars = libhdfs.class_path({"HADOOP_CONF_DIR": "/other"}).split(":")
+    assert first == "/other"
+    assert any("hadoop-client-api" in jar for jar in jars)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "text"),
+    [
+        ("java.io.FileNotFoundException: no\nsuch", "FileNotFoundException", "no\nsuch"),
+        ("org.apache.hadoop.ipc.RemoteException(java.io.IOException): not empty", "IOException", "not empty"),
+        ("java.lang.NullPointerException", "NullPointerException", ""),
+    ],
+)
+def test_javas_exceptions_are_taken_apart(said, kind, text):
+    error = jni.JavaError(said)
+    assert (error.kind, error.text) == (kind, text)

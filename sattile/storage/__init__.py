@@ -24,13 +24,15 @@ from typing import Any, BinaryIO
 
 from sattile.errors import SattileError, UsageError
 from sattile.storage.files import Entry, FileSystem, LocalFiles, join, local_path, name, parent
-from sattile.storage.hdfs import Access, HdfsFiles, access, use
+from sattile.storage.hdfs import Access, WebHdfsFiles, access, current, use
+from sattile.storage.libhdfs import LibHdfsFiles
 
 __all__ = ["Access", "Entry", "access", "join", "local_path", "name", "parent", "use"]
 
 GLOB = re.compile(r"[*?\[]")
 
-_SCHEMES: dict[str, FileSystem] = {"file": LocalFiles(), "hdfs": HdfsFiles()}
+_LOCAL = LocalFiles()
+_HDFS: dict[str, FileSystem] = {"webhdfs": WebHdfsFiles(), "libhdfs": LibHdfsFiles()}
 
 
 def scheme_of(url: str) -> str:
@@ -41,9 +43,11 @@ def scheme_of(url: str) -> str:
 def filesystem(url: str) -> FileSystem:
     """The file system a URL belongs to."""
     scheme = scheme_of(url)
-    if scheme not in _SCHEMES:
-        raise UsageError(f"{url}: sattile has no storage for {scheme}:; it has {', '.join(sorted(_SCHEMES))}")
-    return _SCHEMES[scheme]
+    if scheme == "file":
+        return _LOCAL
+    if scheme == "hdfs":
+        return _HDFS[current().way]
+    raise UsageError(f"{url}: sattile has no storage for {scheme}:; it has file, hdfs")
 
 
 def absolute(url: str) -> str:

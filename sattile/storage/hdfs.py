@@ -1,4 +1,4 @@
-"""HDFS over WebHDFS, by HdfsCLI: the same client in the driver, in executors and in the decoder.
+"""HDFS over WebHDFS, by HdfsCLI; and how a job reaches HDFS at all, also where `libhdfs` does it.
 
 Where the NameNodes answer is worked out once, in the driver, from the Hadoop configuration, with the delegation token
 of a Kerberos cluster. Both travel to the executors inside task closures (`Access`), fresh for each job, and are written
@@ -7,28 +7,21 @@ nowhere. All waits for a NameNode that is failing over, or a DataNode that died,
 
 from __future__ import annotations
 
-import atexit
 import getpass
-import io
 import os
 import re
-import shutil
 import socket
 import sys
-import tempfile
-import threading
 import time
-import uuid
 import xml.etree.ElementTree as ElementTree
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from sattile.errors import SattileError, UsageError
+from sattile.storage.elsewhere import CHUNK, Elsewhere, Source
 from sattile.storage.files import Entry, join, name, parent
 
 if TYPE_CHECKING:
@@ -42,11 +35,6 @@ PATIENCE = 90.0
 TIMEOUT = (10, 60)
 """Seconds to connect, and without a byte."""
 
-PAGE = 1 << 16
-"""Small reads (a TIFF's directories) are served from pages of this size; larger ones take exactly what was asked."""
-
-CHUNK = 4 << 20
-
 PASSING = {"RetriableException", "StandbyException", "SafeModeException", "ConnectException", "BlockMissingException"}
 """What a NameNode says that may be otherwise in a moment."""
 
@@ -57,6 +45,8 @@ FRESH = 60.0
 """Seconds after which the driver looks for newer tokens: Spark puts new ones beside the old long before they expire."""
 
 RPC_PORT = 8020
+
+WAYS = ("webhdfs", "libhdfs")
 
 LOG_IN = "run kinit first, or give spark-submit.sh --principal and --keytab"
 
@@ -70,12 +60,16 @@ class Access:
         addresses: WebHDFS addresses of each authority, all NameNodes of a nameservice, joined by `;`.
         user: for clusters without Kerberos.
         tokens: delegation token of each authority; never shown.
+        way: one of WAYS.
+        why: it is that one.
     """
 
     default: str = ""
     addresses: Mapping[str, str] = field(default_factory=dict)
     user: str = ""
     tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
+    way: str = "webhdfs"
+    why: str = ""
 
 
 _access: Access | None = None
@@ -159,7 +153,17 @@ def find_access(folder: str | None = None) -> Access:
     kerberos = conf.get("hadoop.security.authentication", "simple").lower() == "kerberos"
     others = _words(given.get("spark.kerberos.access.hadoopFileSystems"))
     tokens = _tokens(context, [f"hdfs://{default}"] * bool(default) + others) if kerberos else {}
-    return Access(default, addresses, user, tokens)
+    return Access(default, addresses, user, tokens, *_way(conf))
+
+
+def _way(conf: Mapping[str, str]) -> tuple[str, str]:
+    """One of WAYS, and why. Asked for in the driver only: nodes have environments of their own."""
+    if said := os.environ.get("SATTILE_HDFS"):
+        if said not in WAYS:
+            raise UsageError(f"SATTILE_HDFS={said}: there is no such way to HDFS; set {' or '.join(WAYS)}")
+        return said, f"SATTILE_HDFS={said}"
+    closed = conf.get("dfs.webhdfs.enabled", "true").lower() == "false"
+    return ("libhdfs", "dfs.webhdfs.enabled=false") if closed else ("webhdfs", "dfs.webhdfs.enabled is not false")
 
 
 def _words(text: str | None) -> list[str]:
@@ -246,20 +250,30 @@ def _split(url: str) -> tuple[str, str]:
     return authority, slash + path or "/"
 
 
-def _client(url: str) -> tuple[hdfs.Client, str]:
+def current() -> Access:
+    """How this process reaches HDFS. Looked up once, but for tokens: an XML file for each request would be slow."""
+    return _access if _access is not None and not _access.tokens else _refresh()
+
+
+def place(url: str, access: Access) -> tuple[str, str]:
+    """(authority, path) of a URL, which may leave the authority to `fs.defaultFS`."""
     authority, path = _split(url)
-    # Looked up once, but for tokens: an XML file for each request would be slow.
-    access = _access if _access is not None and not _access.tokens else _refresh()
     authority = authority or access.default
     if not authority:
         raise UsageError(
             f"{url} names no NameNode, and there is no fs.defaultFS: set HADOOP_CONF_DIR to the folder of core-site.xml"
         )
+    return authority, path or "/"
+
+
+def _client(url: str) -> tuple[hdfs.Client, str]:
+    access = current()
+    authority, path = place(url, access)
     key = (os.getpid(), authority)  # connections are not shared with a fork
     client = _clients.get(key)
     if client is None:  # another thread may clear them at any time
         client = _clients[key] = _connect(authority, access)
-    return client, path or "/"
+    return client, path
 
 
 def _connect(authority: str, access: Access) -> hdfs.Client:
@@ -332,31 +346,37 @@ def _ask(url: str, request: Callable[[Any, str], T], *, again: Callable[[Any, st
         except requests.RequestException as error:
             raise SattileError(f"{url}: {_short(error)}") from None  # its own text may hold an address with a token
         except hdfs.HdfsError as error:
-            problem = _translated(url, error)
-            if problem is not error:
-                raise problem from None
+            found = translated(url, error.exception or "", _short(error))
+            if found is not None:
+                raise found from None
+            problem = error
         if time.monotonic() + wait > end:
             raise SattileError(f"{url}: HDFS did not answer for {PATIENCE:.0f} s: {_short(problem)}") from None
         time.sleep(wait)
         wait = min(wait * 2, 5)
 
 
-def _translated(url: str, error: hdfs.HdfsError) -> Exception:
-    """What an answer means in Python's own terms; the error itself if it may pass."""
-    kind, text = error.exception or "", _short(error)
+def translated(url: str, kind: str, text: str) -> Exception | None:
+    """What Hadoop's answer means in Python's own terms; None if it may pass.
+
+    Args:
+        kind: the Java exception's name, without its package.
+        text: its message.
+    """
     if kind == "FileNotFoundException" or "does not exist" in text:
         return FileNotFoundError(f"{url} does not exist")
     if kind in ("FileAlreadyExistsException", "AlreadyBeingCreatedException"):
         return FileExistsError(f"{url} exists already")
     if kind in ("AccessControlException", "SecurityException") and "oken" not in text:
         return PermissionError(f"{url}: {text}")
-    if "Authentication failure" in text or "oken" in text or kind == "AuthenticationException":
+    refused = ("Authentication failure", "cannot authenticate", "oken")
+    if kind == "AuthenticationException" or any(word in text for word in refused):
         return UsageError(
             f"{url}: HDFS wants a Kerberos login and this job has no valid delegation token for it ({text}): {LOG_IN}; "
             f"a cluster that is not fs.defaultFS goes into spark.kerberos.access.hadoopFileSystems"
         )
     if kind in PASSING or (kind == "IOException" and any(word in text.lower() for word in LOST)):
-        return error
+        return None
     return SattileError(f"{url}: {text or kind}")
 
 
@@ -370,8 +390,8 @@ def _redacted(text: str) -> str:
     return re.sub(r"(?i)(\bdelegation(?:=|%3D))[^&\s'\")>]*", r"\1...", text)
 
 
-class HdfsFiles:
-    """Files of HDFS clusters; see `storage.files.FileSystem`."""
+class WebHdfsFiles(Elsewhere):
+    """Files of HDFS clusters by WebHDFS; see `storage.files.FileSystem`."""
 
     def stat(self, url: str) -> Entry | None:
         try:
@@ -390,9 +410,28 @@ class HdfsFiles:
 
         return _ask(url, request)
 
-    def write_bytes(self, url: str, data: bytes) -> None:
-        """Whole or not at all: written beside it, then renamed."""
-        self._put(url, lambda: io.BytesIO(data), len(data))
+    def fetch(self, url: str, offset: int, length: int) -> bytes:
+        """Exactly these bytes of a file; from another DataNode if one fails."""
+        import requests
+
+        dead: set[str] = set()
+
+        def request(client: Any, path: str) -> bytes:
+            params = {"excludedatanodes": ",".join(sorted(dead))} if dead else {}
+            try:
+                with client._open(path, offset=offset, length=length, **params) as response:
+                    data = response.raw.read(length)  # `content` takes 10 kB at a time
+            except requests.RequestException as error:
+                # The NameNode goes on naming a DataNode for a while after it died.
+                failed = urlsplit(str(error.request.url) if error.request is not None else "").netloc
+                if failed and not any(failed in one for one in client.urls):
+                    dead.add(failed)
+                raise
+            if len(data) != length:
+                raise requests.ConnectionError(f"{len(data)} of {length} bytes came")
+            return data
+
+        return _ask(url, request)
 
     def create_exclusively(self, url: str, data: bytes) -> bool:
         def create(client: Any, path: str) -> bool:
@@ -430,185 +469,14 @@ class HdfsFiles:
     def remove(self, url: str) -> None:
         _ask(url, lambda client, path: client.delete(path, recursive=True))
 
-    def upload(self, local: str, url: str) -> None:
-        """Move a file of local scratch to `url`, whole or not at all."""
-        self._put(url, lambda: io.FileIO(local), os.path.getsize(local))
-        os.remove(local)
-
-    def open_local(self, url: str) -> str:
-        """A copy on local scratch, made once by this process for each version of the file."""
-        entry = self.stat(url)
-        if entry is None:
-            raise FileNotFoundError(f"{url} does not exist")
-        return _copies.get(url, entry)
-
-    def open(self, url: str) -> BinaryIO:
-        """A seekable reader; see `HdfsReader`."""
-        entry = self.stat(url)
-        if entry is None:
-            raise FileNotFoundError(f"{url} does not exist")
-        return HdfsReader(url, entry.size)  # type: ignore[return-value]
-
-    def _put(self, url: str, source: Callable[[], Any], size: int) -> None:
-        part = join(parent(url), f".{name(url)}.{uuid.uuid4().hex[:8]}")
-
+    def fill(self, url: str, source: Source) -> None:
         def write(client: Any, path: str) -> None:
             with source() as file:
                 client.write(path, data=iter(lambda: file.read(CHUNK), b""), overwrite=True)
 
-        try:
-            _ask(part, write)
-            entry = self.stat(part)
-            if entry is None or entry.size != size:
-                raise SattileError(f"{part}: {size} bytes were sent and {entry.size if entry else 'none'} arrived")
-            self.rename(part, url)
-        except BaseException:
-            with suppress(Exception):
-                self.remove(part)
-            raise
+        _ask(url, write)
 
 
 def _entry(url: str, status: Mapping[str, Any]) -> Entry:
     is_folder = status["type"] == "DIRECTORY"
     return Entry(url, is_folder, 0 if is_folder else int(status["length"]), int(status["modificationTime"]) * 1_000_000)
-
-
-class _Copies:
-    """Files of HDFS on local scratch, for what reads most of them: models, tiles."""
-
-    def __init__(self) -> None:
-        self._folder: str | None = None
-        self._owner = 0
-        self._found: dict[tuple[str, int, int], str] = {}
-        self._lock = threading.Lock()
-
-    def get(self, url: str, entry: Entry) -> str:
-        key = (url, entry.size, entry.mtime)
-        with self._lock:
-            if self._folder is None or self._owner != os.getpid():
-                self._folder, self._owner, self._found = tempfile.mkdtemp(prefix="sattile-"), os.getpid(), {}
-                atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
-            if key not in self._found:
-                free = shutil.disk_usage(self._folder).free
-                if free < entry.size + (1 << 26):
-                    raise SattileError(
-                        f"{url} is copied to local scratch {self._folder}, which has {free / 1e9:.1f} GB free, and "
-                        f"{entry.size / 1e9:.1f} GB are needed; point TMPDIR at a larger disk"
-                    )
-                path = os.path.join(self._folder, f"{len(self._found)}-{name(url)}")
-                with HdfsReader(url, entry.size) as source, open(path, "wb") as target:
-                    while data := source.read(4 * CHUNK):
-                        target.write(data)
-                self._found[key] = path
-            return self._found[key]
-
-
-_copies = _Copies()
-
-
-class HdfsReader(io.RawIOBase):
-    """Reads ranges of one file of HDFS.
-
-    Small reads come from whole pages that are kept; large ones take exactly the bytes asked for.
-
-    Args:
-        url: of the file.
-        size: in bytes.
-    """
-
-    MOST_PAGES = 64
-
-    def __init__(self, url: str, size: int):
-        super().__init__()
-        self.url, self.size = url, size
-        self._at = 0
-        self._pages: OrderedDict[int, bytes] = OrderedDict()
-
-    def again(self) -> HdfsReader:
-        """Another reader of the same file, with a position of its own and the same pages."""
-        other = HdfsReader(self.url, self.size)
-        other._pages = self._pages
-        return other
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence], 0)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def read(self, size: int = -1) -> bytes:
-        start = min(self._at, self.size)
-        stop = self.size if size < 0 else min(start + size, self.size)
-        data = self._range(start, stop)
-        self._at = stop
-        return data
-
-    def readall(self) -> bytes:
-        return self.read(-1)
-
-    def get_byte_ranges(self, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
-        """Several ranges, asked for side by side (what GDAL calls for the tiles of a window)."""
-        wanted = list(zip(offsets, sizes, strict=True))
-        if len(wanted) == 1:
-            return [self._range(offset, min(offset + size, self.size)) for offset, size in wanted]
-        with ThreadPoolExecutor(min(len(wanted), 4)) as pool:
-            return list(pool.map(lambda one: self._range(one[0], min(one[0] + one[1], self.size)), wanted))
-
-    def _range(self, start: int, stop: int) -> bytes:
-        if stop <= start:
-            return b""
-        if stop - start > PAGE:
-            return fetch(self.url, start, stop - start)
-        parts = []
-        for page in range(start // PAGE, (stop - 1) // PAGE + 1):
-            if page not in self._pages:
-                first = page * PAGE
-                self._pages[page] = fetch(self.url, first, min(PAGE, self.size - first))
-                if len(self._pages) > self.MOST_PAGES:
-                    self._pages.popitem(last=False)
-            self._pages.move_to_end(page)
-            data = self._pages[page]
-            parts.append(data[max(start - page * PAGE, 0) : stop - page * PAGE])
-        return b"".join(parts)
-
-
-bytes_fetched = 0
-"""Of file contents, by this process; for tests and benchmarks."""
-
-
-def fetch(url: str, offset: int, length: int) -> bytes:
-    """Exactly these bytes of a file; from another DataNode if one fails."""
-    import requests
-
-    dead: set[str] = set()
-
-    def request(client: Any, path: str) -> bytes:
-        global bytes_fetched
-        params = {"excludedatanodes": ",".join(sorted(dead))} if dead else {}
-        try:
-            with client._open(path, offset=offset, length=length, **params) as response:
-                data = response.raw.read(length)  # `content` takes 10 kB at a time
-        except requests.RequestException as error:
-            # The NameNode goes on naming a DataNode for a while after it died.
-            failed = urlsplit(str(error.request.url) if error.request is not None else "").netloc
-            if failed and not any(failed in one for one in client.urls):
-                dead.add(failed)
-            raise
-        if len(data) != length:
-            raise requests.ConnectionError(f"{len(data)} of {length} bytes came")
-        bytes_fetched += length
-        return data
-
-    return _ask(url, request)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyspark
 import pytest
 
+from hadoop import libhdfs
 from hadoop.cluster import Cluster, missing
 
 # Minutes on two cores, and gigabytes: `make test` is quick and needs neither Maven nor a KDC.
@@ -24,9 +25,9 @@ SMALL = [
 """Spark's options for jobs that share two cores with their cluster."""
 
 
-def need(*, kerberos: bool = False) -> None:
-    """Skip the test where no Hadoop can be started, with the reason; in CI that is a failure."""
-    reason = missing(kerberos=kerberos)
+def need(*, kerberos: bool = False, native: bool = False) -> None:
+    """Skip the test where no Hadoop (`native`: no libhdfs) can be had, with the reason; in CI that is a failure."""
+    reason = missing(kerberos=kerberos) or (libhdfs.missing() if native else None)
     if reason and os.environ.get("CI") == "true":
         pytest.fail(f"CI must run the Hadoop tests: {reason}")
     if reason:

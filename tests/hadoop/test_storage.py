@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +16,26 @@ import pytest
 import rasterio
 from scenes_for_tests import write_scene
 
-from hadoop.cluster import Cluster
+from hadoop import libhdfs
+from hadoop.cluster import SHELL, Cluster
+from hadoop.conftest import need
 from sattile import raster, scenes, storage
 from sattile.errors import SattileError, UsageError
 from sattile.grid import Window
-from sattile.storage import hdfs
+from sattile.storage import elsewhere, hdfs
 
-ODD = "a b,ü;#+%41&c=d.tif"
+ODD = "a b,ü😀;#+%41&c=d.tif"
 
 
-@pytest.fixture(scope="module")
-def root(cluster: Cluster) -> Iterator[str]:
+@pytest.fixture(scope="module", params=hdfs.WAYS)
+def root(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A folder of the cluster, for each way to it."""
+    need(native=request.param == "libhdfs")
     before = dict(os.environ)
     os.environ.update(cluster.environment())
+    os.environ.update(libhdfs.environment() if request.param == "libhdfs" else {"SATTILE_HDFS": request.param})
     hdfs.use(hdfs.find_access())
-    yield f"{cluster.url}/storage"
+    yield f"{cluster.url}/by {request.param}"
     raster.close_files()
     os.environ.clear()
     os.environ.update(before)
@@ -58,6 +66,33 @@ def test_a_folder_is_never_renamed_onto_one_that_holds_something(root: str) -> N
     assert storage.read_text(f"{root}/full/b") == "2"
 
 
+def test_a_file_that_is_replaced_is_there_all_the_time(root: str) -> None:
+    """For who reads it, and for who wants to create it: two would hold one lease."""
+    url, stop = f"{root}/replaced", threading.Event()
+    storage.write_text(url, "0" * 9)
+    seen, created = set(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add(storage.read_text(url))
+
+    def create() -> None:
+        while not stop.is_set():
+            created.append(storage.filesystem(url).create_exclusively(url, b"other"))
+
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(read), pool.submit(create)]
+        for number in range(20):
+            storage.write_text(url, str(number % 10) * 9)
+        stop.set()
+        for one in others:
+            one.result()
+    assert seen <= {str(number) * 9 for number in range(10)}
+    assert len(seen) > 1
+    assert not any(created)
+    assert [storage.name(one.url) for one in storage.list_folder(root) if "replaced" in one.url] == ["replaced"]
+
+
 def test_one_of_many_gets_a_file_that_must_not_exist(root: str) -> None:
     won: list[int] = []
 
@@ -80,16 +115,22 @@ def test_one_of_many_gets_a_file_that_must_not_exist(root: str) -> None:
         pass
 
 
-def test_a_hundred_thousand_files_are_listed_and_matched_in_seconds(cluster: Cluster, root: str) -> None:
-    """Ten thousand of them, and what ten snapshots show of them: to make more would take minutes."""
-    storage.make_folder(f"{root}/many")
-    names = [f"{root}/many/scene {number:05}.tif" for number in range(10_000)]
+@pytest.fixture(scope="module")
+def many(cluster: Cluster) -> str:
+    """Ten thousand files, and what ten snapshots show of them: to make more would take minutes."""
+    folder = f"{cluster.url}/many"
+    names = [f"{folder}/scene {number:05}.tif" for number in range(10_000)]
+    cluster.java("org.apache.hadoop.fs.FsShell", "-mkdir", folder)
     cluster.java("org.apache.hadoop.fs.FsShell", "-touchz", *names)
-    cluster.java("org.apache.hadoop.hdfs.tools.DFSAdmin", "-allowSnapshot", f"{root}/many")
+    cluster.java("org.apache.hadoop.hdfs.tools.DFSAdmin", "-allowSnapshot", folder)
     for number in range(10):
-        cluster.java("org.apache.hadoop.fs.FsShell", "-createSnapshot", f"{root}/many", f"s{number}")
+        cluster.java("org.apache.hadoop.fs.FsShell", "-createSnapshot", folder, f"s{number}")
+    return folder
+
+
+def test_a_hundred_thousand_files_are_listed_and_matched_in_seconds(root: str, many: str) -> None:
     start = time.monotonic()
-    found = storage.glob(f"{root}/many/.snapshot/s*/scene*.tif")
+    found = storage.glob(f"{many}/.snapshot/s*/scene*.tif")
     seconds = time.monotonic() - start
     assert len(found) == 100_000
     assert storage.name(found[-1].url) == "scene 09999.tif"
@@ -127,9 +168,9 @@ def test_a_window_reads_hardly_more_than_its_bytes(scene: tuple[str, str]) -> No
     opened = open_scene(url)
     window = Window(1024, 2048, 512, 512)
     raster.read(opened, Window(0, 0, 1, 1))  # the header, and a tile elsewhere
-    before = hdfs.bytes_fetched, hdfs.requests_sent
+    before = elsewhere.bytes_fetched, hdfs.requests_sent
     raster.read(opened, window)
-    fetched, requests = hdfs.bytes_fetched - before[0], hdfs.requests_sent - before[1]
+    fetched, requests = elsewhere.bytes_fetched - before[0], hdfs.requests_sent - before[1]
     stored = os.path.getsize(path) * window.area / (opened.height * opened.width)
     assert fetched <= 1.2 * stored
     assert requests <= 3 * 2 + 1  # a range a band, each sent on to a DataNode, and the file's state
@@ -183,3 +224,20 @@ def test_reading_and_writing_go_on_through_failures(cluster: Cluster, root: str,
         thread.join()
         cluster.restart(first)
         cluster.restart("datanode-1")
+
+
+def test_a_command_reaches_hdfs_where_webhdfs_is_closed(tmp_path: Path) -> None:
+    """In its own process, in Spark's workers and in their decoders."""
+    need(native=True)
+    write_scene(tmp_path / "scene.tif", np.ones((1, 64, 96), np.uint8))
+    with Cluster(tmp_path / "hadoop", datanodes=1, replication=1, webhdfs=False) as closed:
+        closed.java(SHELL, "-put", str(tmp_path / "scene.tif"), f"{closed.url}/scene.tif")
+        environment = os.environ | closed.environment() | libhdfs.environment()
+        del environment["SATTILE_HDFS"]  # the configuration says it
+        done = subprocess.run(
+            [sys.executable, "-m", "sattile.cli", "index", "hdfs:///*.tif", "--out", "hdfs:///catalog", "--master",
+             "local[1]"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        listed = closed.java(SHELL, "-ls", "-C", "/catalog").stdout
+    assert "/catalog/scenes.parquet" in listed
