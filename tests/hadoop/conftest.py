@@ -24,6 +24,9 @@ SMALL = [
 """Spark's options for jobs that share two cores with their cluster."""
 
 
+GPUS = {"yarn.resource-types": "yarn.io/gpu", "yarn.nodemanager.resource-type.yarn.io/gpu": "1"}
+
+
 def need(*, kerberos: bool = False) -> None:
     """Skip the test where no Hadoop can be started, with the reason; in CI that is a failure."""
     reason = missing(kerberos=kerberos)
@@ -35,9 +38,10 @@ def need(*, kerberos: bool = False) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two NameNodes, two DataNodes, two NodeManagers. A test that kills one restarts it."""
+    """Two NameNodes, two DataNodes, two NodeManagers, which claim a GPU each. A test that kills one restarts it."""
     need()
-    with Cluster(tmp_path_factory.mktemp("hadoop"), namenodes=2, datanodes=2, nodemanagers=2) as running:
+    folder = tmp_path_factory.mktemp("hadoop")
+    with Cluster(folder, namenodes=2, datanodes=2, nodemanagers=2, settings=GPUS) as running:
         yield running
 
 
