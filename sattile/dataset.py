@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,3 +135,61 @@ def petastorm_metadata(description: Mapping[str, Any], row_groups: Mapping[str, 
     sink = pa.BufferOutputStream()
     pq.write_metadata(schema.TILE.with_metadata(metadata), sink)
     return sink.getvalue().to_pybytes()
+
+
+def petastorm_reader(url: str, split: str, **options: Any) -> Any:
+    """petastorm's reader of one split, wherever the dataset lies (its own way to HDFS wants libhdfs).
+
+    The schema beside the split is pickled, as petastorm has it: read what you trust.
+
+    Args:
+        url: of the dataset.
+        split: train, val or test.
+        options: of `petastorm.make_reader`: num_epochs, cur_shard, shard_count, reader_pool_type ...
+
+    Returns:
+        An iterator of named tuples with the columns of `schema.TILE`; a context manager.
+    """
+    import warnings
+    from urllib.parse import quote
+
+    read_dataset(url)
+    folder = storage.join(storage.absolute(url), split)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from petastorm import make_reader
+
+        if storage.scheme_of(url) == "file":
+            return make_reader(f"file://{quote(storage.local_path(folder))}", **options)
+        return make_reader(folder, filesystem=_elsewhere(folder), **options)
+
+
+def _elsewhere(url: str) -> Any:
+    """A file system that is not on this machine as `fsspec` has it, which pyarrow's datasets take; only to read."""
+    from fsspec import AbstractFileSystem
+
+    # petastorm hands on paths without scheme and authority.
+    found = re.match(r"[a-z]+://[^/]*", url)
+    root = found.group() if found else ""
+
+    class Elsewhere(AbstractFileSystem):
+        cachable = False
+
+        def _info(self, entry: storage.Entry) -> dict[str, Any]:
+            path = entry.url.removeprefix(root)
+            return {"name": path, "size": entry.size, "type": "directory" if entry.is_folder else "file"}
+
+        def info(self, path: str, **_: Any) -> dict[str, Any]:
+            entry = storage.stat(root + path)
+            if entry is None:
+                raise FileNotFoundError(path)
+            return self._info(entry)
+
+        def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+            infos = [self._info(entry) for entry in storage.list_folder(root + path)]
+            return infos if detail else [one["name"] for one in infos]
+
+        def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+            return storage.open_file(root + path)
+
+    return Elsewhere()

@@ -232,7 +232,13 @@ def on_worker(function: Callable[[Iterator[Any]], Iterator[Any]]) -> Callable[..
 def _on_worker(
     access: storage.Access | None, function: Callable[[Iterator[Any]], Iterator[Any]], rows: Iterator[Any]
 ) -> Iterator[Any]:
+    from pyspark import TaskContext
+
     storage.use(access)
+    context = TaskContext.get()
+    gpus = context.resources().get("gpu") if context else None
+    if gpus:  # Spark gives this task GPUs: TensorFlow would take all those of the node
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.addresses)
     _lighten_worker()
     return function(rows)
 

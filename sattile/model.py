@@ -78,6 +78,7 @@ def load_bundle(url: str) -> Bundle:
     Raises:
         UsageError: if the folder is missing, is no bundle, or was written by a newer sattile.
     """
+    url = storage.absolute(url)  # executors have other working folders
     described = storage.join(url, BUNDLE)
     if not storage.exists(described):
         if not storage.exists(url):

@@ -46,6 +46,8 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 JPEG2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
 
 MAX_BLOCK_BYTES = 1 << 30
+WIDE_BLOCK = 2048
+"""Pixels; a file in pieces wider than this is in strips, of which a window of 512 px needs a quarter at most."""
 OPEN_FILES = 16
 STRIP = 64
 # Labels much finer than the scene: at most this many of their pixels are held at once.
@@ -68,6 +70,7 @@ class FileInfo:
         datetime: ISO 8601 in UTC; None if not stated.
         footprint: WKB in EPSG:4326; None without a CRS that lies on Earth.
         identity: [size in bytes, mtime in ns].
+        striped: stored in rows as wide as the file, and wide: a window reads many times its bytes.
     """
 
     url: str
@@ -80,6 +83,7 @@ class FileInfo:
     datetime: str | None = None
     footprint: bytes | None = None
     identity: list[int] = field(default_factory=list)
+    striped: bool = False
 
 
 def describe_file(url: str) -> FileInfo:
@@ -116,6 +120,7 @@ def _describe(url: str, source: rasterio.DatasetReader, identity: list[int]) -> 
         datetime=_datetime(source),
         footprint=footprint(crs, transform, source.height, source.width),
         identity=identity,
+        striped=any(width > WIDE_BLOCK for _, width in source.block_shapes),
     )
 
 

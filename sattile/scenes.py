@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import posixpath
 import re
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from sattile.raster import FileInfo
+
+log = logging.getLogger("sattile")
 
 CATALOG = "scenes.parquet"
 SUFFIXES = (".tif", ".tiff", ".jp2")
@@ -510,7 +513,7 @@ def _resolve(
     spark: SparkSession, candidates: Sequence[Candidate], bands: Sequence[str] | None, nodata: float | None
 ) -> Resolved:
     wanted = tuple(bands) if bands is not None else None
-    outcomes: list[tuple[int, str | None, str | None]] = []
+    outcomes: list[tuple[int, str | None, str | None, list[str]]] = []
     if candidates:
         context = spark.sparkContext
         # Several tasks a core, so that a slow disk or a crash does not hold up the rest; small ones cost 10 ms each.
@@ -518,27 +521,43 @@ def _resolve(
         rows = context.parallelize(list(enumerate(candidates)), tasks)
         outcomes = rows.mapPartitions(engine.on_worker(partial(_describe_all, bands=wanted, nodata=nodata))).collect()
     scenes, refused = [], []
-    for at, text, reason in sorted(outcomes):
+    striped = []
+    for at, text, reason, urls in sorted(outcomes):
+        striped += urls
         if text is not None:
             scenes.append(Scene.from_json(text))
         else:
             refused.append(Refusal(candidates[at].url, STAGE, reason or "unknown"))
+    if striped:
+        log.warning(
+            "%s%s: stored in strips as wide as the file: each window reads whole rows, many times its own bytes; "
+            "in tiles it would not: gdal_translate -of COG IN OUT.tif",
+            striped[0], f" and {len(striped) - 1} more" if striped[1:] else "",
+        )  # fmt: skip
     return Resolved(scenes, refused, len(candidates))
 
 
 def _describe_all(
     rows: Iterable[tuple[int, Candidate]], *, bands: tuple[str, ...] | None, nodata: float | None
-) -> Iterator[tuple[int, str | None, str | None]]:
-    """In a Spark task: (number, scene's JSON or None, reason or None) of each candidate."""
+) -> Iterator[tuple[int, str | None, str | None, list[str]]]:
+    """In a Spark task: (number, scene's JSON or None, reason or None, striped files) of each candidate."""
     from sattile import raster
     from sattile.decoder import decoder
 
-    read_header = partial(decoder().call, raster.describe_file)
+    striped: list[str] = []
+
+    def read_header(url: str) -> FileInfo:
+        info: FileInfo = decoder().call(raster.describe_file, url)
+        if info.striped:
+            striped.append(url)
+        return info
+
     for at, candidate in rows:
+        striped.clear()
         try:
-            yield at, describe(candidate, read_header, bands=bands, nodata=nodata).to_json(), None
+            yield at, describe(candidate, read_header, bands=bands, nodata=nodata).to_json(), None, list(striped)
         except Refused as error:
-            yield at, None, error.reason
+            yield at, None, error.reason, []
 
 
 def describe(

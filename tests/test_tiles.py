@@ -18,7 +18,7 @@ import shapely
 from scenes_for_tests import position_image, write_scene
 
 from sattile import storage
-from sattile.dataset import read_dataset
+from sattile.dataset import petastorm_reader, read_dataset
 from sattile.errors import TooManyRefused, UsageError
 from sattile.split import SplitRule
 from sattile.tiles import tile
@@ -142,12 +142,10 @@ def test_a_changed_label_is_seen(spark, tmp_path):
 
 
 def test_petastorm_pandas_and_spark_read_it(spark, made):
-    from petastorm import make_reader
-
     rows = rows_of(made[2])
     train = rows[rows["split"] == "train"].set_index("tile_id")
     url = os.path.join(made[2], "train")
-    with make_reader("file://" + url, reader_pool_type="dummy", num_epochs=1) as reader:
+    with petastorm_reader(made[2], "train", reader_pool_type="dummy", num_epochs=1) as reader:
         seen = {row.tile_id: row for row in reader}
     assert seen.keys() == set(train.index)
     for tile_id, row in seen.items():

@@ -102,6 +102,8 @@ def train(
     on_cluster = workers > 1 or not re.fullmatch(r"local(\[.*\])?", spark.sparkContext.master or "")
     if on_cluster:
         _check_slots(spark, workers)
+        if gpus_of_task(spark) > 1:
+            raise UsageError("a worker trains on one GPU: --conf spark.task.resource.gpu.amount=1, and more --workers")
     dataset, out = storage.absolute(dataset), storage.absolute(out)
     work = storage.join(out, WORK)
     job = {"dataset": dataset, "work": work, "settings": settings.to_dict()}
@@ -174,6 +176,11 @@ def _check_slots(spark: SparkSession, workers: int) -> None:
         )
 
 
+def gpus_of_task(spark: SparkSession) -> int:
+    """GPUs that Spark gives each task by its settings."""
+    return int(float(spark.sparkContext.getConf().get("spark.task.resource.gpu.amount", "0")))
+
+
 LOST = (
     "ExecutorLostFailure", "Python worker exited unexpectedly", "Connection reset by peer", "UnavailableError",
     "UNAVAILABLE", "Collective ops is aborted", "Barrier task set", "worker lost", "is dead", "AbortedError",
@@ -197,8 +204,9 @@ def _fit_on_cluster(spark: SparkSession, workers: int, job: Mapping[str, Any], m
     restarts, ports = 0, PORT_TRIES
     while True:
         try:
-            runner = MirroredStrategyRunner(num_slots=workers, local_mode=False, use_gpu=False)
-            runner.run(functools.partial(fit_worker, dict(job), storage.access()))
+            gpu = gpus_of_task(spark) > 0
+            runner = MirroredStrategyRunner(num_slots=workers, local_mode=False, use_gpu=gpu)
+            runner.run(functools.partial(fit_worker, dict(job), storage.access(), gpu))
             return restarts
         except Exception as error:
             text = str(error)
@@ -225,12 +233,24 @@ def _wait_for_slots(spark: SparkSession, workers: int) -> None:
         time.sleep(2)
 
 
-def fit_worker(job: Mapping[str, Any], access: storage.Access | None = None) -> None:
-    """What each worker runs."""
+def fit_worker(job: Mapping[str, Any], access: storage.Access | None = None, gpu: bool = False) -> None:
+    """What each worker runs; `gpu`: on the one that Spark gave it."""
     from sattile.training.loop import fit
 
     storage.use(access)
+    if gpu:
+        _check_gpu()
     fit(dataset=job["dataset"], work=job["work"], settings=Settings(**job["settings"]))
+
+
+def _check_gpu() -> None:
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        raise SattileError(
+            f"Spark gave this worker GPU {os.environ.get('CUDA_VISIBLE_DEVICES')} and TensorFlow sees none: "
+            f"install sattile[gpu] into the environment, and look at the node's driver (nvidia-smi)"
+        )
 
 
 def _reason(text: str) -> SattileError:

@@ -671,7 +671,7 @@ class Cluster:
             "yarn.nodemanager.delete.debug-delay-sec": "3600",  # containers' logs outlive their test
             # A lost node after 10 s, not after 10 minutes; a driver may be busy for a little longer.
             "yarn.nm.liveness-monitor.expiry-interval-ms": "10000",
-            "yarn.am.liveness-monitor.expiry-interval-ms": "60000",
+            "yarn.am.liveness-monitor.expiry-interval-ms": "240000",
             "yarn.resourcemanager.nodemanagers.heartbeat-interval-ms": "250",
             "yarn.resourcemanager.connect.retry-interval.ms": "500",
             # Without a ticket a client of YARN asks again and again, by default for a quarter of an hour.

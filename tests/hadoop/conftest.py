@@ -25,6 +25,9 @@ SMALL = [
 """Spark's options for jobs that share two cores with their cluster."""
 
 
+GPUS = {"yarn.resource-types": "yarn.io/gpu", "yarn.nodemanager.resource-type.yarn.io/gpu": "1"}
+
+
 def need(*, kerberos: bool = False, native: bool = False) -> None:
     """Skip the test where no Hadoop (`native`: no libhdfs) can be had, with the reason; in CI that is a failure."""
     reason = missing(kerberos=kerberos) or (libhdfs.missing() if native else None)
@@ -36,9 +39,10 @@ def need(*, kerberos: bool = False, native: bool = False) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two NameNodes, two DataNodes, two NodeManagers. A test that kills one restarts it."""
+    """Two NameNodes, two DataNodes, two NodeManagers, which claim a GPU each. A test that kills one restarts it."""
     need()
-    with Cluster(tmp_path_factory.mktemp("hadoop"), namenodes=2, datanodes=2, nodemanagers=2) as running:
+    folder = tmp_path_factory.mktemp("hadoop")
+    with Cluster(folder, namenodes=2, datanodes=2, nodemanagers=2, settings=GPUS) as running:
         yield running
 
 

