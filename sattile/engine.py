@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -82,11 +81,9 @@ def session(
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.memory": "1g",
             "spark.driver.extraJavaOptions": LOGGING,
+            "spark.executor.extraJavaOptions": LOGGING,  # of local-cluster
             "spark.ui.enabled": "false",
         }
-    if master and master.startswith("local-cluster"):  # executors of their own on this machine: for trying things out
-        os.environ.setdefault("SPARK_WORKER_DIR", tempfile.mkdtemp(prefix="sattile-workers-"))
-        settings["spark.executor.extraJavaOptions"] = LOGGING
     builder = SparkSession.builder.appName(app_name)
     if master:
         builder = builder.master(master)

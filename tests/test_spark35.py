@@ -42,7 +42,7 @@ if __name__ == "__main__":
         assert file.startswith(f"{engine.spark_home()}/python/lib/pyspark.zip"), file
         assert not slow_importers, slow_importers
     predict(spark, model=model, scenes=[scenes], out=out)
-    # Spark 3.5 makes it in its own home, whatever is set.
+    # local-cluster makes it in Spark's own home, whatever is set.
     work = Path(engine.spark_home()) / "work" / spark.sparkContext.applicationId
     version = spark.version
     spark.stop()
