@@ -352,7 +352,8 @@ def test_nothing_changes_whatever_dies(cluster: Cluster, water: Path, tmp_path: 
         job.end()
     finally:
         for name in killed:
-            cluster.restart(name)
+            if cluster.processes[name].poll() is not None:
+                cluster.restart(name)
     tiles = storage.read_json("hdfs:///many tiles/dataset.json")
     assert tiles["digest"] == storage.read_json("hdfs:///loop/tiles/dataset.json")["digest"]
     record = storage.read_json("hdfs:///many maps/_run.json")
