@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -165,31 +165,40 @@ def petastorm_reader(url: str, split: str, **options: Any) -> Any:
 
 
 def _elsewhere(url: str) -> Any:
-    """A file system that is not on this machine as `fsspec` has it, which pyarrow's datasets take; only to read."""
-    from fsspec import AbstractFileSystem
+    """A file system that is not on this machine, to read, in the form in which petastorm takes one: pyarrow's old one.
 
-    # petastorm hands on paths without scheme and authority.
+    petastorm hands on paths without scheme and authority.
+    """
+    from pyarrow.filesystem import FileSystem
+
     found = re.match(r"[a-z]+://[^/]*", url)
     root = found.group() if found else ""
 
-    class Elsewhere(AbstractFileSystem):
-        cachable = False
+    class Elsewhere(FileSystem):
+        def _isfilestore(self) -> bool:
+            return True
 
-        def _info(self, entry: storage.Entry) -> dict[str, Any]:
-            path = entry.url.removeprefix(root)
-            return {"name": path, "size": entry.size, "type": "directory" if entry.is_folder else "file"}
+        def exists(self, path: str) -> bool:
+            return storage.exists(root + path)
 
-        def info(self, path: str, **_: Any) -> dict[str, Any]:
+        def isdir(self, path: str) -> bool:
             entry = storage.stat(root + path)
-            if entry is None:
-                raise FileNotFoundError(path)
-            return self._info(entry)
+            return entry is not None and entry.is_folder
 
-        def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-            infos = [self._info(entry) for entry in storage.list_folder(root + path)]
-            return infos if detail else [one["name"] for one in infos]
+        def isfile(self, path: str) -> bool:
+            return self.exists(path) and not self.isdir(path)
 
-        def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        def ls(self, path: str) -> list[str]:
+            return [entry.url.removeprefix(root) for entry in storage.list_folder(root + path)]
+
+        def walk(self, path: str) -> Iterator[tuple[str, list[str], list[str]]]:
+            entries = storage.list_folder(root + path)
+            folders = [storage.name(entry.url) for entry in entries if entry.is_folder]
+            yield path, folders, [storage.name(entry.url) for entry in entries if not entry.is_folder]
+            for name in folders:
+                yield from self.walk(storage.join(path, name))
+
+        def open(self, path: str, mode: str = "rb") -> Any:
             return storage.open_file(root + path)
 
     return Elsewhere()

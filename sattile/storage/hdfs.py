@@ -300,6 +300,7 @@ def _connect(authority: str, access: Access) -> hdfs.Client:
 
     session = Session()
     session.trust_env = False  # proxies are for the world outside; a cluster is inside
+    session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True  # its own authority, where it speaks HTTPS
     if token := _token_of(authority, access.tokens):
         return hdfs.TokenClient(address, token, session=session, timeout=TIMEOUT)
     return hdfs.InsecureClient(address, user=access.user, session=session, timeout=TIMEOUT)
