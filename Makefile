@@ -33,7 +33,7 @@ test: $(READY)  ## all tests that need no cluster
 	@$(BIN)/pytest -q
 
 test-hadoop: $(READY)  ## tests on a real Hadoop (needs Java 17 and Maven; fetches the rest)
-	@SATTILE_HADOOP=1 $(BIN)/pytest -q tests/hadoop
+	@SATTILE_HADOOP=1 $(BIN)/pytest -q --durations=12 tests/hadoop
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -46,7 +46,7 @@ log = logging.getLogger("sattile")
 WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 600_000_000}
 """Bytes a worker holds before it reads a pixel: Python, the engine, the decoder with GDAL and its cache (measured)."""
 
-ACTIVATIONS = {"tensorflow": 1.0, "openvino": 0.4}
+ACTIVATIONS = {"tensorflow": 1.0, "openvino": 0.45}
 """What an engine holds for each byte of a bundle's `activation_bytes` (measured)."""
 
 ROW_BYTES = 16_000_000

@@ -28,6 +28,7 @@ LAYERS = [
 OWNERS = {
     "rasterio": {"raster", "cog", "demo"},
     "tensorflow": {"scorers", "receptive", "training", "model"},
+    "openvino": {"scorers"},
     "keras": {"model", "receptive", "training"},
     "petastorm": {"dataset"},
     "geopandas": {"labels", "scenes", "tiles", "prediction"},
