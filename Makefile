@@ -52,7 +52,7 @@ picture: demo  ## renew README's picture from the demo
 
 lock: $(READY)  ## pin everything anew from setup.py
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@$(BIN)/uv pip compile --quiet --python-version 3.11 setup.py --extra cpu --extra java --extra notebook --extra cog --extra dev --generate-hashes --no-header --output-file requirements/lock.txt --upgrade
+	@$(BIN)/uv pip compile --quiet --python-version 3.11 setup.py --extra cpu --extra openvino --extra java --extra notebook --extra cog --extra dev --generate-hashes --no-header --output-file requirements/lock.txt --upgrade
 
 clean:  ## remove what the targets made, but .venv
 	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse

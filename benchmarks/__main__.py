@@ -1,4 +1,4 @@
-"""`python -m benchmarks [tiling] [predicting] [water --data DIR] [--megapixels 64] [--repeats 3] [--folder DIR]`"""
+"""`python -m benchmarks [tiling] [cheap] [networks] [water --data DIR] [--megapixels 64] [--repeats 3] ...`"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import predicting, tiling, water
 
-ALL = {"tiling": tiling.main, "predicting": predicting.main}
+ALL = {"tiling": tiling.main, "cheap": predicting.cheap, "networks": predicting.networks}
 
 
 def main() -> None:

@@ -54,11 +54,11 @@ def unet_bundle(folder: Path) -> str:
     return str(out)
 
 
-def bare(model: str, shape: tuple[int, int, int, int], seconds: float, start: Any) -> float:
+def bare(model: str, engine: str, shape: tuple[int, int, int, int], seconds: float, start: Any) -> float:
     """Mpix/s of one process that does nothing but call the scorer."""
     from sattile.model import load_bundle, load_scorer
 
-    score = load_scorer(load_bundle(model), threads=1)
+    score = load_scorer(load_bundle(model), engine=engine, threads=1)
     batch = np.random.default_rng(0).integers(1, 5_000, shape).astype(np.uint16)
     score(batch)
     start.wait()
@@ -70,12 +70,12 @@ def bare(model: str, shape: tuple[int, int, int, int], seconds: float, start: An
     return calls * batch[..., 0].size / 1e6 / (time.monotonic() - begin)
 
 
-def bare_speed(model: str, shape: tuple[int, int, int, int], seconds: float = 25) -> float:
+def bare_speed(model: str, engine: str, shape: tuple[int, int, int, int], seconds: float = 25) -> float:
     """Mpix/s of two such processes together."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(2) as pool:
         start = manager.Barrier(2)
-        return sum(pool.starmap(bare, [(model, shape, seconds, start)] * 2))
+        return sum(pool.starmap(bare, [(model, engine, shape, seconds, start)] * 2))
 
 
 def plain(scene: str, out: str) -> float:
@@ -115,25 +115,22 @@ def predicted(spark: Any, model: str, scene: Path, out: Path, **options: Any) ->
     return json.loads((out / "_run.json").read_text())
 
 
-def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]:
-    """Print and return ratios and peaks."""
+def cheap(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]:
+    """All but the network: print and return ratios and peaks."""
     from sattile.engine import session
 
     found: dict[str, Any] = {}
-    edge = -(-int((megapixels * 1e6) ** 0.5) // 1024) * 1024
-    scene, _ = imagery.write(folder, edge)
-    pixels = edge * edge / 1e6
+    scene, pixels = _scene(folder, megapixels)
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:  # TensorFlow stays out of this process, as it stays out of Spark's driver
-        cheap, unet = pool.apply(cheap_bundle, (folder,)), pool.apply(unet_bundle, (folder,))
-
+        model = pool.apply(cheap_bundle, (folder,))
     for cores in (1, 2):
         spark = session(f"local[{cores}]")
         try:
-            predicted(spark, cheap, scene, folder / "cheap_out")
+            predicted(spark, model, scene, folder / "cheap_out")
             ours, theirs = [], []
             for _ in range(repeats):
-                record = predicted(spark, cheap, scene, folder / "cheap_out")
+                record = predicted(spark, model, scene, folder / "cheap_out")
                 ours.append(record["delivered_mpix_per_s"])
                 with context.Pool(1) as pool:
                     pool.apply(time.sleep, (0.1,))
@@ -150,32 +147,61 @@ def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]
 
     spark = session("local[2]")
     try:
-        large, _ = imagery.write(folder, edge * 2)
+        large, _ = _scene(folder, megapixels * 4)
         peaks = []
         for one in (scene, large):
-            record = predicted(spark, cheap, one, folder / "memory_out")
+            record = predicted(spark, model, one, folder / "memory_out")
             peaks.append(record["peak_memory_mb"])
-        found["peaks_mb"] = peaks
-        small_peak, large_peak = peaks
-        print(
-            f"memory, cheap model: {small_peak:.0f} MB a worker at {pixels:.0f} Mpix, {large_peak:.0f} at four times it"
-        )
-        # The first run is the start: workers, the network's compilation, memory taken for the first time.
-        predicted(spark, unet, scene, folder / "unet_out")
-        with_spark, bare_ones = [], []
-        for _ in range(repeats):
-            record = predicted(spark, unet, scene, folder / "unet_out")
-            with_spark.append(record["evaluated_mpix_per_s"])
-            settings = record["settings"]
-            window = settings["size"] + 2 * settings["halo"]
-            bare_ones.append(bare_speed(unet, (settings["batch"], window, window, len(BANDS))))
     finally:
         spark.stop()
-    evaluated, alone = float(np.median(with_spark)), float(np.median(bare_ones))
-    found["unet"] = evaluated / alone
+    found["peaks_mb"] = peaks
+    print(f"memory, cheap model: {peaks[0]:.0f} MB a worker at {pixels:.0f} Mpix, {peaks[1]:.0f} at four times it")
+    return found
+
+
+def networks(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]:
+    """The default network by each engine: print and return ratios to the bare model, and of the engines."""
+    from sattile.engine import session
+
+    found: dict[str, Any] = {}
+    scene, pixels = _scene(folder, megapixels)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        model = pool.apply(unet_bundle, (folder,))
+    spark = session("local[2]")
+    delivered = {}
+    try:
+        for engine in ("tensorflow", "openvino"):
+            # The first run is the start: workers, the network's compilation, memory taken for the first time.
+            predicted(spark, model, scene, folder / "unet_out", engine=engine)
+            records, alone = [], []
+            for _ in range(repeats):
+                record = predicted(spark, model, scene, folder / "unet_out", engine=engine)
+                records.append(record)
+                settings = record["settings"]
+                window = settings["size"] + 2 * settings["halo"]
+                alone.append(bare_speed(model, engine, (settings["batch"], window, window, len(BANDS))))
+            evaluated = float(np.median([one["evaluated_mpix_per_s"] for one in records]))
+            delivered[engine] = float(np.median([one["delivered_mpix_per_s"] for one in records]))
+            found[engine] = evaluated / float(np.median(alone))
+            price = record["evaluated_pixels"] / record["delivered_pixels"]
+            print(
+                f"U-Net by {engine}, {pixels:.0f} Mpix, 2 cores: windows of {window} px, {evaluated:.2f} Mpix/s "
+                f"evaluated ({price:.2f} for each delivered), bare model {np.median(alone):.2f}, ratio "
+                f"{found[engine]:.2f}; peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker "
+                f"(medians of {repeats})"
+            )
+    finally:
+        spark.stop()
+    found["openvino_to_tensorflow"] = delivered["openvino"] / delivered["tensorflow"]
     print(
-        f"U-Net, {pixels:.0f} Mpix, 2 cores, windows of {window} px: sattile {evaluated:.2f} Mpix/s evaluated, "
-        f"bare model {alone:.2f}, ratio {evaluated / alone:.2f}; peak {record['peak_memory_mb']:.0f} MB a worker "
-        f"(medians of {repeats})"
+        f"OpenVINO to TensorFlow, delivered: {delivered['openvino']:.2f} to {delivered['tensorflow']:.2f} Mpix/s, "
+        f"ratio {found['openvino_to_tensorflow']:.2f}"
     )
     return found
+
+
+def _scene(folder: Path, megapixels: int) -> tuple[Path, float]:
+    """A square scene of so many megapixels or a few more, and how many they are."""
+    edge = -(-int((megapixels * 1e6) ** 0.5) // 1024) * 1024
+    path, _ = imagery.write(folder, edge)
+    return path, edge * edge / 1e6

@@ -201,6 +201,11 @@ def concurrent_tasks(spark: SparkSession) -> int:
         return slots(spark)
 
 
+def gpus_a_task(spark: SparkSession) -> int:
+    """GPUs that Spark gives each task by its settings."""
+    return int(float(spark.sparkContext.getConf().get("spark.task.resource.gpu.amount", "0")))
+
+
 def partitioned(spark: SparkSession, groups: Sequence[Sequence[tuple[Any, ...]]], schema: str) -> DataFrame:
     """A DataFrame with exactly one partition per group, in order: Spark's own splitting would mix neighbours.
 

@@ -100,7 +100,7 @@ def evaluate(
         threshold: see predict; undecided pixels are counted apart.
         aoi: vector file; pixels of scenes outside are not counted.
         fill: what the model sees for missing pixels; the bundle's own if not given.
-        engine: `auto` or `tensorflow`.
+        engine: as for predict.
         worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
         max_gsd_ratio: scenes whose pixel size differs by more than this factor from the model's are refused.
         samples: pictures to keep.
@@ -119,8 +119,9 @@ def evaluate(
     bundle = load_bundle(model)
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
     shared: dict[str, Any] = {
-        "engine": engine, "threads": int(spark.conf.get("spark.task.cpus", "1") or 1), "fill": fill,
-        "threshold": threshold, "nodata": nodata, "worker_memory": worker_memory,
+        "engine": engine, "gpu": engines.gpus_a_task(spark) > 0,
+        "threads": int(spark.conf.get("spark.task.cpus", "1") or 1), "fill": fill, "threshold": threshold,
+        "nodata": nodata, "worker_memory": worker_memory,
     }  # fmt: skip
     settings: dict[str, Any] = {"samples": samples}
     if dataset is not None:

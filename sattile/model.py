@@ -3,6 +3,7 @@
     MODEL/bundle.json     bands, classes, window geometry, metrics, digests: all that planning needs, no TensorFlow
     MODEL/model.keras     the network: stored band values in, scores per class out
     MODEL/saved_model/    the same for TF Serving (`serving_default`)
+    MODEL/openvino/       the same for OpenVINO, where that was installed
 
 The window geometry is measured from the network's graph, whoever built it: `sattile.receptive`.
 """
@@ -10,27 +11,35 @@ The window geometry is measured from the network's graph, whoever built it: `sat
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import sys
-import tempfile
+import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sattile import storage
+from sattile import scorers, storage
 from sattile.errors import SattileError, UsageError
 from sattile.receptive import measure, other_size
 from sattile.schema import SegmentClass, describe_classes, read_classes
+from sattile.scorers import Scorer
 
 if TYPE_CHECKING:
     import keras
 
+log = logging.getLogger("sattile")
+
 FORMAT = "sattile-bundle/1"
-BUNDLE, KERAS, SAVED_MODEL = "bundle.json", "model.keras", "saved_model"
+BUNDLE, KERAS, SAVED_MODEL, OPENVINO = "bundle.json", "model.keras", "saved_model", "openvino"
+XML, BIN = "model.xml", "model.bin"
+ENGINES = ("auto", "tensorflow", "openvino")
+AGREEMENT = 0.999
+"""Share of pixels that have to get the label that TensorFlow gives them, before OpenVINO is taken unasked."""
+
 VALUES = ("raw", "scaled")
 
 
@@ -52,6 +61,8 @@ class Bundle:
         metrics: of the validation split, as in `metrics.json`; empty for a network from elsewhere.
         network: its `arch`, number of `parameters`, and how it was trained.
         versions: of the packages that made it.
+        openvino: of its files for OpenVINO: `digest`, and, where it was compared with TensorFlow on tiles, `agreement`
+            (share of pixels with the same label), `pixels`, `version` and `precision`; empty without them.
     """
 
     url: str
@@ -70,6 +81,7 @@ class Bundle:
     metrics: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    openvino: dict[str, Any] = field(default_factory=dict)
 
 
 def load_bundle(url: str) -> Bundle:
@@ -112,6 +124,7 @@ def load_bundle(url: str) -> Bundle:
             metrics=found.get("metrics") or {},
             network=found.get("network") or {},
             versions=found.get("versions") or {},
+            openvino=found.get("openvino") or {},
         )
     except (KeyError, TypeError, IndexError) as error:
         raise UsageError(f"model {url}: {BUNDLE} is damaged ({error!r}); make the bundle again") from error
@@ -130,14 +143,18 @@ def save_bundle(
     metrics: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
     keras_file: str | None = None,
+    tiles: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Bundle:
     """Measure a network and write its bundle; `bundle.json` comes last, and goes first when one is replaced.
+
+    Where OpenVINO is installed, the network is written for it, too, and compared on the tiles.
 
     Args:
         url: folder.
         network: stored (or scaled) values (N, H, W, bands) in, (N, H, W, classes) or (N, H, W, 1) out.
         keras_file: local file that the network was loaded from, kept byte for byte; saved anew if not given.
         about: for `network` of the bundle, beside the number of parameters.
+        tiles: images (N, H, W, bands) as the network takes them, and (N, H, W) bool: the pixels that count.
 
     Raises:
         UsageError: if the network does not fit bands and classes, or changes height or width.
@@ -155,9 +172,11 @@ def save_bundle(
             _without_time(file)
         digest = storage.sha256_file(file)
         _export(network, os.path.join(scratch, SAVED_MODEL))
+        fast = _for_openvino(network, scratch, output, tiles) if scorers.has_openvino() else {}
         storage.remove(storage.join(url, BUNDLE))
-        storage.remove(storage.join(url, SAVED_MODEL))
-        storage.upload_folder(os.path.join(scratch, SAVED_MODEL), storage.join(url, SAVED_MODEL))
+        for part in (SAVED_MODEL, OPENVINO):
+            storage.remove(storage.join(url, part))
+            storage.upload_folder(os.path.join(scratch, part), storage.join(url, part))
         if keras_file:
             with open(keras_file, "rb") as source:
                 storage.write_bytes(storage.join(url, KERAS), source.read())
@@ -182,9 +201,41 @@ def save_bundle(
             "metrics": dict(metrics or {}),
             "network": {"parameters": int(network.count_params()), **(about or {})},
             "versions": versions(),
+            "openvino": fast,
         },
     )
     return load_bundle(url)
+
+
+def _for_openvino(
+    network: Any, scratch: str, output: str, tiles: tuple[np.ndarray, np.ndarray] | None
+) -> dict[str, Any]:
+    """Write a network for OpenVINO beside its SavedModel; what `bundle.json` says of it, {} if it can't be."""
+    folder = os.path.join(scratch, OPENVINO)
+    os.makedirs(folder)
+    xml, second = os.path.join(folder, XML), output == "second"
+    try:
+        scorers.convert(os.path.join(scratch, SAVED_MODEL), xml)
+        found: dict[str, Any] = {"digest": _digest_of_openvino(folder)}
+        if tiles is not None and len(tiles[0]):
+            fast = scorers.by_openvino(xml, threads=1, second=second)
+            same, pixels = scorers.agreement(scorers.by_tensorflow(network, second=second), fast, *tiles)
+            found |= {
+                "agreement": round(same, 6), "pixels": pixels, "version": scorers.openvino_version(),
+                "precision": scorers.PRECISION,
+            }  # fmt: skip
+            log.info("model: OpenVINO gives %.3f %% of %d pixels the label of TensorFlow", 100 * same, pixels)
+    except Exception as error:  # whatever its converter says of an operation that it does not know
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        log.warning("model: it can't be written for OpenVINO, and will run by TensorFlow alone: %s", reason[:300])
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+        return {}
+    return found
+
+
+def _digest_of_openvino(folder: str) -> str:
+    return storage.digest([storage.sha256_file(os.path.join(folder, name)) for name in (XML, BIN)])
 
 
 def _without_time(path: str) -> None:
@@ -380,106 +431,67 @@ def _run_once(network: Any) -> None:
         raise UsageError(other_size((height, width), found[1:3]))
 
 
-Scorer = Callable[[np.ndarray], np.ndarray]
-"""(N, H, W, bands) of any dtype -> (N, H, W, classes) float32."""
-
-_scorers: dict[tuple[str, str, int], Scorer] = {}
+_loaded: dict[tuple[str, str, int], Scorer] = {}
 
 
-def load_scorer(bundle: Bundle, *, engine: str = "tensorflow", threads: int = 1) -> Scorer:
+def choose_engine(bundle: Bundle, engine: str = "auto", *, gpu: bool = False) -> str:
+    """`tensorflow` or `openvino`: decided once, in the driver.
+
+    `auto` takes OpenVINO where it is installed, has the bundle's network, and gave at least `AGREEMENT` of the pixels
+    of real tiles the label that TensorFlow gives them; never on GPUs.
+
+    Raises:
+        UsageError: for OpenVINO where it or the bundle's part for it is missing.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"engine {engine!r}: use {', '.join(ENGINES)}")
+    if engine == "openvino":
+        if not scorers.has_openvino():
+            raise UsageError("engine openvino: it is not installed here: pip install 'sattile[openvino]'")
+        if not bundle.openvino:
+            raise UsageError(
+                f"engine openvino: model {bundle.url} was made where OpenVINO was not installed, or could not be "
+                f"written for it: make the bundle again, or use --engine tensorflow"
+            )
+    if engine != "auto":
+        return engine
+    fast = scorers.has_openvino() and not gpu and bundle.openvino.get("agreement", 0) >= AGREEMENT
+    return "openvino" if fast else "tensorflow"
+
+
+def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1) -> Scorer:
     """The function that gives scores; one per process and bundle.
-
-    The same input gives the same bits: each input shape is compiled once, in inference mode, and the number of threads
-    is fixed before TensorFlow starts.
 
     Args:
         bundle: as `load_bundle` gives it.
-        engine: `tensorflow` (or `auto`).
+        engine: see `choose_engine`.
         threads: that an evaluation may use.
 
     Raises:
+        UsageError: see `choose_engine`.
         SattileError: if the bundle's network is not the one that it describes, or TensorFlow already runs in this
             process with other threads.
     """
-    engine = "tensorflow" if engine == "auto" else engine
-    if engine != "tensorflow":
-        raise UsageError(f"engine {engine!r}: use tensorflow")
+    engine = choose_engine(bundle, engine)
     key = (bundle.digest, engine, threads)
-    if key not in _scorers:
-        use_threads(threads)
-        path = storage.open_local(storage.join(bundle.url, KERAS))
-        found = storage.sha256_file(path)
-        if found != bundle.digest:
-            raise SattileError(
-                f"{path} has sha256 {found[:16]}..., and {BUNDLE} says {bundle.digest[:16]}...: the bundle was "
-                f"changed while it was in use, or by hand"
-            )
-        _scorers[key] = _compile(_load_keras(path), bundle)
-    return _scorers[key]
+    if key not in _loaded:
+        second = bundle.output == "second"
+        if engine == "openvino":
+            with storage.beside(storage.join(bundle.url, OPENVINO, XML)) as xml:
+                folder = os.path.dirname(xml)
+                _check_digest(bundle, folder, _digest_of_openvino(folder), bundle.openvino["digest"])
+                _loaded[key] = scorers.by_openvino(xml, threads=threads, second=second)
+        else:
+            scorers.use_threads(threads)
+            path = storage.open_local(storage.join(bundle.url, KERAS))
+            _check_digest(bundle, path, storage.sha256_file(path), bundle.digest)
+            _loaded[key] = scorers.by_tensorflow(_load_keras(path), second=second)
+    return _loaded[key]
 
 
-NOISE = ("WARNING: All log messages before absl::InitializeLog", "I0000 ", "To enable the following instructions")
-"""What TensorFlow says while it is imported, whatever its log level; news to nobody."""
-
-
-def import_tensorflow() -> Any:
-    """The tensorflow module; what it says while it starts goes to standard error without the `NOISE`."""
-    if "tensorflow" in sys.modules:
-        return sys.modules["tensorflow"]
-    sys.stderr.flush()
-    stderr = os.dup(2)  # the C++ side writes to the descriptor, not to sys.stderr
-    try:
-        with tempfile.TemporaryFile() as said:
-            os.dup2(said.fileno(), 2)
-            try:
-                import tensorflow as tf
-            finally:
-                os.dup2(stderr, 2)
-                said.seek(0)
-                for line in said.read().decode(errors="replace").splitlines():
-                    if line and not line.startswith(NOISE):
-                        print(line, file=sys.stderr)
-    finally:
-        os.close(stderr)
-    tf.get_logger().setLevel("ERROR")  # warns of retracing where shapes differ by design
-    return tf
-
-
-def use_threads(threads: int) -> None:
-    """Fix TensorFlow's threads in this process.
-
-    Raises:
-        SattileError: if it has started with another number.
-    """
-    config = import_tensorflow().config.threading
-    try:
-        config.set_intra_op_parallelism_threads(threads)
-        config.set_inter_op_parallelism_threads(threads)
-    except RuntimeError as error:
-        # It has started. TensorFlow takes the variable where nothing was set.
-        running = config.get_intra_op_parallelism_threads() or int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0))
-        if running != threads:
-            raise SattileError(
-                f"TensorFlow runs in this process with {running or 'as many threads as there are cores'} and {threads} "
-                f"were asked for: load the scorer before anything else uses TensorFlow, or set "
-                f"TF_NUM_INTRAOP_THREADS={threads} first"
-            ) from error
-
-
-def _compile(network: Any, bundle: Bundle) -> Scorer:
-    tf = import_tensorflow()
-    compiled: dict[tuple[int, ...], Any] = {}
-
-    def score(images: np.ndarray) -> np.ndarray:
-        images = np.ascontiguousarray(images, np.float32)
-        if images.shape not in compiled:
-            signature = [tf.TensorSpec(images.shape, tf.float32)]
-            compiled[images.shape] = tf.function(
-                lambda values: tf.cast(network(values, training=False), tf.float32),
-                input_signature=signature,
-                autograph=False,
-            )
-        scores = compiled[images.shape](tf.constant(images)).numpy()
-        return np.concatenate([1 - scores, scores], axis=-1) if bundle.output == "second" else scores
-
-    return score
+def _check_digest(bundle: Bundle, path: str, found: str, said: str) -> None:
+    if found != said:
+        raise SattileError(
+            f"{path} has sha256 {found[:16]}..., and {BUNDLE} says {said[:16]}...: the bundle was changed while it was "
+            f"in use, or by hand"
+        )

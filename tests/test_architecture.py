@@ -18,7 +18,7 @@ LAYERS = [
     {"evaluation"},
     {"tiles", "training", "prediction"},
     {"scenes", "labels", "model", "mosaic", "reporting", "demo", "doctor"},
-    {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics"},
+    {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "scorers"},
     {"schema", "stitch"},
     {"grid", "split", "statistics", "storage"},
     {"errors"},
@@ -27,7 +27,8 @@ LAYERS = [
 
 OWNERS = {
     "rasterio": {"raster", "cog", "demo"},
-    "tensorflow": {"model", "receptive", "training"},
+    "tensorflow": {"scorers", "receptive", "training", "model"},
+    "openvino": {"scorers"},
     "keras": {"model", "receptive", "training"},
     "petastorm": {"dataset"},
     "geopandas": {"labels", "scenes", "tiles", "prediction"},

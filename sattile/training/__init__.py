@@ -102,7 +102,7 @@ def train(
     on_cluster = workers > 1 or not re.fullmatch(r"local(\[.*\])?", spark.sparkContext.master or "")
     if on_cluster:
         _check_slots(spark, workers)
-        if gpus_of_task(spark) > 1:
+        if engine.gpus_a_task(spark) > 1:
             raise UsageError("a worker trains on one GPU: --conf spark.task.resource.gpu.amount=1, and more --workers")
     dataset, out = storage.absolute(dataset), storage.absolute(out)
     work = storage.join(out, WORK)
@@ -176,11 +176,6 @@ def _check_slots(spark: SparkSession, workers: int) -> None:
         )
 
 
-def gpus_of_task(spark: SparkSession) -> int:
-    """GPUs that Spark gives each task by its settings."""
-    return int(float(spark.sparkContext.getConf().get("spark.task.resource.gpu.amount", "0")))
-
-
 LOST = (
     "ExecutorLostFailure", "Python worker exited unexpectedly", "Connection reset by peer", "UnavailableError",
     "UNAVAILABLE", "Collective ops is aborted", "Barrier task set", "worker lost", "is dead", "AbortedError",
@@ -204,7 +199,7 @@ def _fit_on_cluster(spark: SparkSession, workers: int, job: Mapping[str, Any], m
     restarts, ports = 0, PORT_TRIES
     while True:
         try:
-            gpu = gpus_of_task(spark) > 0
+            gpu = engine.gpus_a_task(spark) > 0
             runner = MirroredStrategyRunner(num_slots=workers, local_mode=False, use_gpu=gpu)
             runner.run(functools.partial(fit_worker, dict(job), storage.access(), gpu))
             return restarts

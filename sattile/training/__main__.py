@@ -17,6 +17,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from sattile import storage
 from sattile.errors import SattileError, UsageError
 from sattile.training import data, fit_worker, loop, networks
@@ -107,7 +109,23 @@ def assemble(job: Mapping[str, Any]) -> None:
         dataset_digest=described.digest,
         metrics=state.metrics,
         about={"best_epoch": state.best, **job["settings"]},
+        tiles=_tiles_to_compare(described),
     )
+
+
+COMPARED_PIXELS = 4_000_000
+
+
+def _tiles_to_compare(described: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Validation tiles, as the network takes them, from all over the split; and which of their pixels count."""
+    split = data.Split(described, "val" if described.tiles("val") else "train")
+    count = min(len(split), max(COMPARED_PIXELS // described.size**2, 1))
+    images, valids = [], []
+    for row in np.linspace(0, len(split) - 1, count).astype(int):
+        image, _, valid = split.read(int(row))
+        images.append(np.where(valid[..., None], image, described.mean))
+        valids.append(valid)
+    return np.array(images, np.float32), np.array(valids)
 
 
 if __name__ == "__main__":

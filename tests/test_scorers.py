@@ -1,0 +1,119 @@
+"""TensorFlow and OpenVINO give a network's scores: which one is taken, and what both promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scenes_for_tests import position_image, write_scene
+
+from sattile import scorers
+from sattile.errors import SattileError, UsageError
+from sattile.model import AGREEMENT, Bundle, choose_engine, load_bundle, load_scorer, save_bundle
+from sattile.prediction import predict
+from sattile.schema import SegmentClass
+from sattile.training import networks
+
+openvino = pytest.importorskip("openvino")
+
+BANDS = ["red", "nir", "swir"]
+CLASSES = (SegmentClass(0, "land", "#ddcc77"), SegmentClass(7, "water", "#332288"))
+STATISTICS = {band: {"mean": 1000.0, "std": 300.0} for band in BANDS}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A U-Net that was not trained, compared on noise: its agreement means nothing, but is there."""
+    network = networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=STATISTICS)
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 3000, (3, 64, 96, 3)).astype(np.float32)
+    return save_bundle(
+        str(tmp_path_factory.mktemp("made") / "model"), network, bands=BANDS, classes=CLASSES, fill=[1000] * 3,
+        tiles=(images, rng.random((3, 64, 96)) > 0.25),
+    )  # fmt: skip
+
+
+def with_agreement(bundle: Bundle, value: float | None) -> Bundle:
+    fast = {key: one for key, one in bundle.openvino.items() if key != "agreement"}
+    return dataclasses.replace(bundle, openvino=fast if value is None else fast | {"agreement": value})
+
+
+def test_the_bundle_says_how_far_both_agree(made: Bundle) -> None:
+    assert made.openvino["agreement"] > 0.9
+    assert 0.7 < made.openvino["pixels"] / (3 * 64 * 96) < 0.8  # those that count
+    assert made.openvino["precision"] == "bf16"
+    images = np.random.default_rng(1).integers(1, 3000, (2, 64, 96, 3))
+    one, other = (load_scorer(made, engine=engine)(images) for engine in ("tensorflow", "openvino"))
+    np.testing.assert_allclose(one, other, atol=0.05)
+    assert not np.array_equal(one, other)  # two engines, indeed
+
+
+def test_auto_takes_openvino_where_it_was_seen_to_agree(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_engine(with_agreement(made, AGREEMENT)) == "openvino"
+    assert choose_engine(with_agreement(made, AGREEMENT), gpu=True) == "tensorflow"
+    assert choose_engine(with_agreement(made, AGREEMENT - 1e-6)) == "tensorflow"
+    assert choose_engine(with_agreement(made, None)) == "tensorflow"
+    assert choose_engine(dataclasses.replace(made, openvino={})) == "tensorflow"
+    assert choose_engine(with_agreement(made, None), "openvino") == "openvino"
+    with pytest.raises(UsageError, match="make the bundle again"):
+        choose_engine(dataclasses.replace(made, openvino={}), "openvino")
+    with pytest.raises(UsageError, match="auto, tensorflow, openvino"):
+        choose_engine(made, "onnx")
+    monkeypatch.setattr(scorers, "has_openvino", lambda: False)
+    assert choose_engine(with_agreement(made, 1.0)) == "tensorflow"
+    with pytest.raises(UsageError, match=r"sattile\[openvino\]"):
+        choose_engine(made, "openvino")
+
+
+def test_openvino_gives_the_same_bits_for_any_dtype_and_again(made: Bundle) -> None:
+    score = load_scorer(made, engine="openvino")
+    images = np.random.default_rng(0).integers(0, 9000, (2, 64, 32, 3)).astype(np.uint16)
+    whole = score(images)
+    assert (whole.shape, whole.dtype) == ((2, 64, 32, 2), np.float32)
+    again = score(images[:, :32])
+    assert again.shape == (2, 32, 32, 2)
+    np.testing.assert_array_equal(whole, score(images.astype(np.float64)))
+    np.testing.assert_array_equal(again, score(images[:, :32]))
+    assert load_scorer(load_bundle(made.url), engine="openvino") is score
+
+
+def test_files_that_were_changed_are_refused(made: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(made.url, tmp_path / "model")
+    with open(tmp_path / "model" / "openvino" / "model.bin", "r+b") as file:
+        file.write(b"\x01\x02")
+    changed = dataclasses.replace(load_bundle(str(tmp_path / "model")), digest="another")
+    with pytest.raises(SattileError, match="was changed"):
+        load_scorer(changed, engine="openvino")
+
+
+def test_a_network_openvino_cannot_take_is_still_a_bundle(
+    made: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("No conversion rule found for operations: Strange")
+
+    monkeypatch.setattr(scorers, "convert", refuse)
+    network = networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=STATISTICS)
+    found = save_bundle(str(tmp_path / "model"), network, bands=BANDS, classes=CLASSES, fill=[0] * 3)
+    assert found.openvino == {}
+    assert choose_engine(found) == "tensorflow"
+
+
+def test_maps_are_the_same_for_every_way_to_cut_the_work(spark: object, made: Bundle, tmp_path: Path) -> None:
+    """Blocks and tasks follow from the memory and the scenes; windows and their batches do not."""
+    for name, (height, width) in {"a": (700, 1100), "b": (900, 300)}.items():
+        write_scene(tmp_path / "in" / f"{name}.tif", position_image(height, width, 3), names=tuple(BANDS))
+    found = []
+    for scenes in (["in"], ["in/a.tif"], ["in/b.tif"]):
+        for size in (128,):
+            out = tmp_path / f"out{len(found)}"
+            predict(
+                spark, model=made.url, scenes=[str(tmp_path / one) for one in scenes], out=str(out),  # type: ignore[arg-type]
+                engine="openvino", size=size,
+            )  # fmt: skip
+            found.append({path.parent.name: path.read_bytes() for path in out.glob("*/labels.tif")})
+    assert found[0] == found[1] | found[2]
+    assert set(found[0]) == {"a", "b"}
