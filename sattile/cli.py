@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -52,6 +53,13 @@ def _main(arguments: list[str]) -> int:
         log.debug("where it happened:", exc_info=True)
         print(f"sattile: {error}{HINTS.get(error.errno or 0, '')}", file=sys.stderr)
         return 1
+    except Exception as error:
+        # What a task said, within what Spark makes of it: pages of Java.
+        said = re.findall(r"sattile\.errors\.(\w+): (.+)", str(error))
+        if not said:
+            raise
+        print(f"sattile: {said[-1][1]}", file=sys.stderr)
+        return {"UsageError": UsageError.exit_status}.get(said[-1][0], 1)
 
 
 HINTS = {

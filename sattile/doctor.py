@@ -806,6 +806,7 @@ def hdfs_text(access: storage.Access, *, configuration: str | None, kerberos: bo
         if access.way == "webhdfs"
         else f"{authority} by libhdfs"
         for authority, address in access.addresses.items()
+        if ":" not in authority or authority == access.default
     )
     addresses += f" ({access.why})" * bool(addresses and access.why)
     login = f"as user {access.user}, no Kerberos, no tokens needed"

@@ -46,6 +46,7 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 JPEG2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
 
 MAX_BLOCK_BYTES = 1 << 30
+TOO_SHORT = "the file ends too early (a broken download?); fetch it again"
 WIDE_BLOCK = 2048
 """Pixels; a file in pieces wider than this is in strips, of which a window of 512 px needs a quarter at most."""
 OPEN_FILES = 16
@@ -132,6 +133,7 @@ def _open(url: str) -> rasterio.DatasetReader:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             if storage.scheme_of(url) != "file":
+                storage.cut_short.difference_update([url, f"{url}.msk"])  # as it was before
                 return rasterio.open(_Elsewhere.NAME, driver=driver, opener=_Elsewhere(url))
             # Of a str, rasterio would take what stands before a ":" or after a "?" or "#" for parts of a URL.
             return rasterio.open(PurePosixPath(path), driver=driver)
@@ -235,7 +237,7 @@ def _reason(error: BaseException, path: str) -> str:
     text = texts[-1] if texts else str(error)
     text = text.replace(path, storage.name(path))
     if re.search(r"got \d+ bytes, expected|Read error at (row|scanline)|Cannot read.*offset", text):
-        return "the file ends too early (a broken download?); fetch it again"
+        return TOO_SHORT
     name = re.escape(storage.name(path))
     text = re.sub(rf"^(?:'?{name}'?(?:, band \d+)?:\s*)+", "", text)
     text = re.sub(r"^(?:[A-Za-z0-9_]+\(\)?:?\s*|TIFF\w+:\s*)+", "", text)
@@ -617,12 +619,23 @@ def _read_pixels(
     try:
         # GDAL writes into the pixel-interleaved array itself: no copy to turn the axes.
         source.read(indexes, window=area, out=np.moveaxis(out, 2, 0))
-        return _valid(source, bands, area, nodata, out)
+        valid = _valid(source, bands, area, nodata, out)
+        _check_whole(bands[0].url)
+        return valid
     except (RasterioError, OSError) as error:
+        _check_whole(bands[0].url)
         path = storage.local_path(bands[0].url)
         # GDAL keeps the error until a file is opened; the next question to one that is open already would get it.
         _files.close()
         raise Refused(f"pixels cannot be read: {_reason(error, path)} (in {storage.name(path)})") from None
+
+
+def _check_whole(url: str) -> None:
+    """GDAL notices that a file is cut short on a disk only."""
+    for one in (url, f"{url}.msk"):
+        if one in storage.cut_short:
+            _files.close()
+            raise Refused(f"pixels cannot be read: {TOO_SHORT} (in {storage.name(one)})")
 
 
 def _valid(

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -43,6 +44,9 @@ IMAGE_HOME = "local:///opt/sattile"
 STATUS = re.compile(r"(?:exited with status|exitCode:?|exit code:) (\d+)")
 """How the report of an application in cluster mode tells the job's own exit status: spark-submit itself exits 1."""
 
+FLAGS = ("--verbose", "-v", "--supervise", "--version", "--usage-error")
+"""Options of spark-submit that no value follows."""
+
 EDITABLE = r"/__editable__|/sattile-[^/]*\.dist-info"
 """The library's own entries in the environment: it travels apart."""
 
@@ -62,6 +66,7 @@ UNNEEDED = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit; returns the job's own exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         where, options, job, job_arguments = _parse(arguments)
         if where.startswith("local"):
@@ -69,10 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if where == "k8s":
             return _kubernetes(options, job, job_arguments)
         with logged_in(options) as ticket:
-            return _yarn("cluster" if where == "yarn" else "client", options, job, job_arguments, ticket)
+            command, environment = _yarn(
+                "cluster" if where == "yarn" else "client", options, job, job_arguments, ticket
+            )
+            if where == "yarn":
+                return _follow(command, environment, ticket)
+        # In this one's place: a signal to it is for the job.
+        os.execve(command[0], command, environment)
     except SattileError as error:
         print(f"spark-submit.sh: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+def _terminated(*_: object) -> None:
+    raise SystemExit(143)  # what stands open is tidied up on the way out
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, list[str], Path, list[str]]:
@@ -81,8 +98,10 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[str], Path, list[str]]:
         raise UsageError(USAGE)
     if not re.fullmatch(r"local(\[[\d*]+(,\d+)?\])?|yarn|yarn-client|k8s", where):
         raise UsageError(f"{where!r}: use local, local[N], yarn, yarn-client or k8s\n  {USAGE}")
-    at = next((index for index, word in enumerate(arguments) if index and word.endswith(".py")), None)
-    if at is None:
+    at = 1
+    while at < len(arguments) and arguments[at].startswith("-"):
+        at += 1 if "=" in arguments[at].partition(" ")[0] or arguments[at] in FLAGS else 2
+    if at >= len(arguments) or not arguments[at].endswith(".py"):
         raise UsageError(f"name a job: {', '.join(f'jobs/{one.name}' for one in sorted((HERE / 'jobs').glob('*.py')))}")
     job = next((path for path in (Path(arguments[at]), HERE / arguments[at]) if path.is_file()), None)
     if job is None:
@@ -126,10 +145,18 @@ def _local(where: str, options: Sequence[str], job: Path, arguments: Sequence[st
 # --- YARN ----------------------------------------------------------------------------------------------------------
 
 
-def _yarn(mode: str, options: Sequence[str], job: Path, arguments: Sequence[str], ticket: Mapping[str, str]) -> int:
-    """`ticket`: environment of the commands beside Spark, which logs in by itself."""
-    if not os.environ.get("HADOOP_CONF_DIR") and not os.environ.get("YARN_CONF_DIR"):
-        raise UsageError("set HADOOP_CONF_DIR to the folder of core-site.xml, hdfs-site.xml and yarn-site.xml")
+def _yarn(
+    mode: str, options: Sequence[str], job: Path, arguments: Sequence[str], ticket: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """spark-submit's command and environment; what it needs is in HDFS then.
+
+    Args:
+        ticket: environment of the commands beside Spark, which logs in by itself.
+    """
+    folder = os.environ.get("HADOOP_CONF_DIR")
+    if not folder or not os.path.isfile(os.path.join(folder, "core-site.xml")):
+        said = f"HADOOP_CONF_DIR {folder} holds no core-site.xml" if folder else "HADOOP_CONF_DIR is not set"
+        raise UsageError(f"{said}: set it to the folder of core-site.xml, hdfs-site.xml and yarn-site.xml")
     settings = _environment()
     settings.pop("PYTHONPATH", None)  # Spark would hand it on to the containers
     store = Store({**settings, **ticket})
@@ -144,6 +171,7 @@ def _yarn(mode: str, options: Sequence[str], job: Path, arguments: Sequence[str]
     for place in ("spark.yarn.appMasterEnv", "spark.executorEnv"):
         spark |= {f"{place}.PYSPARK_PYTHON": python, f"{place}.PYTHONPATH": "./sattile_library"}
         spark |= {f"{place}.TF_CPP_MIN_LOG_LEVEL": "2", f"{place}.PYTHONNOUSERSITE": "1"}
+        spark |= {f"{place}.TMPDIR": "./tmp"}  # the container's own: YARN removes it with the container
         if java := os.environ.get("SATTILE_CLUSTER_JAVA_HOME"):
             spark[f"{place}.JAVA_HOME"] = java
         for name in ("SATTILE_HDFS", "ARROW_LIBHDFS_DIR"):
@@ -161,18 +189,26 @@ def _yarn(mode: str, options: Sequence[str], job: Path, arguments: Sequence[str]
     command += ["--properties-file", _properties("yarn-gpu.conf" if gpu else "yarn-cpu.conf")]
     files = [f"file:{CONF / 'getGpusResources.sh'}"] * gpu
     arguments = list(arguments)
-    if mode == "cluster" and (given := _local_settings(arguments)) is not None:
-        files.append(f"file:{os.path.abspath(arguments[given])}")
-        arguments[given] = os.path.basename(arguments[given])
+    if mode == "cluster":
+        # A settings file of this machine has to travel, too.
+        for at, (word, following) in enumerate(itertools.pairwise(["", *arguments])):
+            path = following.removeprefix("--conf=") if word != "--conf" else following
+            if (word == "--conf" or following != path) and os.path.isfile(path):
+                files.append(f"file:{os.path.abspath(path)}")
+                arguments[at] = following.removesuffix(path) + os.path.basename(path)
+        here_only = [one for one in arguments if os.sep in one and os.path.exists(one)]
+        if here_only:
+            print(
+                f"spark-submit.sh: {', '.join(here_only)}: paths of this machine; in cluster mode the driver runs on a "
+                f"node, which must have them, too",
+                file=sys.stderr,
+            )
     if files:
         spark["spark.yarn.dist.files"] = ",".join(files)
     for key, value in spark.items():
         if not _says(options, key):
             command += ["--conf", f"{key}={value}"]
-    command += [*options, str(job), *arguments]
-    if mode == "client":
-        return subprocess.run(command, env=settings).returncode
-    return _follow(command, settings, ticket)
+    return [*command, *options, str(job), *arguments], settings
 
 
 @contextmanager
@@ -222,16 +258,8 @@ def _option(options: Sequence[str], flag: str, key: str) -> str | None:
     return value
 
 
-def _local_settings(arguments: Sequence[str]) -> int | None:
-    """Where the job's settings file stands among its options, if it is one of this machine: it has to travel, too."""
-    for at, (word, following) in enumerate(itertools.pairwise(arguments), start=1):
-        if word == "--conf" and os.path.isfile(following):
-            return at
-    return None
-
-
 def _says(options: Sequence[str], key: str) -> bool:
-    return any(one.partition("=")[0] == key for one in options)
+    return any(one.removeprefix("--conf=").partition("=")[0] == key for one in options)
 
 
 def _follow(command: Sequence[str], settings: Mapping[str, str], ticket: Mapping[str, str] | None = None) -> int:
@@ -257,11 +285,12 @@ def _follow(command: Sequence[str], settings: Mapping[str, str], ticket: Mapping
             if line.strip() and not NOISE.search(line):
                 print(line, end="", file=sys.stderr, flush=True)
         code = process.wait()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         process.terminate()
         process.wait()
-        how = f"kubectl delete pod {pod}" if pod else "yarn application -kill ID"
-        print(f"spark-submit.sh: no longer followed; end it with: {how}", file=sys.stderr)
+        name = reader.application if reader else "ID"
+        how = f"kubectl delete pod {pod}" if pod else f"yarn application -kill {name}"
+        print(f"spark-submit.sh: no longer followed; if it was submitted, this ends it: {how}", file=sys.stderr)
         raise
     finally:
         if reader:
@@ -424,7 +453,8 @@ def write_library(path: str) -> None:
 def environment_digest() -> str:
     """Of the interpreter and of every package's version."""
     packages = sorted({f"{one.metadata['Name']}=={one.version}" for one in metadata.distributions()})
-    return hashlib.sha256("\n".join([sys.version, sys.prefix, *packages]).encode()).hexdigest()[:16]
+    about = [sys.version, os.path.realpath(sys.prefix), *UNNEEDED, *packages]
+    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
 
 
 def write_environment(path: str) -> None:
@@ -445,7 +475,7 @@ def write_environment(path: str) -> None:
         return None if editable or any(part in member.name + "/" for part in UNNEEDED) else member
 
     with tarfile.open(path, "w") as file:
-        file.add(sys.prefix, arcname=".", filter=wanted)
+        file.add(os.path.realpath(sys.prefix), arcname=".", filter=wanted)  # not the link that it may be
 
 
 def jars_digest(spark_home: str) -> str:

@@ -1,4 +1,4 @@
-"""`spark-submit.sh k8s`, as far as that goes without a cluster: a server that keeps what Spark makes there."""
+"""What spark-submit.sh makes of its arguments; `k8s` at a server that records what it is told to make."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import http.server
 import json
 import os
 import subprocess
+import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import sattile.submit as submit_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +86,28 @@ def server(request: pytest.FixtureRequest) -> Iterator[ApiServer]:
         yield running
         running.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [], ["--py-files", "a.py,b.py"], ["--py-files=a.py", "--verbose"],
+        ["--conf", "spark.a=b.py", "--conf=spark.c=d.py", "--num-executors", "2"],
+    ],
+)  # fmt: skip
+def test_the_job_is_the_first_word_that_is_neither_an_option_nor_its_value(options: list[str]) -> None:
+    found = submit_module._parse(["yarn", *options, "jobs/index.py", "x.py", "--out", "o"])
+    assert found == ("yarn", options, ROOT / "jobs" / "index.py", ["x.py", "--out", "o"])
+
+
+def test_an_environment_behind_a_link_is_packed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real" / "bin").mkdir(parents=True)
+    (tmp_path / "real" / "bin" / "python").touch()
+    (tmp_path / "venv").symlink_to(tmp_path / "real")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    submit_module.write_environment(str(tmp_path / "out.tar"))
+    with tarfile.open(tmp_path / "out.tar") as packed:
+        assert "./bin/python" in packed.getnames()
 
 
 def submit(*arguments: str) -> subprocess.CompletedProcess[str]:

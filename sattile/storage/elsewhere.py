@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
+import glob
 import io
 import os
 import shutil
@@ -103,7 +105,7 @@ class _Copies:
         key = (url, entry.size, entry.mtime)
         with self._lock:
             if self._folder is None or self._owner != os.getpid():
-                self._folder, self._owner, self._found = tempfile.mkdtemp(prefix="sattile-"), os.getpid(), {}
+                self._folder, self._owner, self._found = _new_folder(), os.getpid(), {}
                 atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
             if key not in self._found:
                 free = shutil.disk_usage(self._folder).free
@@ -120,16 +122,42 @@ class _Copies:
             return self._found[key]
 
 
+COPIES = "sattile-copies-"
+
+
+def _new_folder() -> str:
+    """A folder on scratch, locked while this process lives. Those of dead ones go: Spark kills its workers."""
+    for old in glob.glob(os.path.join(tempfile.gettempdir(), f"{COPIES}*")):
+        with suppress(OSError), open(os.path.join(old, ".lock")) as file:  # another user's, or gone
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    global _held
+    while True:
+        folder = tempfile.mkdtemp(prefix=COPIES)
+        # Open for as long as the process lives.
+        _held = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
+        fcntl.flock(_held, fcntl.LOCK_EX)
+        if os.path.isdir(folder):  # else another process took it for a dead one's, an instant before it was locked
+            return folder
+
+
+_held: Any = None
+
 _copies = _Copies()
 
 bytes_fetched = 0
 """Of file contents, by this process; for tests and benchmarks."""
 
 
+cut_short: set[str] = set()
+"""URLs of files that end before what their own directory says is in them, as this process found when it read there."""
+
+
 class Reader(io.RawIOBase):
     """Reads ranges of one file.
 
-    Small reads come from whole pages that are kept; large ones take exactly the bytes asked for.
+    Small reads come from whole pages that are kept; large ones take exactly the bytes asked for. Who uses
+    `get_byte_ranges` has to look into `cut_short` afterwards.
 
     Args:
         fetch: of its file system.
@@ -182,11 +210,17 @@ class Reader(io.RawIOBase):
 
     def get_byte_ranges(self, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
         """Several ranges, asked for side by side (what GDAL calls for the tiles of a window)."""
-        wanted = list(zip(offsets, sizes, strict=True))
-        if len(wanted) == 1:
-            return [self._range(offset, min(offset + size, self.size)) for offset, size in wanted]
-        with ThreadPoolExecutor(min(len(wanted), 4)) as pool:
-            return list(pool.map(lambda one: self._range(one[0], min(one[0] + one[1], self.size)), wanted))
+        if len(offsets) == 1:
+            return [self._whole(offsets[0], sizes[0])]
+        with ThreadPoolExecutor(min(len(offsets), 4)) as pool:
+            return list(pool.map(self._whole, offsets, sizes))
+
+    def _whole(self, offset: int, size: int) -> bytes:
+        """GDAL takes whatever comes for the whole, and what it finds behind it for pixels."""
+        data = self._range(offset, min(offset + size, self.size))
+        if len(data) < size:
+            cut_short.add(self.url)
+        return data.ljust(size, b"\0")
 
     def _range(self, start: int, stop: int) -> bytes:
         if stop <= start:

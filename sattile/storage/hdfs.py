@@ -144,6 +144,10 @@ def find_access(folder: str | None = None) -> Access:
         nodes = _words(conf.get(f"dfs.ha.namenodes.{service}"))
         named = [conf.get(f"{key}.{service}.{node}") for node in nodes] or [conf.get(f"{key}.{service}")]
         addresses[service] = ";".join(f"{secure}://{one}" for one in named if one)
+        for node in nodes:  # a NameNode may be named by itself, too
+            rpc, web = (conf.get(f"{one}.{service}.{node}") for one in ("dfs.namenode.rpc-address", key))
+            if rpc and web:
+                addresses[rpc] = f"{secure}://{web}"
     if default and default not in addresses:
         host = default.partition(":")[0]
         said = conf.get(key, f"{host}:{port}")
@@ -286,7 +290,7 @@ def _connect(authority: str, access: Access) -> hdfs.Client:
         if not colon and "." not in host and host != "localhost" and access.addresses:
             raise UsageError(
                 f"hdfs://{authority}: no such nameservice in the Hadoop configuration; it has "
-                f"{', '.join(sorted(access.addresses))}"
+                f"{', '.join(sorted(one for one in access.addresses if ':' not in one))}"
             )
         address = f"http://{host}:9870"
 

@@ -1,6 +1,6 @@
 """A tiles dataset as batches: the same global batches for any number of workers.
 
-The rows of a split, in the order of its files, are cut into 12 virtual shards. Slot `j` of an epoch is filled from
+The rows of a split, by scene, row and column, are cut into 12 virtual shards. Slot `j` of an epoch is filled from
 shard `j mod 12`, and worker `i` of `N` (a divisor of 12) takes the slots with `j mod N = i`: it reads its own shards
 only, and the union over the workers does not depend on `N`.
 """
@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sattile import storage
 from sattile.dataset import read_dataset
 from sattile.errors import UsageError
-from sattile.schema import IGNORE, SegmentClass, read_classes
+from sattile.schema import IGNORE, TILE, SegmentClass, read_classes
 
 SHARDS = 12
 RUN = 16
@@ -86,7 +87,7 @@ def load_dataset(url: str) -> Dataset:
 
 
 class Split:
-    """The tiles of one split, by row number. Reads row groups when asked for and keeps the last ones.
+    """The tiles of one split, by scene, row and column. Reads row groups when asked for and keeps the last ones.
 
     Args:
         dataset: its description.
@@ -114,11 +115,14 @@ class Split:
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cached = 0
         columns = ["tile_id", "scene_id", "row", "col"]
-        self.index = (
+        index = (
             pa.concat_tables([file.read(columns=columns) for file in self._files])
             if self._files
-            else pa.table({name: [] for name in columns})
+            else pa.schema([TILE.field(name) for name in columns]).empty_table()
         )
+        # How tiles are spread over files is chance: the same tiles in the same order train the same network.
+        self._order = pc.sort_indices(index, [(name, "ascending") for name in ("scene_id", "row", "col")]).to_numpy()
+        self.index = index.take(self._order)
         self.tile_ids: list[str] = self.index["tile_id"].to_pylist()
         self._class_index = np.full(256, IGNORE, np.uint8)
         for position, one in enumerate(dataset.classes):
@@ -129,6 +133,7 @@ class Split:
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One tile: image (size, size, bands) as stored, class index (size, size) uint8 with `IGNORE`, valid bool."""
+        row = int(self._order[row])
         number = int(np.searchsorted(self._firsts, row, side="right")) - 1
         table = self._read_group(number)
         offset = row - self._groups[number][0]

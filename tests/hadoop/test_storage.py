@@ -20,7 +20,7 @@ from hadoop import libhdfs
 from hadoop.cluster import SHELL, Cluster
 from hadoop.conftest import need
 from sattile import raster, scenes, storage
-from sattile.errors import SattileError, UsageError
+from sattile.errors import Refused, SattileError, UsageError
 from sattile.grid import Window
 from sattile.storage import elsewhere, hdfs
 
@@ -189,6 +189,27 @@ def test_sidecars_elsewhere_are_seen(root: str, tmp_path: Path) -> None:
     opened = open_scene(f"{root}/masked/m.tif")
     _, valid = raster.read(opened, Window(0, 0, 64, 96))
     assert valid.sum() == 54 * 96
+
+
+@pytest.mark.parametrize("profile", [{}, {"tiled": True, "blockxsize": 128, "blockysize": 128}, {"compress": "lzw"}])
+def test_a_file_that_is_cut_short_is_refused(root: str, tmp_path: Path, profile: dict[str, object]) -> None:
+    """GDAL would take what lies in memory for the missing pixels."""
+    data = np.random.default_rng(0).integers(1, 2000, (3, 300, 333)).astype(np.uint16)
+    whole = Path(write_scene(tmp_path / "whole.tif", data, **profile)).read_bytes()
+    reasons = set()
+    for folder in (str(tmp_path), root):
+        storage.write_bytes(f"{folder}/short.tif", whole[: len(whole) * 6 // 10])
+        opened = open_scene(f"{folder}/short.tif")
+        with pytest.raises(Refused) as refused:
+            raster.read(opened, Window(0, 0, 300, 333))
+        reasons.add(refused.value.reason)
+        raster.read(opened, Window(0, 0, 20, 20))  # this part is there
+        storage.write_bytes(f"{folder}/short.tif", whole)
+        assert (
+            raster.read(open_scene(f"{folder}/short.tif"), Window(0, 0, 300, 333))[0] == data.transpose(1, 2, 0)
+        ).all()
+    assert len(reasons) == 1
+    assert "ends too early" in reasons.pop()
 
 
 def test_reading_and_writing_go_on_through_failures(cluster: Cluster, root: str, scene: tuple[str, str]) -> None:
