@@ -23,12 +23,12 @@ from threading import Event, Thread
 from typing import Any, BinaryIO
 
 from sattile.errors import SattileError, UsageError
-from sattile.storage.elsewhere import cut_short
+from sattile.storage.elsewhere import cut_short, own_folder
 from sattile.storage.files import Entry, FileSystem, LocalFiles, join, local_path, name, parent
 from sattile.storage.hdfs import Access, WebHdfsFiles, access, current, use
 from sattile.storage.libhdfs import LibHdfsFiles
 
-__all__ = ["Access", "Entry", "access", "cut_short", "join", "local_path", "name", "parent", "use"]
+__all__ = ["Access", "Entry", "access", "cut_short", "join", "local_path", "name", "own_folder", "parent", "use"]
 
 GLOB = re.compile(r"[*?\[]")
 

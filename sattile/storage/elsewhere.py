@@ -95,26 +95,22 @@ class _Copies:
     """Files on local scratch, for what reads most of them: models, tiles."""
 
     def __init__(self) -> None:
-        self._folder: str | None = None
-        self._owner = 0
-        self._found: dict[tuple[str, int, int], str] = {}
+        self._found: dict[tuple[str, str, int, int], str] = {}
         self._lock = threading.Lock()
 
     def get(self, fetch: Fetch, entry: Entry) -> str:
         url = entry.url
-        key = (url, entry.size, entry.mtime)
         with self._lock:
-            if self._folder is None or self._owner != os.getpid():
-                self._folder, self._owner, self._found = _new_folder(), os.getpid(), {}
-                atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+            folder = own_folder()
+            key = (folder, url, entry.size, entry.mtime)
             if key not in self._found:
-                free = shutil.disk_usage(self._folder).free
+                free = shutil.disk_usage(folder).free
                 if free < entry.size + (1 << 26):
                     raise SattileError(
-                        f"{url} is copied to local scratch {self._folder}, which has {free / 1e9:.1f} GB free, and "
+                        f"{url} is copied to local scratch {folder}, which has {free / 1e9:.1f} GB free, and "
                         f"{entry.size / 1e9:.1f} GB are needed; point TMPDIR at a larger disk"
                     )
-                path = os.path.join(self._folder, f"{len(self._found)}-{name(url)}")
+                path = os.path.join(folder, f"{len(self._found)}-{name(url)}")
                 with Reader(fetch, url, entry.size) as source, open(path, "wb") as target:
                     while data := source.read(4 * CHUNK):
                         target.write(data)
@@ -122,26 +118,37 @@ class _Copies:
             return self._found[key]
 
 
-COPIES = "sattile-copies-"
+_own: tuple[int, str, Any] = (0, "", None)
+"""Process, its folder, and the open file that locks it."""
 
 
-def _new_folder() -> str:
-    """A folder on scratch, locked while this process lives. Those of dead ones go: Spark kills its workers."""
-    for old in glob.glob(os.path.join(tempfile.gettempdir(), f"{COPIES}*")):
+def own_folder() -> str:
+    """A folder on scratch of this process alone, which goes with it.
+
+    Spark kills its workers, which tidy up nothing then: the next process finds that the folder is locked no more.
+    """
+    global _own
+    if _own[0] != os.getpid():
+        _own = (os.getpid(), *_new_folder())
+        atexit.register(shutil.rmtree, _own[1], ignore_errors=True)
+    return _own[1]
+
+
+OWN = "sattile-own-"
+
+
+def _new_folder() -> tuple[str, Any]:
+    for old in glob.glob(os.path.join(tempfile.gettempdir(), f"{OWN}*")):
         with suppress(OSError), open(os.path.join(old, ".lock")) as file:  # another user's, or gone
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old, ignore_errors=True)
-    global _held
     while True:
-        folder = tempfile.mkdtemp(prefix=COPIES)
-        # Open for as long as the process lives.
-        _held = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
-        fcntl.flock(_held, fcntl.LOCK_EX)
+        folder = tempfile.mkdtemp(prefix=OWN)
+        lock = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if os.path.isdir(folder):  # else another process took it for a dead one's, an instant before it was locked
-            return folder
+            return folder, lock
 
-
-_held: Any = None
 
 _copies = _Copies()
 

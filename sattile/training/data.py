@@ -10,7 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 import queue
+import shutil
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sattile import storage
@@ -28,6 +30,9 @@ from sattile.errors import UsageError
 from sattile.schema import IGNORE, TILE, SegmentClass, read_classes
 
 SHARDS = 12
+GROUND = 2048
+"""Pixels; tiles of a square of this edge follow each other."""
+
 RUN = 16
 """Neighbouring rows that are read together: whole runs are shuffled, then the rows of 8 runs among themselves."""
 
@@ -87,7 +92,9 @@ def load_dataset(url: str) -> Dataset:
 
 
 class Split:
-    """The tiles of one split, by scene, row and column. Reads row groups when asked for and keeps the last ones.
+    """The tiles of one split, by scene and place. Reads row groups when asked for and keeps the last ones.
+
+    Of a dataset elsewhere only the row groups that are asked for travel (a worker's share), once: they stay on scratch.
 
     Args:
         dataset: its description.
@@ -101,9 +108,10 @@ class Split:
         self.cache_bytes = cache_bytes
         split = dataset.description["splits"].get(name, {})
         self._files = [
-            pq.ParquetFile(storage.open_local(url))
-            for url in (storage.join(dataset.url, name, file) for file in split.get("files", []))
+            pq.ParquetFile(storage.open_file(storage.join(dataset.url, name, file))) for file in split.get("files", [])
         ]
+        elsewhere = storage.scheme_of(dataset.url) != "file"
+        self._scratch = tempfile.mkdtemp(dir=storage.own_folder()) if elsewhere else None
         # (first row, file, row group), in order
         self._groups: list[tuple[int, int, int]] = []
         rows = 0
@@ -112,6 +120,7 @@ class Split:
                 self._groups.append((rows, number, group))
                 rows += file.metadata.row_group(group).num_rows
         self._firsts = np.array([first for first, _, _ in self._groups], np.int64)
+        self._kept: dict[int, pa.Table] = {}
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cached = 0
         columns = ["tile_id", "scene_id", "row", "col"]
@@ -120,8 +129,11 @@ class Split:
             if self._files
             else pa.schema([TILE.field(name) for name in columns]).empty_table()
         )
-        # How tiles are spread over files is chance: the same tiles in the same order train the same network.
-        self._order = pc.sort_indices(index, [(name, "ascending") for name in ("scene_id", "row", "col")]).to_numpy()
+        # How tiles are spread over files is chance: the same tiles in the same order train the same network. Tiles of
+        # the same ground lie in the same files, so that it is read in pieces.
+        row, col = (index[name].to_numpy() for name in ("row", "col"))
+        scene = np.unique(index["scene_id"].to_pylist(), return_inverse=True)[1]
+        self._order = np.lexsort([col, row, col // GROUND, row // GROUND, scene])
         self.index = index.take(self._order)
         self.tile_ids: list[str] = self.index["tile_id"].to_pylist()
         self._class_index = np.full(256, IGNORE, np.uint8)
@@ -141,16 +153,28 @@ class Split:
         return image, self._class_index[labels], valid
 
     def _read_group(self, number: int) -> pa.Table:
+        if number in self._kept:
+            return self._kept[number]
         if number in self._cache:
             self._cache.move_to_end(number)
             return self._cache[number]
         _, file, group = self._groups[number]
         table = self._files[file].read_row_group(group, columns=["image", "labels", "valid"])
+        if self._scratch and shutil.disk_usage(self._scratch).free > 2 * table.nbytes + (1 << 28):
+            self._kept[number] = _mapped(table, os.path.join(self._scratch, str(number)))
+            return self._kept[number]
         self._cache[number] = table
         self._cached += table.nbytes
         while self._cached > self.cache_bytes and len(self._cache) > 1:
             self._cached -= self._cache.popitem(last=False)[1].nbytes
         return table
+
+
+def _mapped(table: pa.Table, path: str) -> pa.Table:
+    """The same table, in a file."""
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return pa.ipc.open_file(pa.memory_map(path)).read_all()
 
 
 def decode(data: Any) -> np.ndarray:

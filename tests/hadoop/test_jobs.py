@@ -26,7 +26,8 @@ from hadoop.cluster import Cluster
 from hadoop.conftest import SMALL
 from sattile import storage
 from sattile.dataset import petastorm_reader
-from sattile.storage import hdfs
+from sattile.storage import elsewhere, hdfs
+from sattile.training import data
 
 HERE = Path(__file__).resolve().parents[2]
 STEPS = str(Path(__file__).with_name("steps.py"))
@@ -128,6 +129,14 @@ def test_the_loop_on_yarn_gives_what_one_machine_gives(water: Path, tmp_path: Pa
             read.append({row.tile_id: (row.image.tobytes(), row.labels.tobytes()) for row in reader})
     assert read[0]
     assert read[0] == read[1]
+
+    splits = [data.Split(data.load_dataset(url), "train") for url in (str(tmp_path / "tiles"), "hdfs:///loop/tiles")]
+    for epoch in range(2):
+        before = elsewhere.bytes_fetched
+        mine, theirs = (list(data.batches(one, batch_size=6, worker=1, workers=2, epoch=epoch)) for one in splits)
+        assert (elsewhere.bytes_fetched > before) == (epoch == 0)  # its share stays on scratch
+        for ours, remote in zip(mine, theirs, strict=True):
+            assert all(map(np.array_equal, ours, remote))
 
     model = fetch("hdfs:///loop/model", tmp_path / "model")
     sattile("evaluate", "--model", str(model), "--dataset", str(tmp_path / "tiles"), "--split", "val",
@@ -309,9 +318,9 @@ def test_nothing_changes_whatever_dies(cluster: Cluster, water: Path, tmp_path: 
     scenes = tmp_path / "scenes"
     scenes.mkdir()
     for number in range(SCENES):
-        data = np.random.default_rng(number).integers(1, 4000, (7, 1500, 2100)).astype(np.uint16)
+        pixels = np.random.default_rng(number).integers(1, 4000, (7, 1500, 2100)).astype(np.uint16)
         write_scene(
-            scenes / f"s{number}.tif", data, names=bands, nodata=0,
+            scenes / f"s{number}.tif", pixels, names=bands, nodata=0,
             tiled=True, blockxsize=512, blockysize=512, compress="deflate",
         )  # fmt: skip
     put(scenes, "hdfs:///many scenes", tmp_path)
