@@ -27,6 +27,9 @@ STATISTICS = {band: {"mean": 1000.0, "std": 300.0} for band in BANDS}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A U-Net that was not trained, compared on noise: its agreement means nothing, but is there."""
+    import keras
+
+    keras.utils.set_random_seed(0)
     network = networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=STATISTICS)
     rng = np.random.default_rng(0)
     images = rng.integers(1, 3000, (3, 64, 96, 3)).astype(np.float32)
@@ -47,7 +50,7 @@ def test_the_bundle_says_how_far_both_agree(made: Bundle) -> None:
     assert made.openvino["precision"] == "bf16"
     images = np.random.default_rng(1).integers(1, 3000, (2, 64, 96, 3))
     one, other = (load_scorer(made, engine=engine)(images) for engine in ("tensorflow", "openvino"))
-    np.testing.assert_allclose(one, other, atol=0.05)
+    assert np.abs(one - other).mean() < 0.01
     assert not np.array_equal(one, other)  # two engines, indeed
 
 
