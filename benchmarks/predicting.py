@@ -167,10 +167,10 @@ def networks(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, 
     scene, pixels = _scene(folder, megapixels)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         model = pool.apply(unet_bundle, (folder,))
-    spark = session("local[2]")
     delivered = {}
-    try:
-        for engine in ("tensorflow", "openvino"):
+    for engine in ("tensorflow", "openvino"):
+        spark = session("local[2]")  # workers of its own: what they held at most is said of them
+        try:
             # The first run is the start: workers, the network's compilation, memory taken for the first time.
             predicted(spark, model, scene, folder / "unet_out", engine=engine)
             records, alone = [], []
@@ -180,18 +180,18 @@ def networks(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, 
                 settings = record["settings"]
                 window = settings["size"] + 2 * settings["halo"]
                 alone.append(bare_speed(model, engine, (settings["batch"], window, window, len(BANDS))))
-            evaluated = float(np.median([one["evaluated_mpix_per_s"] for one in records]))
-            delivered[engine] = float(np.median([one["delivered_mpix_per_s"] for one in records]))
-            found[engine] = evaluated / float(np.median(alone))
-            price = record["evaluated_pixels"] / record["delivered_pixels"]
-            print(
-                f"U-Net by {engine}, {pixels:.0f} Mpix, 2 cores: windows of {window} px, {evaluated:.2f} Mpix/s "
-                f"evaluated ({price:.2f} for each delivered), bare model {np.median(alone):.2f}, ratio "
-                f"{found[engine]:.2f}; peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker "
-                f"(medians of {repeats})"
-            )
-    finally:
-        spark.stop()
+        finally:
+            spark.stop()
+        evaluated = float(np.median([one["evaluated_mpix_per_s"] for one in records]))
+        delivered[engine] = float(np.median([one["delivered_mpix_per_s"] for one in records]))
+        found[engine] = evaluated / float(np.median(alone))
+        price = record["evaluated_pixels"] / record["delivered_pixels"]
+        print(
+            f"U-Net by {engine}, {pixels:.0f} Mpix, 2 cores: windows of {window} px, {evaluated:.2f} Mpix/s "
+            f"evaluated ({price:.2f} for each delivered), bare model {np.median(alone):.2f}, ratio "
+            f"{found[engine]:.2f}; peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker "
+            f"(medians of {repeats})"
+        )
     found["openvino_to_tensorflow"] = delivered["openvino"] / delivered["tensorflow"]
     print(
         f"OpenVINO to TensorFlow, delivered: {delivered['openvino']:.2f} to {delivered['tensorflow']:.2f} Mpix/s, "
