@@ -447,7 +447,7 @@ def choose_engine(bundle: Bundle, engine: str = "auto", *, gpu: bool = False) ->
         raise UsageError(f"engine {engine!r}: use {', '.join(ENGINES)}")
     if engine == "openvino":
         if not scorers.has_openvino():
-            raise UsageError("engine openvino: it is not installed here: pip install 'sattile[openvino]'")
+            raise UsageError(scorers.NO_OPENVINO)
         if not bundle.openvino:
             raise UsageError(
                 f"engine openvino: model {bundle.url} was made where OpenVINO was not installed, or could not be "

@@ -6,6 +6,7 @@ is fixed.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -104,6 +105,10 @@ def _both(scores: np.ndarray, second: bool) -> np.ndarray:
 # --- OpenVINO -----------------------------------------------------------------------------------------------------
 
 
+NO_OPENVINO = "engine openvino: it is not installed here: pip install 'sattile[openvino]'"
+
+
+@functools.cache  # asked for each block
 def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
@@ -116,7 +121,7 @@ def _openvino() -> Any:
     try:
         import openvino
     except ImportError:
-        raise UsageError("engine openvino: it is not installed here: pip install 'sattile[openvino]'") from None
+        raise UsageError(NO_OPENVINO) from None
     return openvino
 
 

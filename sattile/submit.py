@@ -47,9 +47,6 @@ STATUS = re.compile(r"(?:exited with status|exitCode:?|exit code:) (\d+)")
 FLAGS = ("--verbose", "-v", "--supervise", "--version", "--usage-error")
 """Options of spark-submit that no value follows."""
 
-EDITABLE = r"/__editable__|/sattile-[^/]*\.dist-info"
-"""The library's own entries in the environment: it travels apart."""
-
 NOISE = re.compile(
     r" INFO |Application report for|^\s+(client|ApplicationM|queue|start|final|tracking|user|diagnostics: (N/A|AM ))"
     r"|^\s+at |^Exception in thread|^Using |^NOTE: Picked up |^WARNING: Using|NativeCodeLoader"
@@ -469,6 +466,7 @@ def write_environment(path: str) -> None:
         )
 
     def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        # The library's own entries: it travels apart.
         editable = re.search(
             r"/__editable__|/easy-install\.pth|sattile\.egg-link|/sattile-[^/]*\.dist-info", member.name
         )

@@ -1,6 +1,6 @@
 """A tiles dataset as batches: the same global batches for any number of workers.
 
-The rows of a split, by scene, row and column, are cut into 12 virtual shards. Slot `j` of an epoch is filled from
+The rows of a split, by scene and place, are cut into 12 virtual shards. Slot `j` of an epoch is filled from
 shard `j mod 12`, and worker `i` of `N` (a divisor of 12) takes the slots with `j mod N = i`: it reads its own shards
 only, and the union over the workers does not depend on `N`.
 """
