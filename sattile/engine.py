@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -309,3 +311,45 @@ def progress(spark: SparkSession, text: str) -> Iterator[None]:
         if bar is not None:
             bar.close()
         context.setLocalProperty("spark.jobGroup.id", "")
+
+
+@contextmanager
+def few_rows_a_batch(spark: SparkSession) -> Iterator[None]:
+    """Rows here hold megabytes: Arrow's default of 10,000 rows a batch would be gigabytes."""
+    name = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    before = spark.conf.get(name)
+    spark.conf.set(name, "4")
+    try:
+        yield
+    finally:
+        if before is not None:
+            spark.conf.set(name, before)
+
+
+def in_waves(spark: SparkSession, waves: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
+    """Results of `work` on each wave, in order; two are under way, so that the end of one leaves no core idle."""
+    pool = ThreadPoolExecutor(2)
+    group = spark.sparkContext.getLocalProperty("spark.jobGroup.id")
+    running: deque[Any] = deque()
+    try:
+        for wave in waves:
+            running.append(pool.submit(_with_job_group(spark, partial(work, wave))))
+            if len(running) == 2:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    except BaseException:
+        if group:
+            spark.sparkContext.cancelJobGroup(group)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _with_job_group(spark: SparkSession, function: Callable[[], Any]) -> Callable[[], Any]:
+    """The caller's job group goes with the thread: progress and cancelling see its jobs."""
+    import pyspark
+
+    if pyspark.__version__ < "4":
+        return pyspark.inheritable_thread_target(function)
+    return pyspark.inheritable_thread_target(spark)(function)

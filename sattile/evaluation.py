@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sattile import cog, metrics, prediction, storage
+from sattile import cog, inference, metrics, prediction, storage
 from sattile import engine as engines
 from sattile import labels as label_module
 from sattile.dataset import read_dataset
 from sattile.errors import UsageError
 from sattile.grid import Geometry, Window, ceil_to
+from sattile.inference import BlockRead, Inference, Labelled, Piece
 from sattile.model import Bundle, load_bundle, load_scorer
-from sattile.prediction import BlockRead, Inference, Labelled, Piece
 from sattile.record import Run
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
+from sattile.scorers import Scorer
 from sattile.stitch import to_labels
 
 if TYPE_CHECKING:
@@ -131,12 +132,12 @@ def evaluate(
             raise UsageError("merge, size, stride and halo are for --scenes: tiles are inferred one by one")
         if any(one is not None for one in (bands, pattern, attribute, ignore, background, aoi)):
             raise UsageError("bands, pattern, attribute, ignore, background and aoi are for --scenes and --labels")
-        job = _tile_job(prediction.prepare(bundle, **shared), description["size"])
-        settings |= prediction.describe_job(job) | {"dataset": description["digest"], "split": split}
+        job = _tile_job(inference.prepare(bundle, **shared), description["size"])
+        settings |= inference.describe_job(job) | {"dataset": description["digest"], "split": split}
     else:
         area = prediction.read_aoi(aoi)
-        job = prediction.prepare(bundle, merge=merge, size=size, stride=stride, halo=halo, aoi=area, **shared)
-        settings |= prediction.describe_job(job) | {
+        job = inference.prepare(bundle, merge=merge, size=size, stride=stride, halo=halo, aoi=area, **shared)
+        settings |= inference.describe_job(job) | {
             "bands": asked, "pattern": pattern, "labels": labels, "attribute": attribute, "ignore": ignore,
             "background": background, "max_gsd_ratio": max_gsd_ratio,
         }  # fmt: skip
@@ -250,10 +251,10 @@ def _on_scenes(
     rows: list[Any] = []
     with (
         run.stage("infer and compare") as stage,
-        prediction.few_rows_a_batch(spark),
+        engines.few_rows_a_batch(spark),
         engines.progress(spark, "evaluate"),
     ):
-        for wave in prediction.in_waves(spark, prediction.waves_of(pieces), work):
+        for wave in engines.in_waves(spark, prediction.waves_of(pieces), work):
             rows.extend(wave)
         bad = {row.scene_id: row.reason for row in rows if row.reason}
         rows = [row for row in rows if row.scene_id not in bad]
@@ -261,7 +262,7 @@ def _on_scenes(
     run.refuse([Refusal(urls[key], "evaluate", reason) for key, reason in sorted(bad.items())])
     run.done = len(found) - len(bad)
     shown = [_sample_window(by_id(found)[row.scene_id], row) for row in _telling(rows, samples)]
-    with run.stage("pictures"), prediction.few_rows_a_batch(spark):
+    with run.stage("pictures"), engines.few_rows_a_batch(spark):
         if shown:
             pictured = replace(job, image=True)
             chosen = [Piece(scene, window, matched.sources[scene.scene_id]) for scene, window in shown]
@@ -316,7 +317,7 @@ def count_blocks(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) 
     import pandas as pd
 
     numbers = (int(number) for frame in frames for number in frame["id"])
-    for done in prediction.label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
+    for done in inference.label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
         yield pd.DataFrame([_count(done, job)], columns=COLUMNS)
 
 
@@ -351,7 +352,7 @@ def _tile_job(job: Inference, size: int) -> Inference:
     else:
         edge = job.bundle.input_shape[0]
         geometry = Geometry("blend", edge, max(edge // 2, 1), 0, 1, True)
-    batch = max(min(prediction.BATCH_PIXELS // edge**2, 16), 1)
+    batch = max(min(inference.BATCH_PIXELS // edge**2, 16), 1)
     return replace(job, geometry=geometry, batch=batch)
 
 
@@ -378,7 +379,7 @@ def _on_tiles(
     sent = spark.sparkContext.broadcast(groups)
     with (
         run.stage("infer and compare") as stage,
-        prediction.few_rows_a_batch(spark),
+        engines.few_rows_a_batch(spark),
         engines.progress(spark, "evaluate"),
     ):
         numbers = spark.range(0, len(groups), 1, len(groups))
@@ -386,7 +387,7 @@ def _on_tiles(
         rows = numbers.mapInPandas(count, COUNTED).collect()
         stage.pixels = sum(row.height * row.width for row in rows)
         chosen = {(row.scene_id, row.row, row.col) for row in _telling(rows, samples)}
-    with run.stage("pictures"), prediction.few_rows_a_batch(spark):
+    with run.stage("pictures"), engines.few_rows_a_batch(spark):
         drawn = []
         if chosen:
             wanted = [
@@ -509,7 +510,7 @@ def _npy(data: bytes) -> np.ndarray:
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 
-def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: prediction.Scorer) -> Iterator[Labelled]:
+def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: Scorer) -> Iterator[Labelled]:
     """Each tile as a scene of its own; where one window covers a tile, a batch of tiles is one evaluation."""
     together: dict[int, np.ndarray] = {}
     height, width = tiles[0].truth.shape
@@ -529,14 +530,14 @@ def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: prediction.Scor
             done = Labelled(
                 Piece(scene, window), labels=labels, truth=one.truth, wanted=one.valid,
                 image=one.image if job.image else None,
-                evaluated=batch[0, ..., 0].size * job.batch if index == 0 else 0, memory_mb=prediction.own_peak_mb(),
+                evaluated=batch[0, ..., 0].size * job.batch if index == 0 else 0, memory_mb=inference.own_peak_mb(),
             )  # fmt: skip
         else:
             region = job.geometry.region(height, width, window)
             added = ((0, region.height - height), (0, region.width - width))
             data, valid = np.pad(one.image, (*added, (0, 0))), np.pad(one.valid, added)
             read = BlockRead(region, data, valid, one.valid, one.truth, 0.0)
-            done = prediction.label_block(Piece(scene, window), read, job, scorer)
+            done = inference.label_block(Piece(scene, window), read, job, scorer)
         place = Window(one.row, one.col, height, width)
         yield replace(done, piece=Piece(scene, place))
 

@@ -7,35 +7,38 @@ goes through in waves, so that what is finished is published while the rest is s
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
-import resource
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sattile import engine as engines
 from sattile import labels as label_module
-from sattile import mosaic, raster, record, storage
-from sattile.decoder import decoder
+from sattile import mosaic, record, storage
 from sattile.errors import Refused, UsageError
-from sattile.grid import Geometry, Placement, Window, blocks, ceil_to, choose_geometry
-from sattile.labels import LabelSource
-from sattile.model import Bundle, choose_engine, load_bundle, load_scorer
+from sattile.grid import Window, blocks
+from sattile.inference import (
+    Inference,
+    Labelled,
+    Piece,
+    block_memory,
+    describe_job,
+    label_blocks,
+    own_peak_mb,
+    parse_memory,
+    prepare,
+)
+from sattile.model import Bundle, load_bundle
 from sattile.mosaic import Part, Product
 from sattile.record import Run
 from sattile.schema import Refusal, Scene
-from sattile.scorers import Scorer
-from sattile.stitch import NODATA, Stitcher, blend_weights, to_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,17 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sattile")
 
-WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 600_000_000}
-"""Bytes a worker holds before it reads a pixel: Python, the engine, the decoder with GDAL and its cache (measured)."""
-
-ACTIVATIONS = {"tensorflow": 1.0, "openvino": 0.45}
-"""What an engine holds for each byte of a bundle's `activation_bytes` (measured)."""
-
 ROW_BYTES = 16_000_000
 """Most that one row brings to the writer, before compression: a JVM holds several at once."""
-
-BATCH_PIXELS = 512 * 512
-"""Small windows share a batch up to this many pixels; on CPUs larger batches win nothing."""
 
 TASK_PIXELS = 24_000_000
 """Most pixels that one task evaluates: some seconds to half a minute, so that the end is even and a retry is cheap."""
@@ -64,255 +58,6 @@ WAVE_PIXELS = 1_000_000_000
 WAVE_SCENES = 64
 
 MOST_WRITER_THREADS = 4
-
-
-# --- one block: what runs on executors ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Inference:
-    """How blocks are labelled; everything a task has to know, fixed once on the driver.
-
-    Attributes:
-        bundle: the network.
-        geometry: how it is laid over a scene.
-        batch: windows of one evaluation; always as many (the last ones are padded), so that shapes never vary.
-        engine, threads: what runs it.
-        fill: value of invalid and added pixels, per band.
-        threshold: see `stitch.to_labels`.
-        nodata: overrides what files declare.
-        aoi: (WKB, CRS); pixels outside are nodata.
-        scores, coverage: whether these are wanted beside the labels.
-        image: whether to hand out the pixels read, too.
-    """
-
-    bundle: Bundle
-    geometry: Geometry
-    batch: int
-    engine: str
-    threads: int
-    fill: tuple[float, ...]
-    threshold: float | None = None
-    nodata: float | None = None
-    aoi: tuple[bytes, str] | None = None
-    scores: bool = False
-    coverage: bool = False
-    image: bool = False
-
-    @property
-    def class_ids(self) -> np.ndarray:
-        return np.array([one.id for one in self.bundle.classes], np.uint8)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A block to be labelled, and the labels to compare it with, if any."""
-
-    scene: Scene
-    block: Window
-    truth: LabelSource | None = None
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A labelled block, or the reason why its scene is refused.
-
-    Attributes:
-        labels: (height, width) uint8.
-        scores: (height, width, classes) float32, NaN without data; if wanted.
-        coverage: (height, width) uint32; if wanted.
-        truth: (height, width) uint8, IGNORE where unlabelled; if the piece had labels.
-        image: (height, width, bands) as read; if asked for.
-        wanted: (height, width) bool: pixels with data (and inside the aoi).
-        evaluated: pixels that the network ran on.
-        memory_mb: peak of this worker and its decoder.
-    """
-
-    piece: Piece
-    reason: str | None = None
-    labels: np.ndarray | None = None
-    scores: np.ndarray | None = None
-    coverage: np.ndarray | None = None
-    truth: np.ndarray | None = None
-    image: np.ndarray | None = None
-    wanted: np.ndarray | None = None
-    evaluated: int = 0
-    memory_mb: float = 0.0
-
-
-def label_blocks(pieces: Iterable[Piece], job: Inference) -> Iterator[Labelled]:
-    """Label blocks one after the other; the next is read while the present one is inferred.
-
-    A scene of which a block can't be read is refused: one result says why, and its further blocks are left out.
-    """
-    queue, refused = iter(pieces), set()
-    reader = decoder()
-
-    def read_ahead() -> Piece | None:
-        for piece in queue:
-            if piece.scene.scene_id not in refused:
-                reader.submit(
-                    read_block,
-                    piece,
-                    job.geometry,
-                    scaled=job.bundle.values == "scaled",
-                    nodata=job.nodata,
-                    aoi=job.aoi,
-                )
-                return piece
-        return None
-
-    following = read_ahead()
-    try:
-        while following is not None:
-            piece, following = following, None
-            try:
-                block = reader.result()
-            except Refused as error:
-                refused.add(piece.scene.scene_id)
-                yield Labelled(piece, error.reason)
-                following = read_ahead()
-                continue
-            following = read_ahead()
-            yield label_block(piece, block, job, load_scorer(job.bundle, engine=job.engine, threads=job.threads))
-    finally:
-        if following is not None:  # the decoder serves other tasks of this process: leave nothing in it
-            with suppress(Exception):
-                reader.result()
-
-
-@dataclass(frozen=True)
-class BlockRead:
-    """Pixels of a block with its context.
-
-    Attributes:
-        region: where `data` lies.
-        data: (height, width, bands), valid: (height, width) bool, both of `region`.
-        wanted: (height, width) bool of the block: valid and inside the aoi.
-        truth: (height, width) uint8 of the block.
-        memory_mb: peak of the process that read it.
-    """
-
-    region: Window
-    data: np.ndarray
-    valid: np.ndarray
-    wanted: np.ndarray
-    truth: np.ndarray | None
-    memory_mb: float
-
-
-def read_block(
-    piece: Piece,
-    geometry: Geometry,
-    *,
-    scaled: bool,
-    nodata: float | None = None,
-    aoi: tuple[bytes, str] | None = None,
-) -> BlockRead:
-    """Read a block, its context and its labels, in one visit. Runs in the decoder.
-
-    Raises:
-        Refused: if the scene or its labels can't be read.
-    """
-    scene, block = piece.scene, piece.block
-    region = geometry.region(scene.height, scene.width, block)
-    inside = raster.aoi_mask(*aoi, scene, block) if aoi else None
-    truth = label_module.read(piece.truth, scene, block) if piece.truth else None
-    if inside is not None and not inside.any():
-        region = block
-        data, valid = np.zeros((*block.shape, 0)), np.zeros(block.shape, bool)
-    else:
-        data, valid = raster.read(scene, region, nodata=nodata, scaled=scaled)
-    wanted = valid[block.slices(region)]
-    return BlockRead(region, data, valid, wanted if inside is None else wanted & inside, truth, record.peak_memory_mb())
-
-
-def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -> Labelled:
-    """Infer, add up and decide one block that has been read. Pure but for the network."""
-    block, classes = piece.block, len(job.bundle.classes)
-    labels = np.full(block.shape, NODATA, np.uint8)
-    scores = np.full((*block.shape, classes), np.nan, np.float32) if job.scores else None
-    coverage = np.zeros(block.shape, np.uint32) if job.coverage else None
-    placements = [
-        one
-        for one in job.geometry.placements(piece.scene.height, piece.scene.width, block)
-        if read.wanted[one.keep.slices(block)].any()
-    ]
-    evaluated = 0
-    if job.geometry.merge == "crop":
-        for place, window in run_windows(placements, read, job, scorer, piece.scene):
-            part = place.keep.slices(block)
-            kept, wanted = window[place.keep.slices(place.read)], read.wanted[part]
-            labels[part] = to_labels(kept, wanted, job.class_ids, job.threshold)
-            if scores is not None:
-                scores[part] = np.where(wanted[..., None], kept, np.nan)
-        if coverage is not None:
-            coverage[:] = read.wanted
-    elif placements:
-        stitcher = Stitcher(block, classes)
-        weights = _weights(*placements[0].read.shape)
-        for place, window in run_windows(placements, read, job, scorer, piece.scene):
-            inside = place.keep.slices(place.read)
-            stitcher.add(place.keep, window[inside], read.wanted[place.keep.slices(block)], weights[inside])
-        # A strip at a time: the normalised map of the whole block would be half as large as the sums again.
-        for start in range(0, block.height, 256):
-            rows = slice(start, min(start + 256, block.height))
-            strip = stitcher.scores(rows)
-            labels[rows] = to_labels(strip, read.wanted[rows], job.class_ids, job.threshold)
-            if scores is not None:
-                scores[rows] = strip
-        if coverage is not None:
-            coverage[:] = stitcher.coverage
-    if placements:
-        count = batch_for(job, piece.scene)
-        evaluated = ceil_to(len(placements), count) * placements[0].read.area
-    image = read.data[block.slices(read.region)] if job.image else None
-    return Labelled(
-        piece, labels=labels, scores=scores, coverage=coverage, truth=read.truth, image=image, wanted=read.wanted,
-        evaluated=evaluated, memory_mb=own_peak_mb() + read.memory_mb,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=8)
-def _weights(height: int, width: int) -> np.ndarray:
-    return blend_weights(height, width)
-
-
-def batch_for(job: Inference, scene: Scene) -> int:
-    """Windows of one evaluation on this scene; follows from the scene, not from how it is cut into blocks."""
-    return min(job.batch, max(job.geometry.count(scene.height, scene.width, max(scene.height, scene.width)), 1))
-
-
-def run_windows(
-    placements: Sequence[Placement], read: BlockRead, job: Inference, scorer: Scorer, scene: Scene
-) -> Iterator[tuple[Placement, np.ndarray]]:
-    """The network's scores, (height, width, classes) float32, of each placement, in order.
-
-    Pixels that are not valid, or lie beyond the scene, are `fill` for the network.
-    """
-    if not placements:
-        return
-    count, shape = batch_for(job, scene), placements[0].read.shape
-    fill = np.asarray(job.fill, np.float32)
-    batch = np.empty((count, *shape, len(job.bundle.bands)), np.float32)
-    for first in range(0, len(placements), count):
-        group = placements[first : first + count]
-        for index in range(count):
-            if index >= len(group):
-                batch[index] = fill
-                continue
-            part = group[index].read.slices(read.region)
-            batch[index] = read.data[part]
-            valid = read.valid[part]
-            if not valid.all():
-                batch[index][~valid] = fill
-        scores = scorer(batch)
-        yield from zip(group, scores, strict=False)
-
-
-def own_peak_mb() -> float:
-    """The most memory this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # --- the plan: what runs on the driver ----------------------------------------------------------------------------
@@ -353,90 +98,6 @@ class Plan:
             "worker_memory_mb": round(self.memory / 1e6),
             "seconds": round(self.evaluated / 1e6 / speed, 1) if speed else None,
         }
-
-
-def parse_memory(value: int | str) -> int:
-    """`1500000000`, `1500m`, `3g` -> bytes.
-
-    Raises:
-        UsageError: for anything else.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", str(value).strip().lower())
-    if not match:
-        raise UsageError(f"worker_memory {value!r}: give bytes, or a number with m or g, such as 3g")
-    return int(float(match.group(1)) * 1024 ** " kmgt".index(match.group(2) or " "))
-
-
-def prepare(
-    bundle: Bundle,
-    *,
-    merge: str | None = None,
-    size: int | None = None,
-    stride: int | None = None,
-    halo: int | None = None,
-    engine: str = "auto",
-    gpu: bool = False,
-    threads: int = 1,
-    fill: float | str | Sequence[float] | None = None,
-    threshold: float | None = None,
-    nodata: float | None = None,
-    aoi: tuple[bytes, str] | None = None,
-    scores: bool = False,
-    coverage: bool = False,
-    worker_memory: int | str = "3g",
-) -> Inference:
-    """Everything about a run that does not depend on the scenes, checked.
-
-    Raises:
-        UsageError: for a geometry, engine, fill or threshold that cannot be.
-    """
-    chosen = choose_engine(bundle, engine, gpu=gpu)
-    if threshold is not None and not math.isfinite(threshold):
-        raise UsageError(f"threshold {threshold}: give a score")
-    given = _fill(bundle, fill)
-    room = max(parse_memory(worker_memory) - WORKER_BASE[chosen], 0)
-    per_pixel = bundle.activation_bytes * ACTIVATIONS[chosen] + 4 * len(bundle.bands) + 4 * len(bundle.classes)
-    max_input = max(math.isqrt(int(room * 0.7 / per_pixel)), 64)
-    geometry = choose_geometry(
-        total_stride=bundle.total_stride, radius=bundle.receptive_radius, input_shape=bundle.input_shape,
-        merge=merge, size=size, stride=stride, halo=halo, max_input=max_input,
-    )  # fmt: skip
-    batch = max(min(BATCH_PIXELS // geometry.input_size**2, 16), 1)
-    return Inference(
-        bundle, geometry, batch, chosen, threads, given,
-        threshold, nodata, aoi, scores, coverage,
-    )  # fmt: skip
-
-
-def _fill(bundle: Bundle, fill: float | str | Sequence[float] | None) -> tuple[float, ...]:
-    if fill is None:
-        return tuple(bundle.fill)
-    try:
-        parts = fill.split(",") if isinstance(fill, str) else [fill] if isinstance(fill, int | float) else list(fill)
-        values = tuple(float(part) for part in parts)
-    except ValueError:
-        raise UsageError(f"fill {fill!r}: give a number, or one a band, such as 0,0,0,0") from None
-    values = values * len(bundle.bands) if len(values) == 1 else values
-    if len(values) != len(bundle.bands) or not all(map(math.isfinite, values)):
-        raise UsageError(f"fill {fill!r}: give one finite number, or {len(bundle.bands)} ({', '.join(bundle.bands)})")
-    return values
-
-
-def block_memory(job: Inference, edge: int) -> int:
-    """Bytes that a worker needs for blocks of this edge, its network included: an estimate."""
-    bands, classes = len(job.bundle.bands), len(job.bundle.classes)
-    geometry = job.geometry
-    context = geometry.halo if geometry.merge == "crop" else geometry.size
-    read = (edge + 2 * context) ** 2 * (4 * bands + 1)
-    window = (
-        geometry.input_size**2
-        * job.batch
-        * (job.bundle.activation_bytes * ACTIVATIONS[job.engine] + 4 * bands + 4 * classes)
-    )
-    sums = edge**2 * (8 * classes + 8) if geometry.merge == "blend" else 0
-    out = edge**2 * (2 + 4 * classes * job.scores + 4 * job.coverage)
-    # Twice what is read: the block being inferred here, the next one in the decoder.
-    return int(WORKER_BASE[job.engine] + 2 * read + window + sums + out)
 
 
 def choose_edge(job: Inference, scenes: Sequence[Scene], memory: int, slots: int) -> int:
@@ -737,19 +398,6 @@ def _part(row: Any, classes: int) -> Part:
     )
 
 
-@contextmanager
-def few_rows_a_batch(spark: SparkSession) -> Iterator[None]:
-    """Rows here hold megabytes: Arrow's default of 10,000 rows a batch would be gigabytes."""
-    name = "spark.sql.execution.arrow.maxRecordsPerBatch"
-    before = spark.conf.get(name)
-    spark.conf.set(name, "4")
-    try:
-        yield
-    finally:
-        if before is not None:
-            spark.conf.set(name, before)
-
-
 def _run_wave(
     spark: SparkSession, pieces: Sequence[Piece], job: Inference, product: Product, staging: str
 ) -> list[Row]:
@@ -772,35 +420,6 @@ def _run_wave(
     finally:
         tasks_sent.unpersist()
         scenes_sent.unpersist()
-
-
-def in_waves(spark: SparkSession, waves: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
-    """Results of `work` on each wave, in order; two are under way, so that the end of one leaves no core idle."""
-    pool = ThreadPoolExecutor(2)
-    group = spark.sparkContext.getLocalProperty("spark.jobGroup.id")
-    running: deque[Any] = deque()
-    try:
-        for wave in waves:
-            running.append(pool.submit(_with_job_group(spark, partial(work, wave))))
-            if len(running) == 2:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    except BaseException:
-        if group:
-            spark.sparkContext.cancelJobGroup(group)
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _with_job_group(spark: SparkSession, function: Callable[[], Any]) -> Callable[[], Any]:
-    """The caller's job group goes with the thread: progress and cancelling see its jobs."""
-    import pyspark
-
-    if pyspark.__version__ < "4":
-        return pyspark.inheritable_thread_target(function)
-    return pyspark.inheritable_thread_target(spark)(function)
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -938,8 +557,8 @@ def _compute(spark: SparkSession, todo: Plan, product: Product, out: str, stagin
         area[piece.scene.scene_id] += piece.block.area
     evaluated = delivered = valid = 0
     work = partial(_run_wave, spark, job=todo.job, product=product, staging=staging)
-    with run.stage("infer and write") as stage, few_rows_a_batch(spark), engines.progress(spark, "predict"):
-        for rows in in_waves(spark, waves_of(todo.pieces), work):
+    with run.stage("infer and write") as stage, engines.few_rows_a_batch(spark), engines.progress(spark, "predict"):
+        for rows in engines.in_waves(spark, waves_of(todo.pieces), work):
             for row in sorted(rows, key=lambda one: one.scene_id):
                 run.peak_memory = max(run.peak_memory, row.memory_mb)
                 evaluated += row.evaluated
@@ -972,24 +591,6 @@ def _clean(out: str, found: Sequence[Scene], replacing: bool, product: Product) 
             storage.remove(storage.join(out, name))
         else:
             log.info("predict: %s is of an earlier run, and its scene was refused or not given now; left so", name)
-
-
-def describe_job(job: Inference) -> dict[str, Any]:
-    """All of a job that shapes its result, as JSON: part of the settings of a run."""
-    bundle = job.bundle
-    network = {
-        "digest": bundle.digest, "bands": list(bundle.bands), "values": bundle.values, "output": bundle.output,
-        "classes": [asdict(one) for one in bundle.classes], "gsd": bundle.gsd,
-    }  # fmt: skip
-    return json.loads(
-        json.dumps(
-            {
-                "model": storage.digest(network), **asdict(job.geometry), "batch": job.batch, "engine": job.engine,
-                "threads": job.threads, "fill": job.fill, "threshold": job.threshold, "nodata": job.nodata,
-                "aoi": storage.digest([job.aoi[0].hex(), job.aoi[1]]) if job.aoi else None,
-            }
-        )
-    )  # fmt: skip
 
 
 def last_speed(out: str) -> float | None:

@@ -17,6 +17,7 @@ LAYERS = [
     {"pipeline"},
     {"evaluation"},
     {"tiles", "training", "prediction"},
+    {"inference"},
     {"scenes", "labels", "model", "mosaic", "reporting", "demo", "doctor"},
     {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "scorers"},
     {"schema", "stitch"},

@@ -22,11 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes_for_tests import write_scene
 
-from sattile import mosaic, prediction
+from sattile import inference, mosaic, prediction
 from sattile.errors import TooManyRefused, UsageError
 from sattile.grid import Geometry, Window, blocks, ceil_to
+from sattile.inference import BlockRead, Inference, Piece, label_block
 from sattile.model import Bundle, load_bundle
-from sattile.prediction import BlockRead, Inference, Piece, label_block, predict
+from sattile.prediction import predict
 from sattile.schema import Band, Scene, SegmentClass
 
 quick = settings(deadline=None, max_examples=40)
@@ -186,18 +187,18 @@ def test_batches_are_of_one_shape_and_windows_without_data_are_not_evaluated() -
     run(job, scorer, data, valid, 24)
     assert seen == [(4, 8, 8, 2), (4, 8, 8, 2)]
     # A scene of fewer windows than a batch has them all in one, without padding.
-    assert prediction.batch_for(job, scene_of(8, 16)) == 2
+    assert inference.batch_for(job, scene_of(8, 16)) == 2
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------
 
 
 def test_memory_is_read_as_people_write_it() -> None:
-    assert prediction.parse_memory("1500m") == 1500 * 2**20
-    assert prediction.parse_memory("3g") == prediction.parse_memory("3 GiB") == 3 * 2**30
-    assert prediction.parse_memory(5) == 5
+    assert inference.parse_memory("1500m") == 1500 * 2**20
+    assert inference.parse_memory("3g") == inference.parse_memory("3 GiB") == 3 * 2**30
+    assert inference.parse_memory(5) == 5
     with pytest.raises(UsageError, match="3g"):
-        prediction.parse_memory("much")
+        inference.parse_memory("much")
 
 
 @given(st.integers(100, 4000), st.one_of(st.none(), st.integers(0, 200)), st.sampled_from(["1500m", "3g", "12g"]))
@@ -206,16 +207,16 @@ def test_windows_and_blocks_follow_from_the_memory_of_a_worker(
     activation: int, radius: int | None, memory: str
 ) -> None:
     bundle = bundle_of(activation_bytes=float(activation), receptive_radius=radius, total_stride=8)
-    job = prediction.prepare(bundle, worker_memory=memory)
+    job = inference.prepare(bundle, worker_memory=memory)
     scenes = [scene_of(20_000, 30_000)]
-    edge = prediction.choose_edge(job, scenes, prediction.parse_memory(memory), 2)
+    edge = prediction.choose_edge(job, scenes, inference.parse_memory(memory), 2)
     unit = job.geometry.size if job.geometry.merge == "crop" else 512
     assert edge % unit == 0
-    assert edge == unit or prediction.block_memory(job, edge) <= prediction.parse_memory(memory)
+    assert edge == unit or inference.block_memory(job, edge) <= inference.parse_memory(memory)
 
 
 def test_a_plan_counts_pixels_and_cuts_tasks_and_waves(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = prediction.prepare(bundle_of(receptive_radius=10, total_stride=2), size=100)
+    job = inference.prepare(bundle_of(receptive_radius=10, total_stride=2), size=100)
     scenes = [scene_of(300, 500, "a"), scene_of(90, 40, "b"), scene_of(1000, 250, "c")]
     plan = prediction.plan(job, scenes, slots=2)
     assert plan.delivered == 300 * 500 + 90 * 40 + 1000 * 250
@@ -263,7 +264,7 @@ def test_scenes_within_the_ratio_or_without_a_gsd_are_fine_and_bands_come_in_the
 )
 def test_what_cannot_be_is_refused_before_anything_runs(wish: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        prediction.prepare(bundle_of(receptive_radius=8, total_stride=4), **wish)
+        inference.prepare(bundle_of(receptive_radius=8, total_stride=4), **wish)
 
 
 # --- runs on Spark ------------------------------------------------------------------------------------------------
