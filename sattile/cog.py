@@ -151,6 +151,12 @@ def preview(path: str, edge: int = 1024) -> np.ndarray:
         return file.read(1, out_shape=shape, resampling=Resampling.nearest)
 
 
+def read_png(data: bytes) -> np.ndarray:
+    """What `encode_png` made of palette indices: (height, width) uint8."""
+    with _quiet(), rasterio.MemoryFile(data) as memory, memory.open(driver="PNG") as file:
+        return file.read(1)
+
+
 def encode_png(pixels: np.ndarray, palette: dict[int, tuple[int, int, int]] | None = None) -> bytes:
     """A PNG, the same bytes everywhere.
 
@@ -179,7 +185,9 @@ def rgb(color: str) -> tuple[int, int, int]:
     return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
 
 
-def layers(classes: Sequence[tuple[int, str, str]], *, scores: bool, coverage: bool) -> list[Layer]:
+def layers(
+    classes: Sequence[tuple[int, str, str]], *, scores: bool, coverage: bool, scenes: bool = False
+) -> list[Layer]:
     """The rasters of one mosaic.
 
     Args:
@@ -187,6 +195,7 @@ def layers(classes: Sequence[tuple[int, str, str]], *, scores: bool, coverage: b
         scores: with the network's scores, a float32 band a class, NaN where there is no data.
         coverage: with the sum of (integer) blend weights that each pixel received, uint32, 0 where there is no data;
             in `crop` each pixel has one owner and so 1.
+        scenes: with the number of scenes that each pixel comes from, uint16.
     """
     colors = tuple((class_id, rgb(color)) for class_id, _, color in classes)
     found = [Layer("labels", "uint8", ("labels",), 255, "mode", colors)]
@@ -194,4 +203,6 @@ def layers(classes: Sequence[tuple[int, str, str]], *, scores: bool, coverage: b
         found.append(Layer("scores", "float32", tuple(name for _, name, _ in classes), float("nan"), "average"))
     if coverage:
         found.append(Layer("coverage", "uint32", ("coverage",), None, "average"))
+    if scenes:
+        found.append(Layer("scenes", "uint16", ("scenes",), None, "mode"))
     return found

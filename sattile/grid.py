@@ -168,6 +168,40 @@ class Geometry:
                 if keep.area:
                     yield Placement(Window(read_row, read_col, in_height, in_width), keep)
 
+    def cover(self, height: int, width: int, need: Window) -> list[Placement]:
+        """The evaluations for any rectangle of a scene of `height` x `width`, which no lattice is laid for.
+
+        In `crop` the rectangle is cut into as few equal parts as `size` allows, each an input of its own, so that
+        hardly more is evaluated than is needed; inputs are of one shape. In `blend` the lattice is the scene's.
+        """
+        if self.merge != "crop":
+            return list(self.placements(height, width, need))
+        scene = Window(0, 0, height, width)
+        rows = list(self._parts(height, need.row, need.height))
+        cols = list(self._parts(width, need.col, need.width))
+        found = []
+        for read_row, in_height, row, stop_row in rows:
+            for read_col, in_width, col, stop_col in cols:
+                keep = Window(row, col, stop_row - row, stop_col - col) & need & scene
+                if keep.area:
+                    found.append(Placement(Window(read_row, read_col, in_height, in_width), keep))
+        return found
+
+    def _parts(self, extent: int, start: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+        """(begin and length of the input, start and stop of what is kept) along one axis."""
+        step = self.total_stride
+        part = ceil_to(-(-length // -(-length // self.size)), step)
+        if self.fixed:
+            size = self.input_size
+        else:
+            # A kept part begins anywhere, an input on the stride; and shapes are compiled: few are better.
+            size = ceil_to(part + step - 1, step * SHAPES // gcd(step, SHAPES)) + 2 * self.halo
+            size = min(size, ceil_to(extent, step))
+        extended = max(ceil_to(extent, step), size)
+        for row in range(start, start + length, part):
+            begin = min(max(row // step * step - self.halo, 0), extended - size)
+            yield begin, size, row, min(row + part, start + length)
+
     def region(self, height: int, width: int, block: Window) -> Window:
         """All that the evaluations of one block read: the block and its context, as one rectangle."""
         in_height, in_width = self.input_shape(height, width)
@@ -237,6 +271,9 @@ def check_geometry(geometry: Geometry, radius: int | None) -> None:
             f"use stride {max(geometry.size // 2 // step, 1) * step}"
         )
 
+
+SHAPES = 32
+"""Inputs that follow from what is needed have edges of multiples of this, but for the halo."""
 
 CELL = 512
 """Cells of `crop` are multiples of a COG's own tiles, where the total stride allows it."""

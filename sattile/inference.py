@@ -316,9 +316,9 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
         for one in job.geometry.placements(piece.scene.height, piece.scene.width, block)
         if read.wanted[one.keep.slices(block)].any()
     ]
-    evaluated = 0
+    evaluated, count = 0, batch_for(job, piece.scene)
     if job.geometry.merge == "crop":
-        for place, window in run_windows(placements, read, job, scorer, piece.scene):
+        for place, window in run_windows(placements, read, job, scorer, count):
             part = place.keep.slices(block)
             kept, wanted = window[place.keep.slices(place.read)], read.wanted[part]
             labels[part] = to_labels(kept, wanted, job.class_ids, job.threshold)
@@ -329,7 +329,7 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
     elif placements:
         stitcher = Stitcher(block, classes)
         weights = _weights(*placements[0].read.shape)
-        for place, window in run_windows(placements, read, job, scorer, piece.scene):
+        for place, window in run_windows(placements, read, job, scorer, count):
             inside = place.keep.slices(place.read)
             stitcher.add(place.keep, window[inside], read.wanted[place.keep.slices(block)], weights[inside])
         # A strip at a time: the normalised map of the whole block would be half as large as the sums again.
@@ -342,7 +342,6 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
         if coverage is not None:
             coverage[:] = stitcher.coverage
     if placements:
-        count = batch_for(job, piece.scene)
         evaluated = ceil_to(len(placements), count) * placements[0].read.area
     image = read.data[block.slices(read.region)] if job.image else None
     return Labelled(
@@ -362,15 +361,18 @@ def batch_for(job: Inference, scene: Scene) -> int:
 
 
 def run_windows(
-    placements: Sequence[Placement], read: BlockRead, job: Inference, scorer: Scorer, scene: Scene
+    placements: Sequence[Placement], read: BlockRead, job: Inference, scorer: Scorer, count: int
 ) -> Iterator[tuple[Placement, np.ndarray]]:
     """The network's scores, (height, width, classes) float32, of each placement, in order.
 
     Pixels that are not valid, or lie beyond the scene, are `fill` for the network.
+
+    Args:
+        count: windows of one evaluation; the last ones are padded to as many.
     """
     if not placements:
         return
-    count, shape = batch_for(job, scene), placements[0].read.shape
+    shape = placements[0].read.shape
     fill = np.asarray(job.fill, np.float32)
     batch = np.empty((count, *shape, len(job.bundle.bands)), np.float32)
     for first in range(0, len(placements), count):

@@ -5,6 +5,9 @@ OUT/collection.json
 OUT/<scene_id>/labels.tif  [scores.tif coverage.tif]  quicklook.png  item.json
 ```
 
+On a common grid there is a folder a sheet, named by the sheet's row and column, with `scenes.tif` (how many scenes a
+pixel comes from) beside `coverage.tif`; `OUT/labels.vrt` (one for each raster) and `OUT/overview.png` show all sheets.
+
 The item is what makes a folder finished: it is written last, names every file's size and sha256, and carries the
 digests of the settings and of the input it was made from. A folder without a matching item is done again.
 """
@@ -17,7 +20,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,11 @@ STAGING = "_staging"
 
 SETTINGS, SOURCE = "sattile:settings", "sattile:source"
 
+WINDOW = "sattile:window"
+"""Of a sheet: row, column, height and width in its grid."""
+
+Affine6 = tuple[float, float, float, float, float, float]
+
 EXTENSION = "https://stac-extensions.github.io"
 EXTENSIONS = [
     f"{EXTENSION}/projection/v2.0.0/schema.json",
@@ -51,13 +59,14 @@ UNKNOWN_TIME = ("1970-01-01T00:00:00Z", "2099-12-31T23:59:59Z")
 
 @dataclass(frozen=True)
 class Product:
-    """What is written for each scene.
+    """What is written for each map.
 
     Attributes:
         classes: of the labels.
         settings: digest of all settings that shape the pixels.
         scores, coverage: which rasters beside the labels.
-        lineage: one sentence for people, the same for every scene.
+        lineage: one sentence for people, the same for every map.
+        on_grid: maps are sheets of a common grid.
     """
 
     classes: tuple[SegmentClass, ...]
@@ -65,20 +74,56 @@ class Product:
     scores: bool = False
     coverage: bool = False
     lineage: str = ""
+    on_grid: bool = False
 
     def layers(self) -> list[cog.Layer]:
         described = [(one.id, one.name, one.color) for one in self.classes]
-        return cog.layers(described, scores=self.scores, coverage=self.coverage)
+        return cog.layers(described, scores=self.scores, coverage=self.coverage, scenes=self.on_grid and self.coverage)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one map is of: a scene, or a sheet of a grid that many scenes share.
+
+    Attributes:
+        name: of its folder.
+        height, width, crs, transform, gsd, footprint, datetime: as of `schema.Scene`.
+        source: digest of the input; with the product's settings it decides whether the map is up to date.
+        interval: first and last acquisition, ISO 8601 in UTC, where there is more than one.
+        links: URLs that it is derived from.
+        properties: more to say in its item.
+    """
+
+    name: str
+    height: int
+    width: int
+    crs: str | None
+    transform: tuple[float, float, float, float, float, float]
+    gsd: float | None
+    footprint: bytes | None
+    datetime: str | None
+    source: str
+    interval: tuple[str, str] | None = None
+    links: tuple[str, ...] = ()
+    properties: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scene: Scene) -> Target:
+        return cls(
+            scene.scene_id, scene.height, scene.width, scene.crs, scene.transform, scene.gsd, scene.footprint,
+            scene.datetime, source_digest(scene), links=(scene.url,),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of a scene's result; arrays are (height, width[, classes])."""
+    """A rectangle of a map; arrays are (height, width[, classes])."""
 
     window: Window
     labels: np.ndarray
     scores: np.ndarray | None = None
     coverage: np.ndarray | None = None
+    scenes: np.ndarray | None = None
 
 
 def pack(values: np.ndarray | None) -> bytes | None:
@@ -95,20 +140,26 @@ def source_digest(scene: Scene) -> str:
     return storage.digest(json.loads(scene.to_json()))
 
 
-def is_done(out: str, scene: Scene, product: Product) -> bool:
-    """Whether this scene's folder holds what would be written now, whole."""
-    item = read_item(out, scene.scene_id)
+def is_done(out: str, target: Target, product: Product) -> bool:
+    """Whether this map's folder holds what would be written now, whole."""
+    return done_item(out, target.name, target.source, product) is not None
+
+
+def done_item(out: str, name: str, source: str, product: Product) -> dict[str, Any] | None:
+    """The item of a map that is whole, and made from this source with these settings."""
+    item = read_item(out, name)
     if item is None:
-        return False
+        return None
     properties = item["properties"]
-    if properties.get(SETTINGS) != product.settings or properties.get(SOURCE) != source_digest(scene):
-        return False
+    if properties.get(SETTINGS) != product.settings or properties.get(SOURCE) != source:
+        return None
     wanted = {layer.name for layer in product.layers()}
-    return wanted <= set(item["assets"]) and all(
-        (entry := storage.stat(storage.join(out, scene.scene_id, asset["href"].removeprefix("./")))) is not None
+    whole = wanted <= set(item["assets"]) and all(
+        (entry := storage.stat(storage.join(out, name, asset["href"].removeprefix("./")))) is not None
         and entry.size == asset["file:size"]
         for asset in item["assets"].values()
     )
+    return item if whole else None
 
 
 def read_item(out: str, scene_id: str) -> dict[str, Any] | None:
@@ -123,11 +174,11 @@ def read_item(out: str, scene_id: str) -> dict[str, Any] | None:
     return item if isinstance(item, dict) and "properties" in item and "assets" in item else None
 
 
-def write_scene(scene: Scene, parts: Iterable[Part], product: Product, staged: str, threads: int = 1) -> None:
-    """Write one scene's finished folder, item included, to `staged`. Runs on an executor.
+def write_map(target: Target, parts: Iterable[Part], product: Product, staged: str, threads: int = 1) -> None:
+    """Write one map's finished folder, item included, to `staged`. Runs on an executor.
 
     Args:
-        scene: whose grid it is.
+        target: what it is of.
         parts: rectangles that do not overlap, in any order, each no larger than a task's memory allows; what none of
             them covers is nodata.
         product: what to write.
@@ -135,13 +186,13 @@ def write_scene(scene: Scene, parts: Iterable[Part], product: Product, staged: s
         threads: that compress.
     """
     layers = product.layers()
-    raw = scene.height * scene.width * sum(layer.pixel_bytes for layer in layers)
+    raw = target.height * target.width * sum(layer.pixel_bytes for layer in layers)
     # The COG driver copies: for a while the scratch raster, its compressed copy and its overviews lie side by side.
     with storage.scratch(int(raw * 1.7) + 2**20) as folder:
         canvases = [
             cog.Canvas(
                 os.path.join(folder, f"{layer.name}.raw.tif"), layer,
-                height=scene.height, width=scene.width, crs=scene.crs, transform=scene.transform,
+                height=target.height, width=target.width, crs=target.crs, transform=target.transform,
             )
             for layer in layers
         ]  # fmt: skip
@@ -162,45 +213,48 @@ def write_scene(scene: Scene, parts: Iterable[Part], product: Product, staged: s
         colors = {one.id: cog.rgb(one.color) for one in product.classes}
         with open(os.path.join(finished, "quicklook.png"), "wb") as file:
             file.write(cog.encode_png(picture, colors))
-        item = describe(scene, product, finished)
+        item = describe(target, product, finished)
         storage.upload_folder(finished, staged)
         storage.write_json(storage.join(staged, ITEM), item)
 
 
-def describe(scene: Scene, product: Product, folder: str) -> dict[str, Any]:
-    """The STAC item of one scene's finished files; says nothing of when it was written.
+def describe(target: Target, product: Product, folder: str) -> dict[str, Any]:
+    """The STAC item of one map's finished files; says nothing of when it was written.
 
     Args:
-        scene: as read.
+        target: what it is of.
         product: as written.
         folder: local folder that holds the files.
     """
-    geometry = _geometry(scene)
+    geometry = _geometry(target)
     properties: dict[str, Any] = {
-        "datetime": _utc(scene.datetime) if scene.datetime else None,
+        "datetime": _utc(target.datetime) if target.datetime else None,
         "processing:software": {"sattile": sattile.__version__},
         "processing:lineage": product.lineage or "Semantic segmentation",
         SETTINGS: product.settings,
-        SOURCE: source_digest(scene),
-        **_projection(scene),
+        SOURCE: target.source,
+        **_projection(target),
     }
-    if scene.gsd:
-        properties["gsd"] = scene.gsd
-    if scene.datetime is None:
+    if target.gsd:
+        properties["gsd"] = target.gsd
+    properties |= target.properties
+    if target.interval:
+        properties["start_datetime"], properties["end_datetime"] = map(_utc, target.interval)
+    elif target.datetime is None:
         properties["start_datetime"], properties["end_datetime"] = UNKNOWN_TIME
         properties["description"] = "The time of acquisition is not stated: start and end are placeholders."
     item: dict[str, Any] = {
         "type": "Feature",
         "stac_version": "1.1.0",
         "stac_extensions": EXTENSIONS,
-        "id": scene.scene_id,
+        "id": target.name,
         "geometry": geometry,
         "properties": properties,
         "links": [
             {"rel": "root", "href": f"../{COLLECTION}", "type": "application/json"},
             {"rel": "parent", "href": f"../{COLLECTION}", "type": "application/json"},
             {"rel": "collection", "href": f"../{COLLECTION}", "type": "application/json"},
-            {"rel": "derived_from", "href": scene.url},
+            *({"rel": "derived_from", "href": url} for url in target.links),
         ],
         "assets": {},
         "collection": "sattile-mosaics",
@@ -223,7 +277,8 @@ def _raster_asset(layer: cog.Layer, product: Product, folder: str) -> dict[str, 
     titles = {
         "labels": "Class ids",
         "scores": "Scores of the network, one band a class",
-        "coverage": "Sum of the integer blend weights of each pixel (crop: 1); 0 without data",
+        "coverage": "Sum of the integer weights of each pixel; 0 without data",
+        "scenes": "How many scenes each pixel comes from",
     }
     bits = np.dtype(layer.dtype).itemsize * 8
     asset: dict[str, Any] = {
@@ -257,23 +312,23 @@ def _file(path: str) -> dict[str, Any]:
     return {"file:size": os.path.getsize(path), "file:checksum": "1220" + storage.sha256_file(path)}
 
 
-def _projection(scene: Scene) -> dict[str, Any]:
-    found: dict[str, Any] = {"proj:shape": [scene.height, scene.width], "proj:transform": list(scene.transform)}
-    if scene.crs is None:
+def _projection(target: Target) -> dict[str, Any]:
+    found: dict[str, Any] = {"proj:shape": [target.height, target.width], "proj:transform": list(target.transform)}
+    if target.crs is None:
         return found
     import pyproj
 
-    crs = pyproj.CRS.from_user_input(scene.crs)
+    crs = pyproj.CRS.from_user_input(target.crs)
     authority = crs.to_authority(min_confidence=100)
     return {"proj:code": ":".join(authority)} | found if authority else {"proj:wkt2": crs.to_wkt()} | found
 
 
-def _geometry(scene: Scene) -> dict[str, Any] | None:
-    if scene.footprint is None:
+def _geometry(target: Target) -> dict[str, Any] | None:
+    if target.footprint is None:
         return None
     import shapely
 
-    return json.loads(shapely.to_geojson(shapely.from_wkb(scene.footprint)))
+    return json.loads(shapely.to_geojson(shapely.from_wkb(target.footprint)))
 
 
 def _bbox(geometry: dict[str, Any]) -> list[float]:
@@ -325,12 +380,20 @@ def write_collection(out: str, product: Product) -> None:
     """Write `collection.json` over all that lies finished in `out`; nothing is written if it would not change."""
     items = list(finished(out))
     boxes = [item["bbox"] for _, item in items if "bbox" in item]
-    times = sorted({item["properties"]["datetime"] for _, item in items if item["properties"]["datetime"]})
+    times = sorted(
+        {
+            one
+            for _, item in items
+            for one in (item["properties"].get(name) for name in ("datetime", "start_datetime", "end_datetime"))
+            if one and one not in UNKNOWN_TIME
+        },
+        key=_utc,
+    )
     collection = {
         "type": "Collection",
         "stac_version": "1.1.0",
         "id": "sattile-mosaics",
-        "title": "Labels of scenes",
+        "title": "Sheets of labels on one grid" if product.on_grid else "Labels of scenes",
         "description": product.lineage or "Semantic segmentation of satellite scenes by sattile.",
         "license": "other",
         "extent": {
@@ -368,3 +431,97 @@ def _utc(text: str) -> str:
         .isoformat()
         .replace("+00:00", "Z")
     )
+
+
+# --- all sheets of a grid as one ----------------------------------------------------------------------------------
+
+
+VRT_TYPES = {"uint8": "Byte", "uint16": "UInt16", "uint32": "UInt32", "float32": "Float32"}
+
+OVERVIEW = "overview.png"
+OVERVIEW_EDGE = 2048
+
+
+def write_whole(out: str, product: Product, grid: Affine6) -> None:
+    """Over all finished sheets of `out`: a VRT for each raster, which GIS programs open as one, and a picture.
+
+    Args:
+        grid: affine coefficients of the grid's pixel (0, 0).
+    """
+    sheets = [(name, item) for name, item in finished(out) if item["properties"][SETTINGS] == product.settings]
+    if not sheets:
+        return
+    windows = {name: Window(*item["properties"][WINDOW]) for name, item in sheets}
+    row, col = min(one.row for one in windows.values()), min(one.col for one in windows.values())
+    stop_row, stop_col = max(one.stop_row for one in windows.values()), max(one.stop_col for one in windows.values())
+    hull = Window(row, col, stop_row - row, stop_col - col)
+    a, b, c, d, e, f = grid
+    transform = c + a * col + b * row, a, b, f + d * col + e * row, d, e
+    crs = sheets[0][1]["properties"].get("proj:code") or sheets[0][1]["properties"].get("proj:wkt2", "")
+    for layer in product.layers():
+        _write_changed(storage.join(out, f"{layer.name}.vrt"), _vrt(layer, hull, windows, crs, transform).encode())
+    colors = {one.id: cog.rgb(one.color) for one in product.classes}
+    _write_changed(storage.join(out, OVERVIEW), cog.encode_png(_overview(out, hull, windows), colors))
+
+
+def _vrt(layer: cog.Layer, hull: Window, windows: dict[str, Window], crs: str, transform: Sequence[float]) -> str:
+    from xml.etree import ElementTree as Xml
+
+    kind = VRT_TYPES[layer.dtype]
+    root = Xml.Element("VRTDataset", rasterXSize=str(hull.width), rasterYSize=str(hull.height))
+    Xml.SubElement(root, "SRS", dataAxisToSRSAxisMapping="2,1" if _is_lat_lon(crs) else "1,2").text = crs
+    Xml.SubElement(root, "GeoTransform").text = ", ".join(f"{value:.17g}" for value in transform)
+    for number, description in enumerate(layer.bands, start=1):
+        band = Xml.SubElement(root, "VRTRasterBand", dataType=kind, band=str(number))
+        Xml.SubElement(band, "Description").text = description
+        if layer.nodata is not None:
+            Xml.SubElement(band, "NoDataValue").text = f"{layer.nodata:g}"
+        if layer.colors:
+            Xml.SubElement(band, "ColorInterp").text = "Palette"
+            table = Xml.SubElement(band, "ColorTable")
+            colors = dict(layer.colors)
+            for value in range(256):
+                red, green, blue = colors.get(value, (0, 0, 0))
+                alpha = 255 if value in colors else 0
+                Xml.SubElement(table, "Entry", c1=str(red), c2=str(green), c3=str(blue), c4=str(alpha))
+        for name, window in sorted(windows.items()):
+            source = Xml.SubElement(band, "SimpleSource")
+            Xml.SubElement(source, "SourceFilename", relativeToVRT="1").text = f"{name}/{layer.name}.tif"
+            Xml.SubElement(source, "SourceBand").text = str(number)
+            size = {"xSize": str(window.width), "ySize": str(window.height)}
+            described = {"RasterXSize": size["xSize"], "RasterYSize": size["ySize"], "DataType": kind}
+            tiles = {"BlockXSize": str(cog.TILE), "BlockYSize": str(cog.TILE)}
+            Xml.SubElement(source, "SourceProperties", described | tiles)
+            Xml.SubElement(source, "SrcRect", {"xOff": "0", "yOff": "0"} | size)
+            place = {"xOff": str(window.col - hull.col), "yOff": str(window.row - hull.row)}
+            Xml.SubElement(source, "DstRect", place | size)
+    Xml.indent(root)
+    return Xml.tostring(root, encoding="unicode") + "\n"
+
+
+def _is_lat_lon(crs: str) -> bool:
+    import pyproj
+
+    return bool(pyproj.CRS.from_user_input(crs).axis_info[0].direction == "north")
+
+
+def _overview(out: str, hull: Window, windows: dict[str, Window]) -> np.ndarray:
+    """All quicklooks on one sheet of paper: (height, width) uint8, class ids."""
+    scale = max(hull.height / OVERVIEW_EDGE, hull.width / OVERVIEW_EDGE, 1.0)
+    paper = np.full((max(round(hull.height / scale), 1), max(round(hull.width / scale), 1)), NODATA, np.uint8)
+    for name, window in sorted(windows.items()):
+        picture = cog.read_png(storage.read_bytes(storage.join(out, name, "quicklook.png")))
+        first = round((window.row - hull.row) / scale), round((window.col - hull.col) / scale)
+        last = round((window.stop_row - hull.row) / scale), round((window.stop_col - hull.col) / scale)
+        height = max(min(last[0], paper.shape[0]) - first[0], 0)
+        width = max(min(last[1], paper.shape[1]) - first[1], 0)
+        rows = np.minimum((np.arange(height) + 0.5) * picture.shape[0] / max(height, 1), picture.shape[0] - 1)
+        cols = np.minimum((np.arange(width) + 0.5) * picture.shape[1] / max(width, 1), picture.shape[1] - 1)
+        part = picture[rows.astype(int)][:, cols.astype(int)]
+        paper[first[0] : first[0] + height, first[1] : first[1] + width] = part
+    return paper
+
+
+def _write_changed(url: str, data: bytes) -> None:
+    if not storage.exists(url) or storage.read_bytes(url) != data:
+        storage.write_bytes(url, data)

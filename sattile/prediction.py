@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
-import uuid
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sattile import engine as engines
 from sattile import labels as label_module
-from sattile import mosaic, record, storage
-from sattile.errors import Refused, UsageError
-from sattile.grid import Window, blocks
+from sattile import mosaic, raster, record, sheets, storage
+from sattile.errors import UsageError
+from sattile.grid import blocks
 from sattile.inference import (
     Inference,
     Labelled,
@@ -31,12 +27,12 @@ from sattile.inference import (
     block_memory,
     describe_job,
     label_blocks,
-    own_peak_mb,
     parse_memory,
     prepare,
 )
+from sattile.mapreduce import INFERRED, columns, refused, rows_of, task_numbers, write_maps
 from sattile.model import Bundle, load_bundle
-from sattile.mosaic import Part, Product
+from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
 from sattile.schema import Refusal, Scene
 
@@ -46,9 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sattile")
 
-ROW_BYTES = 16_000_000
-"""Most that one row brings to the writer, before compression: a JVM holds several at once."""
-
 TASK_PIXELS = 24_000_000
 """Most pixels that one task evaluates: some seconds to half a minute, so that the end is even and a retry is cheap."""
 
@@ -56,8 +49,6 @@ WAVE_PIXELS = 1_000_000_000
 """Pixels after which finished scenes are published, and a killed run has lost no more than two of these."""
 
 WAVE_SCENES = 64
-
-MOST_WRITER_THREADS = 4
 
 
 # --- the plan: what runs on the driver ----------------------------------------------------------------------------
@@ -120,7 +111,7 @@ def plan(job: Inference, scenes: Sequence[Scene], *, worker_memory: int | str = 
     edge = choose_edge(job, scenes, memory, slots)
     pieces: list[Piece] = []
     evaluated = 0
-    touches = _AoiTest(job.aoi) if job.aoi else None
+    touches = raster.AoiTest(job.aoi) if job.aoi else None
     for scene in scenes:
         every = blocks(scene.height, scene.width, edge)
         found = [one for one, hit in zip(every, touches(scene, every), strict=True) if hit] if touches else every
@@ -138,44 +129,6 @@ def plan(job: Inference, scenes: Sequence[Scene], *, worker_memory: int | str = 
     touched = {piece.scene.scene_id for piece in pieces}
     left = tuple(scene for scene in scenes if scene.scene_id in touched)
     return Plan(job, left, tuple(pieces), edge, delivered, evaluated, estimate)
-
-
-class _AoiTest:
-    """Which blocks of a scene an area touches, judged in the scene's pixel coordinates."""
-
-    def __init__(self, aoi: tuple[bytes, str]):
-        import shapely
-
-        self._shape, self._crs = shapely.from_wkb(aoi[0]), aoi[1]
-        # Straight edges of one CRS are curves in another.
-        west, south, east, north = self._shape.bounds
-        self._shape = shapely.segmentize(self._shape, max(east - west, north - south, 1e-9) / 200)
-        self._moved: dict[str, Any] = {}
-
-    def __call__(self, scene: Scene, found: Sequence[Window]) -> list[bool]:
-        import pyproj
-        import shapely
-        import shapely.affinity
-
-        assert scene.crs is not None  # checked before: an aoi refuses scenes without a CRS
-        if scene.crs not in self._moved:
-            move = pyproj.Transformer.from_crs(self._crs, scene.crs, always_xy=True)
-            moved = shapely.transform(self._shape, lambda xy: np.column_stack(move.transform(xy[:, 0], xy[:, 1])))
-            # What lies beyond a projection's reach comes back infinite.
-            whole = np.isfinite(shapely.get_coordinates(moved)).all()
-            self._moved[scene.crs] = shapely.make_valid(moved) if whole else None
-        moved = self._moved[scene.crs]
-        if moved is None:
-            return [True] * len(found)
-        a, b, c, d, e, f = scene.transform
-        scale = a * e - b * d
-        inverse = [e / scale, -b / scale, -d / scale, a / scale, (b * f - c * e) / scale, (c * d - a * f) / scale]
-        pixels = shapely.affinity.affine_transform(moved, inverse)
-        boxes = shapely.box(
-            *np.array([[one.col - 1, one.row - 1, one.stop_col + 1, one.stop_row + 1] for one in found], float).T
-        )
-        shapely.prepare(pixels)
-        return list(shapely.intersects(pixels, boxes))
 
 
 def read_aoi(url: str | None) -> tuple[bytes, str] | None:
@@ -196,20 +149,38 @@ def read_aoi(url: str | None) -> tuple[bytes, str] | None:
 
 
 def fitting(
-    scenes: Sequence[Scene], bundle: Bundle, *, max_gsd_ratio: float, aoi: bool = False, stage: str = "predict"
+    scenes: Sequence[Scene],
+    bundle: Bundle,
+    *,
+    max_gsd_ratio: float,
+    aoi: bool = False,
+    on_grid: bool = False,
+    also: Sequence[str] = (),
+    stage: str = "predict",
 ) -> tuple[list[Scene], list[Refusal]]:
-    """Scenes that this bundle can be used on, with the bundle's bands in its order; the others with the reason."""
+    """Scenes that this bundle can be used on, with the bundle's bands in its order; the others with the reason.
+
+    Args:
+        aoi, on_grid: each needs scenes with a CRS.
+        also: further bands that are wanted, after the bundle's.
+    """
     good, refused = [], []
     for scene in scenes:
-        reason = _misfit(scene, bundle, max_gsd_ratio, aoi)
+        reason = _misfit(scene, bundle, max_gsd_ratio)
+        missing = [name for name in also if name not in scene.band_names]
+        if not reason and missing:
+            reason = f"lacks band {', '.join(missing)}, asked for by --weights; it has {', '.join(scene.band_names)}"
+        if not reason and scene.crs is None and (aoi or on_grid):
+            what = "it cannot be laid on a grid" if on_grid else "the area of interest cannot be found on it"
+            reason = f"has no CRS, so {what}; leave --{'grid' if on_grid else 'aoi'} out for it"
         if reason:
             refused.append(Refusal(scene.url, stage, reason))
         else:
-            good.append(scene.select(bundle.bands))
+            good.append(scene.select([*bundle.bands, *also]))
     return good, refused
 
 
-def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float, aoi: bool) -> str | None:
+def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float) -> str | None:
     missing = [name for name in bundle.bands if name not in scene.band_names]
     if missing:
         return (
@@ -228,8 +199,6 @@ def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float, aoi: bool) -> st
             f"its pixels are {scene.gsd:g} m and the model was trained on {bundle.gsd:g} m, off by more than a factor "
             f"of {max_gsd_ratio:g}; resample it, or raise max_gsd_ratio"
         )
-    if aoi and scene.crs is None:
-        return "has no CRS, so the area of interest cannot be found on it; leave --aoi out for it"
     return None
 
 
@@ -277,13 +246,6 @@ def waves_of(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return found
 
 
-INFERRED = (
-    "scene_id string, rank int, row int, col int, height int, width int, labels binary, scores binary, "
-    "coverage binary, evaluated long, valid long, memory_mb double, reason string"
-)
-WRITTEN = "scene_id string, staged string, evaluated long, valid long, memory_mb double, reason string"
-
-
 def infer(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) -> Iterator[pd.DataFrame]:
     """Map: task numbers in (`id`), labelled rectangles out (columns of `INFERRED`), for `mapInPandas`.
 
@@ -294,108 +256,15 @@ def infer(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) -> Iter
 
     numbers = (int(number) for frame in frames for number in frame["id"])
     for done in label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
-        yield pd.DataFrame(list(_rows(done, job)), columns=[part.split()[0] for part in INFERRED.split(", ")])
+        yield pd.DataFrame(list(_rows(done)), columns=columns(INFERRED))
 
 
-def _rows(done: Labelled, job: Inference) -> Iterator[tuple[Any, ...]]:
-    block, scene_id = done.piece.block, done.piece.scene.scene_id
+def _rows(done: Labelled) -> Iterator[tuple[Any, ...]]:
+    name = done.piece.scene.scene_id
     if done.labels is None or done.wanted is None:
-        yield scene_id, 0, *_numbers(block), None, None, None, 0, 0, done.memory_mb, done.reason
-        return
-    width = 1 + 4 * len(job.bundle.classes) * job.scores + 4 * job.coverage
-    height = max(ROW_BYTES // (width * max(block.width, 1)) // 512 * 512, 512)
-    for start in range(0, block.height, height):
-        rows = slice(start, min(start + height, block.height))
-        part = Window(block.row + start, block.col, rows.stop - start, block.width)
-        yield (
-            scene_id, 1, *_numbers(part), mosaic.pack(done.labels[rows]),
-            mosaic.pack(None if done.scores is None else done.scores[rows]),
-            mosaic.pack(None if done.coverage is None else done.coverage[rows]),
-            done.evaluated if start == 0 else 0, int(done.wanted[rows].sum()), done.memory_mb, None,
-        )  # fmt: skip
-
-
-def _numbers(window: Window) -> tuple[int, int, int, int]:
-    return window.row, window.col, window.height, window.width
-
-
-def write(
-    frames: Iterable[pd.DataFrame], *, scenes: Any, product: Product, staging: str, classes: int, threads: int = 1
-) -> Iterator[pd.DataFrame]:
-    """Reduce: rows of `INFERRED` sorted by scene and rank in, one row of `WRITTEN` a scene out.
-
-    Refusals come first (rank 0): such a scene is not written.
-
-    Args:
-        scenes: broadcast {scene_id: Scene}.
-        staging: URL of the folder for finished scenes.
-        threads: that compress a scene.
-    """
-    import pandas as pd
-
-    rows = _Rows(row for frame in frames for row in frame.itertuples(index=False))
-    while (first := rows.peek()) is not None:
-        scene_id, reason, staged = first.scene_id, None, None
-        tally = _Tally()
-        if first.rank == 0:
-            reason = first.reason
-            deque((tally.add(row) for row in rows.of(scene_id)), maxlen=0)
-        else:
-            # Another attempt of this task may be writing the same scene.
-            staged = storage.join(staging, uuid.uuid4().hex)
-            parts = (_part(tally.add(row), classes) for row in rows.of(scene_id))
-            try:
-                mosaic.write_scene(scenes.value[scene_id], parts, product, staged, threads)
-            except Refused as error:
-                reason, staged = error.reason, None
-                deque(parts, maxlen=0)
-        memory = max(tally.memory_mb, own_peak_mb())
-        yield pd.DataFrame(
-            [(scene_id, staged, tally.evaluated, tally.valid, memory, reason)],
-            columns=[part.split()[0] for part in WRITTEN.split(", ")],
-        )
-
-
-@dataclass
-class _Tally:
-    evaluated: int = 0
-    valid: int = 0
-    memory_mb: float = 0.0
-
-    def add(self, row: Any) -> Any:
-        self.evaluated += row.evaluated
-        self.valid += row.valid
-        self.memory_mb = max(self.memory_mb, row.memory_mb)
-        return row
-
-
-class _Rows:
-    """Rows sorted by scene, taken scene by scene, one in memory at a time."""
-
-    def __init__(self, rows: Iterator[Any]):
-        self._rows = rows
-        self._next = next(rows, None)
-
-    def peek(self) -> Any:
-        return self._next
-
-    def of(self, scene_id: str) -> Iterator[Any]:
-        while self._next is not None and self._next.scene_id == scene_id:
-            row, self._next = self._next, None
-            yield row
-            self._next = next(self._rows, None)
-
-
-def _part(row: Any, classes: int) -> Part:
-    window = Window(int(row.row), int(row.col), int(row.height), int(row.width))
-    labels = mosaic.unpack(row.labels, "uint8", window.shape)
-    assert labels is not None
-    return Part(
-        window,
-        labels,
-        mosaic.unpack(row.scores, "float32", (*window.shape, classes)),
-        mosaic.unpack(row.coverage, "uint32", window.shape),
-    )
+        return iter([refused(name, done.reason or "", done.memory_mb)])
+    part = Part(done.piece.block, done.labels, done.scores, done.coverage)
+    return rows_of(name, part, valid=done.wanted, evaluated=done.evaluated, memory_mb=done.memory_mb)
 
 
 def _run_wave(
@@ -403,23 +272,14 @@ def _run_wave(
 ) -> list[Row]:
     """Map, shuffle by scene, reduce; the rows of `WRITTEN`."""
     tasks = tasks_of(pieces, job, engines.slots(spark))
-    scenes = {piece.scene.scene_id: piece.scene for piece in pieces}
-    tasks_sent, scenes_sent = spark.sparkContext.broadcast(tasks), spark.sparkContext.broadcast(scenes)
+    targets = {piece.scene.scene_id: Target.of(piece.scene) for piece in pieces}
+    sent = spark.sparkContext.broadcast(tasks)
     try:
-        # Task numbers, one a partition: the pieces themselves would pass through a second Python worker.
-        numbers = spark.range(0, len(tasks), 1, len(tasks))
-        inferred = numbers.mapInPandas(engines.on_worker(partial(infer, tasks=tasks_sent, job=job)), INFERRED)
-        by_scene = inferred.repartition(len(scenes), "scene_id").sortWithinPartitions("scene_id", "rank", "row", "col")
-        # Fewer scenes than cores: those without one would idle while the others compress.
-        threads = max(min(engines.slots(spark) // len(scenes), MOST_WRITER_THREADS), 1)
-        reduce = partial(
-            write, scenes=scenes_sent, product=product, staging=staging, classes=len(job.bundle.classes),
-            threads=threads,
-        )  # fmt: skip
-        return by_scene.mapInPandas(engines.on_worker(reduce), WRITTEN).collect()
+        work = engines.on_worker(partial(infer, tasks=sent, job=job))
+        inferred = task_numbers(spark, len(tasks)).mapInPandas(work, INFERRED)
+        return write_maps(spark, inferred, targets, product, staging)
     finally:
-        tasks_sent.unpersist()
-        scenes_sent.unpersist()
+        sent.unpersist()
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -444,6 +304,12 @@ def predict(
     aoi: str | None = None,
     fill: float | str | Sequence[float] | None = None,
     engine: str = "auto",
+    grid: str | None = None,
+    like: str | None = None,
+    sheet: int = sheets.SHEET,
+    block: int | None = None,
+    rule: str = "all",
+    weights: str | Sequence[str] | None = None,
     worker_memory: int | str = "3g",
     max_gsd_ratio: float = 1.5,
     dry_run: bool = False,
@@ -451,6 +317,9 @@ def predict(
     max_failed_fraction: float = 0.1,
 ) -> str:
     """Label scenes: a COG, a quicklook and a STAC item each, and a collection over all.
+
+    With `grid` or `like` all scenes become one mosaic on one grid, in sheets: scores are brought onto it and averaged
+    where scenes overlap, and a rerun computes the sheets that are missing or whose scenes changed.
 
     Args:
         spark: the caller's session.
@@ -469,6 +338,13 @@ def predict(
         fill: what the model sees for missing pixels; one value or one a band; the bundle's own if not given.
         engine: `tensorflow`, `openvino` (faster on CPUs), or `auto`: OpenVINO where it is installed and gave 99.9 % of
             the pixels of validation tiles the label that TensorFlow gives them.
+        grid: one mosaic of all scenes, `EPSG:N@RES`, with pixels of RES units of that CRS.
+        like: the same on the grid of this raster.
+        sheet: edge of the files of such a mosaic, in pixels.
+        block: edge of what one task computes of it; follows from the model and `worker_memory` if not given.
+        rule: where scenes overlap: `all` (their weighted mean) or `newest`.
+        weights: what scenes weigh there: `edge` (less towards a scene's edge), `cloud=BAND` (a band with the
+            probability of cloud in per cent), or both with a comma; all the same if not given.
         worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
         max_gsd_ratio: scenes whose pixel size differs by more than this factor from the model's are refused.
         dry_run: print the plan and write nothing.
@@ -495,15 +371,32 @@ def predict(
     settings = describe_job(job) | {
         "bands": asked, "pattern": pattern, "max_gsd_ratio": max_gsd_ratio, "scores": scores, "coverage": coverage,
     }  # fmt: skip
+    layout = None
+    if grid is not None or like is not None:
+        layout = sheets.lay_out(
+            job, grid=grid, like=like, sheet=sheet, block=block, rule=rule, weights=weights,
+            worker_memory=worker_memory,
+        )  # fmt: skip
+        settings["layout"] = layout.describe()
+    elif (sheet, block, rule, weights) != (sheets.SHEET, None, "all", None):
+        raise UsageError("sheet, block, rule and weights are for a mosaic of all scenes: give --grid or --like, too")
+    also = [layout.weights.cloud] if layout and layout.weights.cloud else []
+    fit = partial(
+        fitting, bundle=bundle, max_gsd_ratio=max_gsd_ratio, aoi=area is not None, on_grid=layout is not None, also=also
+    )
     # Files named by a pattern say which band they are: only those that the model wants are read, on the finest of
     # their grids. Elsewhere a name might be given to the wrong band.
-    wanted = asked or (list(bundle.bands) if pattern else None)
+    wanted = asked or ([*bundle.bands, *also] if pattern else None)
     out = storage.absolute(out)
     if dry_run:
         resolved = resolve(spark, list(scenes), bands=wanted, pattern=pattern, nodata=nodata)
-        found, refused = fitting(resolved.scenes, bundle, max_gsd_ratio=max_gsd_ratio, aoi=area is not None)
-        todo = plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark))
-        announce_plan(todo, [*resolved.refused, *refused], last_speed(out))
+        found, refused = fit(resolved.scenes)
+        refused = [*resolved.refused, *refused]
+        if layout is not None:
+            sheets.announce_plan(found, refused, job, layout, last_speed(out))
+        else:
+            todo = plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark))
+            announce_plan(todo, refused, last_speed(out))
         return out
 
     with Run("predict", out, settings, overwrite, max_failed_fraction) as run:
@@ -512,7 +405,7 @@ def predict(
             resolved = resolve(spark, list(scenes), bands=wanted, pattern=pattern, nodata=nodata)
         run.given = resolved.given
         run.refuse(resolved.refused)
-        found, refused = fitting(resolved.scenes, bundle, max_gsd_ratio=max_gsd_ratio, aoi=area is not None)
+        found, refused = fit(resolved.scenes)
         run.refuse(refused)
         run.inputs = [
             {"url": url, "size": version[0], "time": version[1]}
@@ -523,71 +416,160 @@ def predict(
             bundle.classes, storage.digest(["sattile-mosaic/1", settings]), scores, coverage,
             f"Semantic segmentation into {', '.join(one.name for one in bundle.classes)} by a network "
             f"({storage.name(bundle.url)}, {bundle.digest[:16]}), merged with {job.geometry.merge}",
+            on_grid=layout is not None,
         )  # fmt: skip
         staging = storage.join(out, mosaic.STAGING)
         storage.remove(staging)  # what a killed run left; the lease is ours
-        with run.stage("plan"):
-            stale = [scene for scene in found if not mosaic.is_done(out, scene, product)]
-            todo = plan(job, stale, worker_memory=worker_memory, slots=engines.slots(spark))
-        run.skipped = len(found) - len(todo.scenes)
-        run.extra["plan"] = todo.describe(last_speed(out))
-        outside = len(stale) - len(todo.scenes)
-        if outside:
-            run.extra["outside_aoi"] = outside
-            log.info("predict: %d scenes lie outside the area of interest", outside)
-        _clean(out, found, run.replacing, product)
         try:
-            _compute(spark, todo, product, out, staging, run)
+            if layout is None:
+                _by_scene(spark, run, found, job, product, staging, worker_memory)
+            else:
+                _on_grid(spark, run, found, job, layout, product, staging)
         finally:
             storage.remove(staging)
             mosaic.write_collection(out, product)
-        if not todo.pieces:
-            # The speed stays that of the run that made these maps: the next plan reckons with it.
-            for name in ("evaluated_mpix_per_s", "delivered_mpix_per_s"):
-                run.extra[name] = (run.previous or {}).get(name)
+            if layout is not None:
+                mosaic.write_whole(out, product, layout.grid.transform)
         run.finish()
     return out
 
 
-def _compute(spark: SparkSession, todo: Plan, product: Product, out: str, staging: str, run: Run) -> None:
-    """Infer and write all waves, publishing each scene as its wave is done."""
+def _by_scene(
+    spark: SparkSession, run: Run, found: Sequence[Scene], job: Inference, product: Product, staging: str,
+    worker_memory: int | str,
+) -> None:  # fmt: skip
+    """A map a scene: plan, infer and write all waves, publishing each scene as its wave is done."""
+    out = run.out
+    with run.stage("plan"):
+        stale = [scene for scene in found if not mosaic.is_done(out, Target.of(scene), product)]
+        todo = plan(job, stale, worker_memory=worker_memory, slots=engines.slots(spark))
+    run.skipped = len(found) - len(todo.scenes)
+    run.extra["plan"] = todo.describe(last_speed(out))
+    outside = len(stale) - len(todo.scenes)
+    if outside:
+        run.extra["outside_aoi"] = outside
+        log.info("predict: %d scenes lie outside the area of interest", outside)
+    _clean(out, {scene.scene_id for scene in found}, run.replacing, product)
     urls = {scene.scene_id: scene.url for scene in todo.scenes}
     area = dict.fromkeys(urls, 0)
     for piece in todo.pieces:
         area[piece.scene.scene_id] += piece.block.area
-    evaluated = delivered = valid = 0
-    work = partial(_run_wave, spark, job=todo.job, product=product, staging=staging)
-    with run.stage("infer and write") as stage, engines.few_rows_a_batch(spark), engines.progress(spark, "predict"):
+    work = partial(_run_wave, spark, job=job, product=product, staging=staging)
+    with _Figures(spark, run) as figures:
         for rows in engines.in_waves(spark, waves_of(todo.pieces), work):
-            for row in sorted(rows, key=lambda one: one.scene_id):
-                run.peak_memory = max(run.peak_memory, row.memory_mb)
-                evaluated += row.evaluated
+            for row in sorted(rows, key=lambda one: one.name):
+                figures.add(row)
                 if row.staged is None:
-                    run.refuse([Refusal(urls[row.scene_id], "predict", row.reason)])
+                    run.refuse([Refusal(urls[row.name], "predict", row.reason)])
                     continue
-                mosaic.publish(row.staged, out, row.scene_id)
+                mosaic.publish(row.staged, out, row.name)
                 run.done += 1
-                valid += row.valid
-                delivered += area[row.scene_id]
-        stage.pixels = delivered
-    seconds = stage.seconds
-    run.extra |= {
-        "evaluated_pixels": evaluated,
-        "delivered_pixels": delivered,
-        "valid_pixels": valid,
-        "evaluated_mpix_per_s": round(evaluated / 1e6 / seconds, 3) if evaluated else None,
-        "delivered_mpix_per_s": round(delivered / 1e6 / seconds, 3) if delivered else None,
-    }
+                figures.publish(row, area[row.name])
 
 
-def _clean(out: str, found: Sequence[Scene], replacing: bool, product: Product) -> None:
-    """Say which maps lie in `out` though their scenes were not given; those of other settings go with `--overwrite`."""
-    present = {scene.scene_id for scene in found}
+def _on_grid(
+    spark: SparkSession, run: Run, found: Sequence[Scene], job: Inference, layout: sheets.Layout, product: Product,
+    staging: str,
+) -> None:  # fmt: skip
+    """A map a sheet. A scene that can't be read is left out everywhere: sheets that it reaches are done without it."""
+    out = run.out
+    by_id = {scene.scene_id: scene for scene in found}
+    bad: dict[str, str] = {}
+    with run.stage("plan"):
+        every, outside = sheets.plan_sheets(found, layout, aoi=job.aoi)
+        done = set()
+        for sheet in every:
+            item = mosaic.done_item(out, sheet.target.name, sheet.target.source, product)
+            if item is not None:
+                done.add(sheet.target.name)
+                bad |= item["properties"].get(sheets.REFUSED, {})
+        every = [sheet.without(bad) for sheet in every]
+        todo = [sheet for sheet in every if sheet.target.name not in done and sheet.scenes]
+    run.skipped = len(done)
+    run.extra["plan"] = sheets.describe_plan(todo, by_id, job, layout, last_speed(out))
+    if outside:
+        run.extra["outside"] = len(outside)
+        log.info("predict: %d scenes lie outside the grid or the area of interest", len(outside))
+    _clean(out, {sheet.target.name for sheet in every}, run.replacing, product)
+    for scene_id, reason in sorted(bad.items()):
+        run.refuse([Refusal(by_id[scene_id].url, "predict", f"{reason} (left out of the finished sheets)")])
+    published: set[str] = set()
+    with _Figures(spark, run) as figures:
+        while todo:
+            fresh: dict[str, str] = {}
+            settings: dict[str, Any] = {"job": job, "layout": layout, "product": product, "staging": staging}
+            work = partial(sheets.run_wave, spark, scenes=by_id, **settings)
+            now = {sheet.target.name: sheet for sheet in todo}
+            for rows in engines.in_waves(spark, sheets.waves_of(todo), work):
+                for row in sorted(rows, key=lambda one: one.name):
+                    figures.add(row)
+                    if row.staged is None:
+                        fresh |= sheets.refusals(row.reason)
+                    elif not now[row.name].scenes & set(fresh):
+                        mosaic.publish(row.staged, out, row.name)
+                        published.add(row.name)
+                        figures.publish(row, row.valid)
+            run.refuse([Refusal(by_id[one].url, "predict", reason) for one, reason in sorted(fresh.items())])
+            todo = [sheet.without(fresh) for sheet in every if sheet.scenes & set(fresh)]
+            every = [sheet.without(fresh) for sheet in every]
+            todo = [sheet for sheet in todo if sheet.scenes]
+    run.done = len(published)
+
+
+class _Figures:
+    """The stage that infers and writes, and its figures in the run record. A context manager."""
+
+    def __init__(self, spark: SparkSession, run: Run):
+        self._run, self._stack = run, ExitStack()
+        self._spark = spark
+        self.evaluated = self.delivered = self.valid = self.moved = 0
+
+    def __enter__(self) -> _Figures:
+        self._stage = self._stack.enter_context(self._run.stage("infer and write"))
+        self._stack.enter_context(engines.few_rows_a_batch(self._spark))
+        self._stack.enter_context(engines.progress(self._spark, "predict"))
+        return self
+
+    def add(self, row: Row) -> None:
+        """A row of `mapreduce.WRITTEN`, published or not."""
+        self._run.peak_memory = max(self._run.peak_memory, row.memory_mb)
+        self.evaluated += row.evaluated
+        self.moved += row.moved
+
+    def publish(self, row: Row, pixels: int) -> None:
+        self.delivered += pixels
+        self.valid += row.valid
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        self._stage.pixels = self.delivered
+        self._stack.__exit__(kind, *rest)
+        if kind is not None:
+            return
+        seconds, before = self._stage.seconds, self._run.previous or {}
+        speeds = {
+            "evaluated_mpix_per_s": round(self.evaluated / 1e6 / seconds, 3) if self.evaluated else None,
+            "delivered_mpix_per_s": round(self.delivered / 1e6 / seconds, 3) if self.delivered else None,
+        }
+        if not self.evaluated:
+            # The speed stays that of the run that made these maps: the next plan reckons with it.
+            speeds = {name: before.get(name) for name in speeds}
+        self._run.extra |= {
+            "evaluated_pixels": self.evaluated,
+            "delivered_pixels": self.delivered,
+            "valid_pixels": self.valid,
+            "moved_bytes": self.moved,
+            **speeds,
+        }
+
+
+def _clean(out: str, present: set[str], replacing: bool, product: Product) -> None:
+    """Say which maps lie in `out` though no scene given now leads to them; those of other settings go with
+    `--overwrite`."""
     for name, item in list(mosaic.finished(out)):
         if name in present:
             continue
         if replacing and item["properties"][mosaic.SETTINGS] != product.settings:
-            log.warning("predict: removed %s, made with other settings from a scene that is not given now", name)
+            log.warning("predict: removed %s, made with other settings from what is not given now", name)
             storage.remove(storage.join(out, name))
         else:
             log.info("predict: %s is of an earlier run, and its scene was refused or not given now; left so", name)

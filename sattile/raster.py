@@ -22,13 +22,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyproj
 import rasterio
 import rasterio.features
 import shapely
+import shapely.affinity
 from affine import Affine
 from rasterio.abc import MultiByteRangeResourceContainer
 from rasterio.crs import CRS
@@ -55,6 +56,19 @@ STRIP = 64
 MAX_LABEL_PIXELS = 1 << 26
 
 _IDENTITY = Affine.identity()
+
+
+class OnGrid(Protocol):
+    """What shapes can be drawn on: a scene, or a part of another grid. Fields as of `schema.Scene`."""
+
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def crs(self) -> str | None: ...
+    @property
+    def transform(self) -> tuple[float, float, float, float, float, float]: ...
 
 
 @dataclass(frozen=True)
@@ -403,11 +417,12 @@ def footprint(crs: str | None, transform: Sequence[float], height: int, width: i
 def _project(
     to_lonlat: pyproj.Transformer, transform: Sequence[float], cols: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    lons, lats = to_lonlat.transform(*_apply(transform, cols, rows))
+    lons, lats = to_lonlat.transform(*apply(transform, cols, rows))
     return np.asarray(lons), np.asarray(lats)
 
 
-def _apply(transform: Iterable[float], cols: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def apply(transform: Iterable[float], cols: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of columns and rows, by affine coefficients."""
     a, b, c, d, e, f = tuple(transform)[:6]
     return a * cols + b * rows + c, d * cols + e * rows + f
 
@@ -862,9 +877,9 @@ class _Placement:
         nodes_down = np.arange(first_row, (window.stop_row - 1) // self.SPACING + 2) * self.SPACING + 0.5
         nodes_right = np.arange(first_col, (window.stop_col - 1) // self.SPACING + 2) * self.SPACING + 0.5
         cols, rows = np.meshgrid(nodes_right, nodes_down)
-        xs, ys = _apply(self.scene, cols, rows)
+        xs, ys = apply(self.scene, cols, rows)
         xs, ys = (np.asarray(one).reshape(cols.shape) for one in self.transformer.transform(xs, ys))
-        at_cols, at_rows = _apply(self.to_raster, xs, ys)
+        at_cols, at_rows = apply(self.to_raster, xs, ys)
         down = np.arange(window.row, window.stop_row)
         right = np.arange(window.col, window.stop_col)
         found = []
@@ -899,7 +914,7 @@ def _placement(
     if crs is None or scene.crs is None:
         which = f"labels {url} have" if crs is None else "the scene has"
         raise Refused(f"{which} no CRS, so the two can't be laid over each other; state it: gdal_edit.py -a_srs EPSG:N")
-    transformer = _between(scene.crs, crs)
+    transformer = transformer_between(scene.crs, crs)
     return _Placement(~Affine(*transform), Affine(*scene.transform), transformer)
 
 
@@ -907,11 +922,17 @@ def same_crs(one: str | None, other: str | None) -> bool:
     """Whether two CRSs, however written, are the same; None is only None's."""
     if one == other or one is None or other is None:
         return one == other
-    return _between(one, other) is None
+    return transformer_between(one, other) is None
 
 
 @lru_cache(maxsize=64)
-def _between(crs: str, other: str) -> pyproj.Transformer | None:
+def is_geographic(crs: str) -> bool:
+    """Whether a CRS counts in degrees."""
+    return bool(pyproj.CRS.from_user_input(crs).is_geographic)
+
+
+@lru_cache(maxsize=64)
+def transformer_between(crs: str, other: str) -> pyproj.Transformer | None:
     """None if the two are the same."""
     one, two = pyproj.CRS.from_user_input(crs), pyproj.CRS.from_user_input(other)
     if one.equals(two, ignore_axis_order=True):
@@ -971,7 +992,7 @@ def _halves(window: Window) -> tuple[Window, Window]:
     )
 
 
-def rasterize(shapes: Sequence[tuple[bytes, int]], crs: str | None, scene: Scene, window: Window) -> np.ndarray:
+def rasterize(shapes: Sequence[tuple[bytes, int]], crs: str | None, scene: OnGrid, window: Window) -> np.ndarray:
     """Draw shapes onto a window of the scene's grid: a pixel is in a shape that holds its centre.
 
     Args:
@@ -1011,7 +1032,7 @@ def _in_pixels(
     if (crs is None) != (scene_crs is None):
         which = "the shapes have" if crs is None else "the scene has"
         raise Refused(f"{which} no CRS, so the two can't be laid over each other; state it")
-    transformer = _between(crs, scene_crs) if crs is not None and scene_crs is not None else None
+    transformer = transformer_between(crs, scene_crs) if crs is not None and scene_crs is not None else None
     if transformer is not None:
         shape = _near(shape, str(scene_crs), str(crs), transform, size)
         # A straight side of one CRS is a curve in the other.
@@ -1022,19 +1043,19 @@ def _in_pixels(
         if not np.isfinite(shapely.get_coordinates(shape)).all():
             raise Refused("a shape reaches beyond where the scene's CRS is defined; cut it to the scene first")
     inverse = ~Affine(*transform)
-    return shapely.transform(shape, lambda at: np.column_stack(_apply(inverse, at[:, 0], at[:, 1])))
+    return shapely.transform(shape, lambda at: np.column_stack(apply(inverse, at[:, 0], at[:, 1])))
 
 
 def _near(
     shape: BaseGeometry, scene_crs: str, crs: str, transform: tuple[float, ...], size: tuple[int, int]
 ) -> BaseGeometry:
     """What of a shape lies around a scene: a continent's coastline reaches where the scene's CRS is not defined."""
-    transformer = _between(scene_crs, crs)
+    transformer = transformer_between(scene_crs, crs)
     if transformer is None or shape.is_empty:
         return shape
     steps = np.linspace(-0.1, 1.1, 13)
     cols, rows = (one.ravel() for one in np.meshgrid(steps * size[1], steps * size[0]))
-    xs, ys = (np.asarray(one) for one in transformer.transform(*_apply(transform, cols, rows)))
+    xs, ys = (np.asarray(one) for one in transformer.transform(*apply(transform, cols, rows)))
     if not (np.isfinite(xs).all() and np.isfinite(ys).all()):
         return shape
     # Neighbours far apart: the scene lies on a seam of the shape's CRS (the antimeridian, a pole).
@@ -1048,7 +1069,7 @@ def _near(
     return shape if shapely.covers(box, shape) else shapely.intersection(shape, box)
 
 
-def aoi_mask(geometry: bytes, crs: str | None, scene: Scene, window: Window) -> np.ndarray:
+def aoi_mask(geometry: bytes, crs: str | None, scene: OnGrid, window: Window) -> np.ndarray:
     """Which pixels of a window have their centre in an area of interest: (height, width) bool.
 
     Args:
@@ -1056,3 +1077,35 @@ def aoi_mask(geometry: bytes, crs: str | None, scene: Scene, window: Window) -> 
         crs: of the geometry, e.g. `EPSG:4326`.
     """
     return rasterize([(geometry, 1)], crs, scene, window) == 1
+
+
+class AoiTest:
+    """Which blocks of a scene an area touches, judged in the scene's pixel coordinates."""
+
+    def __init__(self, aoi: tuple[bytes, str]):
+        self._shape, self._crs = shapely.from_wkb(aoi[0]), aoi[1]
+        # Straight edges of one CRS are curves in another.
+        west, south, east, north = self._shape.bounds
+        self._shape = shapely.segmentize(self._shape, max(east - west, north - south, 1e-9) / 200)
+        self._moved: dict[str, Any] = {}
+
+    def __call__(self, scene: OnGrid, found: Sequence[Window]) -> list[bool]:
+        assert scene.crs is not None  # checked before: an aoi refuses scenes without a CRS
+        if scene.crs not in self._moved:
+            move = pyproj.Transformer.from_crs(self._crs, scene.crs, always_xy=True)
+            moved = shapely.transform(self._shape, lambda xy: np.column_stack(move.transform(xy[:, 0], xy[:, 1])))
+            # What lies beyond a projection's reach comes back infinite.
+            whole = np.isfinite(shapely.get_coordinates(moved)).all()
+            self._moved[scene.crs] = shapely.make_valid(moved) if whole else None
+        moved = self._moved[scene.crs]
+        if moved is None:
+            return [True] * len(found)
+        a, b, c, d, e, f = scene.transform
+        scale = a * e - b * d
+        inverse = [e / scale, -b / scale, -d / scale, a / scale, (b * f - c * e) / scale, (c * d - a * f) / scale]
+        pixels = shapely.affinity.affine_transform(moved, inverse)
+        boxes = shapely.box(
+            *np.array([[one.col - 1, one.row - 1, one.stop_col + 1, one.stop_row + 1] for one in found], float).T
+        )
+        shapely.prepare(pixels)
+        return list(shapely.intersects(pixels, boxes))

@@ -20,7 +20,7 @@ from rio_cogeo import cog_validate
 
 from sattile import cog, mosaic
 from sattile.grid import Window, blocks
-from sattile.mosaic import ITEM, Part, Product
+from sattile.mosaic import ITEM, Part, Product, Target
 from sattile.schema import Band, Scene, SegmentClass
 
 CLASSES = (SegmentClass(0, "bare land", "#ddcc77"), SegmentClass(7, "water", "#332288"))
@@ -108,7 +108,7 @@ def validate(path: Path, schemas: Path) -> None:
 )
 def test_a_finished_folder_is_valid_and_keeps_the_scene_s_grid(scene: Scene, tmp_path: Path, shared_data: Path) -> None:
     folder = tmp_path / scene.scene_id
-    mosaic.write_scene(scene, parts_of(scene), PRODUCT, str(folder))
+    mosaic.write_map(Target.of(scene), parts_of(scene), PRODUCT, str(folder))
     assert sorted(files_of(folder)) == ["coverage.tif", "item.json", "labels.tif", "quicklook.png", "scores.tif"]
     labels, scores, coverage = result_of(scene)
     for name, expected in (("labels", labels), ("scores", scores), ("coverage", coverage)):
@@ -154,17 +154,17 @@ def test_the_bytes_do_not_depend_on_the_blocks_or_their_order(
 ) -> None:
     folder = tmp_path_factory.mktemp("bytes")
     scene = scene_of(shape=(600, 900))
-    mosaic.write_scene(scene, parts_of(scene), PRODUCT, str(folder / "one"))
+    mosaic.write_map(Target.of(scene), parts_of(scene), PRODUCT, str(folder / "one"))
     parts = parts_of(scene, edge)
     order.shuffle(parts)
-    mosaic.write_scene(scene, parts, PRODUCT, str(folder / "two"))
+    mosaic.write_map(Target.of(scene), parts, PRODUCT, str(folder / "two"))
     assert files_of(folder / "one") == files_of(folder / "two")
 
 
 def test_what_no_part_covers_is_nodata(tmp_path: Path) -> None:
     scene = scene_of()
     part = parts_of(scene)[-1]
-    mosaic.write_scene(scene, [part], PRODUCT, str(tmp_path / "s"))
+    mosaic.write_map(Target.of(scene), [part], PRODUCT, str(tmp_path / "s"))
     outside = np.ones((scene.height, scene.width), bool)
     outside[part.window.slices()] = False
     with rasterio.open(tmp_path / "s" / "labels.tif") as file:
@@ -184,7 +184,7 @@ def publish(out: Path, scene: Scene, product: Product, stop: int | None = None) 
         parts = [
             Part(one.window, one.labels, one.scores, one.coverage + 1) for one in parts if one.coverage is not None
         ]
-    mosaic.write_scene(scene, parts, product, str(staged))
+    mosaic.write_map(Target.of(scene), parts, product, str(staged))
     if stop is None:
         mosaic.publish(str(staged), str(out), scene.scene_id)
         return
@@ -212,14 +212,14 @@ def test_a_replacement_that_dies_anywhere_leaves_a_folder_that_counts_as_old_new
     scene = scene_of(shape=(40, 60))
     new = Product(CLASSES, "settings-2", scores=scores, coverage=True)  # as many files, or one less
     publish(tmp_path, scene, PRODUCT)
-    assert mosaic.is_done(str(tmp_path), scene, PRODUCT)
-    assert not mosaic.is_done(str(tmp_path), scene, new)
+    assert mosaic.is_done(str(tmp_path), Target.of(scene), PRODUCT)
+    assert not mosaic.is_done(str(tmp_path), Target.of(scene), new)
     try:
         publish(tmp_path, scene, new, stop)
         died = False
     except KeyboardInterrupt:
         died = True
-    done = [product for product in (PRODUCT, new) if mosaic.is_done(str(tmp_path), scene, product)]
+    done = [product for product in (PRODUCT, new) if mosaic.is_done(str(tmp_path), Target.of(scene), product)]
     assert len(done) <= 1
     assert died or done == [new]
     item = mosaic.read_item(str(tmp_path), scene.scene_id)
@@ -229,7 +229,7 @@ def test_a_replacement_that_dies_anywhere_leaves_a_folder_that_counts_as_old_new
             data = (tmp_path / scene.scene_id / asset["href"]).read_bytes()
             assert asset["file:checksum"] == "1220" + hashlib.sha256(data).hexdigest()
     publish(tmp_path, scene, new)  # the next run finishes it
-    assert mosaic.is_done(str(tmp_path), scene, new)
+    assert mosaic.is_done(str(tmp_path), Target.of(scene), new)
     expected = ["coverage.tif", "item.json", "labels.tif", "quicklook.png", *["scores.tif"] * scores]
     assert sorted(files_of(tmp_path / scene.scene_id)) == expected
 
@@ -238,17 +238,17 @@ def test_a_scene_is_done_only_if_settings_input_and_files_are_as_they_were(tmp_p
     scene = scene_of(shape=(40, 60))
     publish(tmp_path, scene, PRODUCT)
     out, folder = str(tmp_path), tmp_path / scene.scene_id
-    assert mosaic.is_done(out, scene, PRODUCT)
+    assert mosaic.is_done(out, Target.of(scene), PRODUCT)
     changed = Scene.from_json(scene.to_json().replace("456", "457"))
-    assert not mosaic.is_done(out, changed, PRODUCT)
+    assert not mosaic.is_done(out, Target.of(changed), PRODUCT)
     text = (folder / ITEM).read_text()
     for broken in (text[: len(text) // 2], "[]", "{}"):
         (folder / ITEM).write_text(broken)
-        assert not mosaic.is_done(out, scene, PRODUCT)
+        assert not mosaic.is_done(out, Target.of(scene), PRODUCT)
     (folder / ITEM).write_text(text)
-    assert mosaic.is_done(out, scene, PRODUCT)
+    assert mosaic.is_done(out, Target.of(scene), PRODUCT)
     os.truncate(folder / "labels.tif", 100)
-    assert not mosaic.is_done(out, scene, PRODUCT)
+    assert not mosaic.is_done(out, Target.of(scene), PRODUCT)
 
 
 def test_the_collection_lists_what_is_finished_and_is_valid(tmp_path: Path, shared_data: Path) -> None:

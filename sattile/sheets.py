@@ -1,0 +1,870 @@
+"""Many scenes onto one grid: sheets of it, planned, inferred block by block, added up over scenes, decided once.
+
+A task takes blocks of the grid. For each scene that reaches a block, in a fixed order, it reads what is needed with its
+context, infers on the scene's own pixels, brings scores and weights onto the grid (`warp`) and adds them to the block's
+sums. Where blocks are few and scenes many, the two halves are two tasks with a shuffle between; the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sattile import engine as engines
+from sattile import mosaic, raster, record, storage
+from sattile.decoder import decoder
+from sattile.errors import Refused, UsageError
+from sattile.grid import Placement, Window
+from sattile.inference import (
+    ACTIVATIONS,
+    WORKER_BASE,
+    BlockRead,
+    Inference,
+    own_peak_mb,
+    parse_memory,
+    run_windows,
+)
+from sattile.mapreduce import INFERRED, ROW_BYTES, columns, refused, rows_of, task_numbers, write_maps
+from sattile.model import load_scorer
+from sattile.mosaic import Part, Product, Target
+from sattile.schema import Scene
+from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
+from sattile.warp import Cut, Grid, Warp, grid_like, parse_grid
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pyspark.sql import Row, SparkSession
+
+log = logging.getLogger("sattile")
+
+SHEET = 16_384
+"""Edge of a sheet in pixels, unless said otherwise."""
+
+RULES = ("all", "newest")
+
+TURN = 1.06
+"""How much longer the edge of a block is in a scene whose grid is turned by a UTM zone's convergence."""
+
+MOST_EDGE = 4096
+
+TASK_PIXELS = 24_000_000
+"""Pixels that one task infers at most, but for a single block."""
+
+WAVE_PIXELS = 1_000_000_000
+"""Pixels after which finished sheets are published; a sheet of the usual edge has a quarter of them."""
+
+REFUSED = "sattile:refused"
+"""Of a sheet: {scene id: reason} of scenes that reach it and could not be read."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a scene's pixels weigh against those of other scenes.
+
+    Attributes:
+        edge: less towards the edge of the scene.
+        cloud: name of a band that holds the probability of cloud in per cent.
+    """
+
+    edge: bool = False
+    cloud: str | None = None
+
+
+def parse_weights(text: str | Sequence[str] | None) -> Weights:
+    """`edge`, `cloud=BAND`, or both with a comma.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    found = Weights()
+    for part in text.split(",") if isinstance(text, str) else list(text or ()):
+        name, _, band = part.strip().partition("=")
+        if name == "edge" and not band:
+            found = replace(found, edge=True)
+        elif name == "cloud" and band:
+            found = replace(found, cloud=band.strip())
+        else:
+            raise UsageError(
+                f"weights {part!r}: give edge (less towards a scene's edge), cloud=BAND (a band with the "
+                f"probability of cloud in per cent), or both with a comma"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a grid is cut, and how scenes share it.
+
+    Attributes:
+        grid: the pixels.
+        sheet: edge of a sheet, in pixels.
+        block: edge of a block, in pixels; blocks begin at their sheet's corner.
+        rule: `all`: the weighted mean of all scenes; `newest`: the newest scene that is valid at a pixel.
+        weights: see there.
+    """
+
+    grid: Grid
+    sheet: int
+    block: int
+    rule: str
+    weights: Weights
+
+    def describe(self) -> dict[str, Any]:
+        """All of it as JSON: part of the settings of a run."""
+        return {
+            "grid": self.grid.crs, "transform": list(self.grid.transform),
+            "limits": list(asdict(self.grid.limits).values()) if self.grid.limits else None,
+            "sheet": self.sheet, "block": self.block, "rule": self.rule, "weights": asdict(self.weights),
+        }  # fmt: skip
+
+
+def lay_out(
+    job: Inference,
+    *,
+    grid: str | None,
+    like: str | None,
+    sheet: int = SHEET,
+    block: int | None = None,
+    rule: str = "all",
+    weights: str | Sequence[str] | None = None,
+    worker_memory: int | str = "3g",
+) -> Layout:
+    """A layout, checked; the block's edge follows from the bundle, the grid and the worker's memory.
+
+    Raises:
+        UsageError: for a grid, a sheet or a rule that can't be.
+    """
+    if (grid is None) == (like is None):
+        raise UsageError("give either --grid EPSG:N@RES or --like FILE")
+    if rule not in RULES:
+        raise UsageError(f"rule {rule!r}: use {' or '.join(RULES)}")
+    if sheet < mosaic.cog.TILE or sheet % mosaic.cog.TILE:
+        near = max(round(sheet / mosaic.cog.TILE), 1) * mosaic.cog.TILE
+        raise UsageError(f"sheet {sheet}: give a multiple of {mosaic.cog.TILE}, the tiles of a COG, such as {near}")
+    if like is not None:
+        try:
+            found = grid_like(decoder().call(raster.describe_file, storage.absolute(like)))
+        except Refused as error:
+            raise UsageError(f"--like {like}: {error.reason}") from None
+    else:
+        found = parse_grid(str(grid))
+    if block is None:
+        block = choose_block(job, found, parse_memory(worker_memory), sheet)
+    elif not 16 <= block <= sheet:
+        raise UsageError(f"block {block}: give pixels from 16 to the sheet's {sheet}")
+    return Layout(found, sheet, block, rule, parse_weights(weights))
+
+
+def choose_block(job: Inference, grid: Grid, memory: int, sheet: int) -> int:
+    """Edge of blocks: one window of the network where that is wide enough, and what memory allows.
+
+    It follows from the model's pixel size, not from the scenes: the archive grows, and its settings stay.
+    """
+    ratio = max((resolution(grid) or job.bundle.gsd or 1.0) / (job.bundle.gsd or resolution(grid) or 1.0), 1e-3)
+    if job.geometry.merge == "crop":
+        wanted = (job.geometry.size - job.geometry.total_stride - 6) / (ratio * TURN)
+    else:
+        wanted = MOST_EDGE / max(ratio, 1.0)
+    most = int(min(max(wanted, 16), MOST_EDGE, sheet)) // 16 * 16
+    while most > 64 and block_memory(job, most, ratio) > memory:
+        most = most * 3 // 4 // 16 * 16
+    return max(most, 16)
+
+
+def block_memory(job: Inference, edge: int, ratio: float) -> int:
+    """Bytes that a worker needs for blocks of this edge, its network included: an estimate.
+
+    Args:
+        ratio: pixels of a scene for one of the grid, along one axis.
+    """
+    bands, classes, geometry = len(job.bundle.bands), len(job.bundle.classes), job.geometry
+    need = edge * ratio * TURN
+    context = geometry.halo if geometry.merge == "crop" else geometry.size
+    read = (need + 2 * context) ** 2 * (4 * bands + 1)
+    window = min(need + 2 * context, geometry.input_size) if geometry.merge == "crop" else geometry.input_size
+    network = window**2 * job.batch * (
+        job.bundle.activation_bytes * ACTIVATIONS[job.engine] + 4 * bands + 4 * classes
+    )  # fmt: skip
+    scores = need**2 * (4 * classes + 8 + (8 * classes + 8) * (geometry.merge == "blend"))
+    sums = edge**2 * ((8 + 4 + 8) * classes + 8 + 4 + 2 + 3)
+    return int(WORKER_BASE[job.engine] + 2 * read + network + scores + sums)
+
+
+def resolution(grid: Grid) -> float | None:
+    """Pixel size of a grid in metres, at the equator of a geographic one."""
+    at = grid.limits or Window(0, 0, 1, 1)
+    if raster.is_geographic(grid.crs):
+        return abs(grid.transform[0] * grid.transform[4]) ** 0.5 * 111_320
+    return raster.ground_sample_distance(grid.crs, grid.of(at), at.height, at.width) or math.sqrt(
+        abs(grid.transform[0] * grid.transform[4] - grid.transform[1] * grid.transform[3])
+    )
+
+
+# --- the plan: on the driver --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """A block of the grid and the scenes that reach it, in the order in which they are added.
+
+    Attributes:
+        name: of its sheet.
+        block: of the grid.
+        scenes: ids.
+        first: place of the first of them in that order.
+    """
+
+    name: str
+    block: Window
+    scenes: tuple[str, ...]
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A part of the mosaic that becomes one folder.
+
+    Attributes:
+        target: what it is, its source being the digest of all scenes that reach it.
+        window: of the grid; no larger than what scenes reach, by whole tiles of a COG.
+        works: its blocks.
+        urls: {scene id: URL} of all that reach it.
+        refused: {scene id: reason} of scenes that reach it and are left out.
+    """
+
+    target: Target
+    window: Window
+    works: tuple[Work, ...]
+    urls: Mapping[str, str]
+    refused: Mapping[str, str]
+
+    @property
+    def scenes(self) -> set[str]:
+        return {one for work in self.works for one in work.scenes}
+
+    @property
+    def pixels(self) -> int:
+        return sum(work.block.area for work in self.works)
+
+    def without(self, refused: Mapping[str, str]) -> Sheet:
+        """The same sheet, left out what can't be read."""
+        mine = {one: refused[one] for one in sorted(self.scenes & set(refused))} | dict(self.refused)
+        works = tuple(replace(one, scenes=tuple(s for s in one.scenes if s not in mine)) for one in self.works)
+        properties = dict(self.target.properties)
+        if mine:
+            properties[REFUSED] = dict(sorted(mine.items()))
+        links = tuple(url for one, url in self.urls.items() if one not in mine)
+        return Sheet(replace(self.target, properties=properties, links=links), self.window, works, self.urls, mine)
+
+
+def plan_sheets(
+    scenes: Sequence[Scene], layout: Layout, *, aoi: tuple[bytes, str] | None = None
+) -> tuple[list[Sheet], list[Scene]]:
+    """Sheets with their blocks, from metadata alone, in order; and scenes that no pixel of the grid lies in.
+
+    Blocks that do not touch the aoi are left out.
+    """
+    ordered = in_order(scenes, layout.rule)
+    touched: dict[tuple[int, int], dict[Window, list[str]]] = {}
+    extents: dict[str, Window | None] = {}
+    for scene in ordered:
+        warp = Warp(layout.grid, scene)
+        for key, block in _blocks_of(warp, layout):
+            touched.setdefault(key, {}).setdefault(block, []).append(scene.scene_id)
+        extents[scene.scene_id] = warp.extent()
+    by_id = {scene.scene_id: scene for scene in ordered}
+    sheets = []
+    for key in sorted(touched):
+        blocks = sorted(touched[key])
+        if aoi is not None:
+            frame = _frame(layout.grid, _hull(blocks))
+            mine = raster.AoiTest(aoi)(frame, [relative(one, frame) for one in blocks])
+            blocks = [one for one, hit in zip(blocks, mine, strict=True) if hit]
+        if not blocks:
+            continue
+        works = [(one, tuple(touched[key][one])) for one in blocks]
+        names = {name for _, some in works for name in some}
+        used = [scene for scene in ordered if scene.scene_id in names]
+        reached = [extents[name] for name in names]
+        hull = _hull(blocks)
+        whole = [one for one in reached if one is not None]
+        if len(whole) == len(reached):
+            hull = hull & _hull(whole)
+        if layout.grid.is_file:  # cut only where the sheet or the file ends
+            hull = Window(key[0] * layout.sheet, key[1] * layout.sheet, layout.sheet, layout.sheet)
+        if layout.grid.limits is not None:
+            hull = hull & layout.grid.limits
+        if hull.area:
+            sheets.append(_sheet(key, works, used, layout.grid, hull))
+    inside = {one for sheet in sheets for one in sheet.scenes}
+    return sheets, [scene for scene in by_id.values() if scene.scene_id not in inside]
+
+
+def in_order(scenes: Sequence[Scene], rule: str) -> list[Scene]:
+    """Scenes as they are added: by id, or the newest first (those without a time last)."""
+    ordered = sorted(scenes, key=lambda one: one.scene_id)
+    return sorted(ordered, key=lambda one: one.datetime or "", reverse=True) if rule == "newest" else ordered
+
+
+def _blocks_of(warp: Warp, layout: Layout) -> Iterator[tuple[tuple[int, int], Window]]:
+    """((row, col) of the sheet, block) for all blocks that a scene reaches."""
+    size, edge = layout.sheet, layout.block
+    found: dict[Window, tuple[int, int]] = {}
+    for box in warp.reach(edge):
+        # The lattice of `reach` is the grid's, that of blocks begins anew in each sheet.
+        for row in _starts(box.row, box.stop_row, size, edge):
+            for col in _starts(box.col, box.stop_col, size, edge):
+                key = row // size, col // size
+                block = Window(row, col, min(edge, (key[0] + 1) * size - row), min(edge, (key[1] + 1) * size - col))
+                if layout.grid.limits is not None:
+                    block = block & layout.grid.limits
+                if block.area:
+                    found[block] = key
+    blocks = list(found)
+    for block, hit in zip(blocks, warp.touches(blocks), strict=True):
+        if hit:
+            yield found[block], block
+
+
+def _starts(start: int, stop: int, size: int, edge: int) -> Iterator[int]:
+    """Where the blocks begin that lie in start <= x < stop of one axis."""
+    for sheet in range(start // size, (stop - 1) // size + 1):
+        first = max(start - sheet * size, 0) // edge
+        for number in range(first, -(-min(stop - sheet * size, size) // edge)):
+            yield sheet * size + number * edge
+
+
+def _sheet(
+    key: tuple[int, int], works: Sequence[tuple[Window, tuple[str, ...]]], used: list[Scene], grid: Grid, hull: Window
+) -> Sheet:
+    name = f"r{key[0]}_c{key[1]}"
+    transform = grid.of(hull)
+    times = sorted(scene.datetime for scene in used if scene.datetime)
+    known = bool(times) and len(times) == len(used)
+    target = Target(
+        name, hull.height, hull.width, grid.crs, transform,
+        raster.ground_sample_distance(grid.crs, transform, hull.height, hull.width),
+        raster.footprint(grid.crs, transform, hull.height, hull.width),
+        times[0] if known and times[0] == times[-1] else None,
+        storage.digest([[json.loads(scene.to_json()) for scene in used], list(asdict(hull).values())]),
+        (times[0], times[-1]) if known and times[0] != times[-1] else None,
+        tuple(scene.url for scene in used),
+        {mosaic.WINDOW: list(asdict(hull).values())},
+    )  # fmt: skip
+    urls = {scene.scene_id: scene.url for scene in used}
+    return Sheet(target, hull, tuple(Work(name, block, names) for block, names in works), urls, {})
+
+
+def _hull(blocks: Sequence[Window]) -> Window:
+    row, col = min(one.row for one in blocks), min(one.col for one in blocks)
+    return Window(row, col, max(one.stop_row for one in blocks) - row, max(one.stop_col for one in blocks) - col)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A window of a grid, as something that shapes are drawn on."""
+
+    height: int
+    width: int
+    crs: str | None
+    transform: tuple[float, float, float, float, float, float]
+    window: Window
+
+
+def _frame(grid: Grid, window: Window) -> _Frame:
+    return _Frame(window.height, window.width, grid.crs, grid.of(window), window)
+
+
+def relative(block: Window, frame: _Frame) -> Window:
+    """A block of the grid, counted from a frame's corner."""
+    return Window(block.row - frame.window.row, block.col - frame.window.col, block.height, block.width)
+
+
+def tasks_of(works: Sequence[Work], slots: int) -> list[list[Work]]:
+    """Runs of neighbouring blocks, several a core so that the end is even."""
+    costs = [work.block.area * len(work.scenes) for work in works]
+    limit = min(max(sum(costs) // max(4 * slots, 1), 1), TASK_PIXELS)
+    found: list[list[Work]] = [[]]
+    load = 0.0
+    for work, cost in zip(works, costs, strict=True):
+        if found[-1] and load + cost / 2 > limit:
+            found.append([])
+            load = 0
+        found[-1].append(work)
+        load += cost
+    return [group for group in found if group]
+
+
+def shares_a_task(works: Sequence[Work], slots: int) -> bool:
+    """Whether a block is inferred and added up in one task; two, with a shuffle between, where cores would idle."""
+    return len(works) >= slots or max((len(work.scenes) for work in works), default=0) < 2
+
+
+# --- a scene in a block -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One scene in one block: what is read, evaluated, and where it goes."""
+
+    work: Work
+    rank: int
+    scene: Scene
+    warp: Warp
+    cut: Cut
+    placements: tuple[Placement, ...]
+    region: Window
+
+
+@lru_cache(maxsize=256)
+def _warp(grid: Grid, scene_id: str, height: int, width: int, crs: str, transform: tuple[float, ...]) -> Warp:
+    return Warp(grid, Scene(scene_id, "", height, width, (), crs, transform))  # type: ignore[arg-type]
+
+
+def steps_of(work: Work, scenes: Mapping[str, Scene], job: Inference, layout: Layout) -> Iterator[Step]:
+    """What has to be done for one block, in order; scenes of which it needs no pixel are left out."""
+    for rank, scene_id in enumerate(work.scenes, start=work.first):
+        scene = scenes[scene_id]
+        warp = _warp(layout.grid, scene_id, scene.height, scene.width, str(scene.crs), scene.transform)
+        cut = warp.cut(work.block)
+        if not cut.need.area:
+            continue
+        placements = tuple(job.geometry.cover(scene.height, scene.width, cut.need))
+        row, col = min(one.read.row for one in placements), min(one.read.col for one in placements)
+        stop_row = max(one.read.stop_row for one in placements)
+        stop_col = max(one.read.stop_col for one in placements)
+        region = Window(row, col, stop_row - row, stop_col - col)
+        yield Step(work, rank, scene, warp, cut, placements, region)
+
+
+def read_step(
+    scene: Scene, region: Window, need: Window, *, scaled: bool, nodata: float | None, cloud: str | None
+) -> tuple[BlockRead, np.ndarray | None]:
+    """Pixels of a scene for one step, and the probability of cloud of the needed ones. Runs in the decoder.
+
+    Raises:
+        Refused: if the scene can't be read.
+    """
+    pixels = scene if cloud is None else scene.select(scene.band_names[:-1])
+    data, valid = raster.read(pixels, region, nodata=nodata, scaled=scaled)
+    clouds = None
+    if cloud is not None:
+        values, known = raster.read(scene.select([cloud]), need, nodata=nodata)
+        clouds = np.where(known, np.clip(values[..., 0], 0, 100), 0).astype(np.uint8)
+    wanted = valid[need.slices(region)]
+    return BlockRead(region, data, valid, wanted, None, record.peak_memory_mb()), clouds
+
+
+def score_step(
+    step: Step, read: BlockRead, clouds: np.ndarray | None, job: Inference, layout: Layout
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Scores and weights of the needed pixels of a scene, on its own grid.
+
+    Returns:
+        scores: (height, width, classes) float32.
+        weights: (height, width) int64; 0 where there is nothing.
+        evaluated: pixels that the network ran on.
+    """
+    need, classes = step.cut.need, len(job.bundle.classes)
+    weights = read.wanted.astype(np.int64)
+    scores = np.zeros((*need.shape, classes), np.float32)
+    placements = [one for one in step.placements if read.wanted[one.keep.slices(need)].any()]
+    if not placements:
+        return scores, weights * 0, 0
+    scorer = load_scorer(job.bundle, engine=job.engine, threads=job.threads)
+    count = min(job.batch, len(step.placements))
+    if job.geometry.merge == "crop":
+        for place, window in run_windows(placements, read, job, scorer, count):
+            scores[place.keep.slices(need)] = window[place.keep.slices(place.read)]
+    else:
+        stitcher = Stitcher(need, classes)
+        shape = placements[0].read.shape
+        taper = _blend_weights(*shape)
+        for place, window in run_windows(placements, read, job, scorer, count):
+            inside = place.keep.slices(place.read)
+            stitcher.add(place.keep, window[inside], read.wanted[place.keep.slices(need)], taper[inside])
+        scores = stitcher.scores()
+        # 1 to some hundred: less where only the rims of windows lie, at the edge of a scene.
+        weights = np.where(stitcher.coverage > 0, np.maximum(stitcher.coverage // PEAK, 1), 0)
+    weights[~np.isfinite(scores).all(axis=-1)] = 0
+    if layout.weights.edge:
+        weights *= edge_weights(step.scene, need)
+    if clouds is not None:
+        weights *= 100 - clouds.astype(np.int64)
+    evaluated = -(-len(placements) // count) * count * placements[0].read.area
+    return scores, weights, evaluated
+
+
+@lru_cache(maxsize=8)
+def _blend_weights(height: int, width: int) -> np.ndarray:
+    return blend_weights(height, width)
+
+
+def edge_weights(scene: Scene, window: Window) -> np.ndarray:
+    """(height, width) int64 from 1 at the edge of a scene's grid to `PEAK` in its middle, by distance."""
+    sides = []
+    for start, stop, extent in (
+        (window.row, window.stop_row, scene.height), (window.col, window.stop_col, scene.width)
+    ):  # fmt: skip
+        at = np.arange(start, stop)
+        sides.append(np.minimum(at, extent - 1 - at) + 1)
+    near = np.minimum(sides[0][:, None], sides[1][None])
+    return np.maximum(near * PEAK * 2 // (min(scene.height, scene.width) + 1), 1).clip(max=PEAK).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Got:
+    """A step whose pixels are read, or the reason why its scene is refused."""
+
+    step: Step
+    read: BlockRead | None = None
+    clouds: np.ndarray | None = None
+    reason: str = ""
+
+
+def read_steps(items: Iterable[Step | Work], job: Inference, layout: Layout) -> Iterator[Got | Work]:
+    """Read steps one after the other, the next while the present one is used; what is no step passes in its place.
+
+    A scene that can't be read is refused once, and its further steps are left out.
+    """
+    queue, passing, bad = iter(items), list[Work](), set[str]()
+    reader = decoder()
+
+    def read_ahead() -> Step | None:
+        for item in queue:
+            if isinstance(item, Work):
+                passing.append(item)
+            elif item.scene.scene_id not in bad:
+                reader.submit(
+                    read_step, item.scene, item.region, item.cut.need, scaled=job.bundle.values == "scaled",
+                    nodata=job.nodata, cloud=layout.weights.cloud,
+                )  # fmt: skip
+                return item
+        return None
+
+    following = read_ahead()
+    try:
+        while following is not None or passing:
+            yield from passing
+            passing.clear()
+            if following is None:
+                continue
+            step, following = following, None
+            try:
+                got = Got(step, *reader.result())
+            except Refused as error:
+                bad.add(step.scene.scene_id)
+                got = Got(step, reason=error.reason)
+            following = read_ahead()
+            yield got
+    finally:
+        if following is not None:  # the decoder serves other tasks of this process: leave nothing in it
+            with suppress(Exception):
+                reader.result()
+
+
+# --- a block ------------------------------------------------------------------------------------------------------
+
+
+class Sums:
+    """One block over its scenes, added in order."""
+
+    def __init__(self, work: Work, frame: _Frame, job: Inference, layout: Layout):
+        self.work, self.frame, self.job, self.newest = work, frame, job, layout.rule == "newest"
+        self.stitcher = Stitcher(work.block, len(job.bundle.classes))
+        self.count = np.zeros(work.block.shape, np.uint16)
+        self.inside: np.ndarray | None = None
+        if job.aoi is not None:
+            self.inside = raster.aoi_mask(*job.aoi, frame, relative(work.block, frame))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further scene can change anything."""
+        return self.newest and bool((self.stitcher.coverage > 0).all())
+
+    def add(self, rows: slice, scores: np.ndarray, weights: np.ndarray) -> None:
+        """One scene's share of some rows of the block."""
+        block = self.work.block
+        usable = weights > 0
+        if self.newest:
+            usable &= self.stitcher.coverage[rows] == 0
+        part = Window(block.row + rows.start, block.col, rows.stop - rows.start, block.width)
+        self.stitcher.add(part, scores, usable, weights.astype(np.int64))
+        self.count[rows] += usable
+
+    def rows(self, *, evaluated: int, memory_mb: float) -> Iterator[tuple[Any, ...]]:
+        """Rows of `INFERRED`."""
+        job, block = self.job, self.work.block
+        kept = block & self.frame.window
+        covered = self.stitcher.coverage > 0
+        if self.inside is not None:
+            covered &= self.inside
+        labels = np.full(block.shape, NODATA, np.uint8)
+        scores = np.full((*block.shape, len(job.bundle.classes)), np.nan, np.float32) if job.scores else None
+        if covered.any():
+            for start in range(0, block.height, 256):
+                rows = slice(start, min(start + 256, block.height))
+                strip = self.stitcher.scores(rows)
+                labels[rows] = to_labels(strip, covered[rows], job.class_ids, job.threshold)
+                if scores is not None:
+                    scores[rows] = np.where(covered[rows][..., None], strip, np.nan)
+        coverage = np.where(covered, self.stitcher.coverage, 0).astype(np.uint32) if job.coverage else None
+        count = np.where(covered, self.count, 0).astype(np.uint16) if job.coverage else None
+        inner = kept.slices(block)
+        others = (None if one is None else one[inner] for one in (scores, coverage, count))
+        part = Part(relative(kept, self.frame), labels[inner], *others)
+        return rows_of(self.work.name, part, valid=covered[inner], evaluated=evaluated, memory_mb=memory_mb)
+
+
+def score_on_grid(got: Got, job: Inference, layout: Layout) -> tuple[np.ndarray | None, np.ndarray | None, int]:
+    """Scores and weights of one scene on the grid, of a whole block (None for nothing), and pixels evaluated."""
+    assert got.read is not None
+    scores, weights, evaluated = score_step(got.step, got.read, got.clouds, job, layout)
+    if not weights.any():
+        return None, None, evaluated
+    return *got.step.warp.apply(got.step.cut, scores, weights), evaluated
+
+
+def refusal(step: Step, reason: str, memory_mb: float) -> tuple[Any, ...]:
+    """A row of `INFERRED`: the sheet can't be before it is known that this scene is left out."""
+    return refused(step.work.name, json.dumps({"scene": step.scene.scene_id, "reason": reason}), memory_mb)
+
+
+def stitch(
+    frames: Iterable[pd.DataFrame], *, tasks: Any, scenes: Any, windows: Any, job: Inference, layout: Layout
+) -> Iterator[pd.DataFrame]:
+    """Map and reduce in one: task numbers in (`id`), rows of `INFERRED` out, for `mapInPandas`.
+
+    Args:
+        tasks: broadcast list of lists of works, by task number.
+        scenes: broadcast {id: Scene}.
+        windows: broadcast {name of sheet: its window}.
+    """
+    import pandas as pd
+
+    def items() -> Iterator[Step | Work]:
+        for frame in frames:
+            for number in frame["id"]:
+                for work in tasks.value[int(number)]:
+                    yield from steps_of(work, scenes.value, job, layout)
+                    yield work  # the end of it
+
+    sums: Sums | None = None
+    evaluated, memory = 0, 0.0
+    for item in read_steps(items(), job, layout):
+        work = item if isinstance(item, Work) else item.step.work
+        if sums is None:
+            sums = Sums(work, _frame(layout.grid, windows.value[work.name]), job, layout)
+        if isinstance(item, Work):
+            rows = list(sums.rows(evaluated=evaluated, memory_mb=max(memory, own_peak_mb())))
+            sums, evaluated = None, 0
+            yield pd.DataFrame(rows, columns=columns(INFERRED))
+        elif item.read is None:
+            yield pd.DataFrame([refusal(item.step, item.reason, memory)], columns=columns(INFERRED))
+        elif not sums.is_full:
+            scores, weights, pixels = score_on_grid(item, job, layout)
+            evaluated += pixels
+            memory = max(memory, own_peak_mb() + item.read.memory_mb)
+            if scores is not None and weights is not None:
+                sums.add(slice(0, work.block.height), scores, weights)
+
+
+SHARES = (
+    "name string, row int, col int, height int, width int, rank int, top int, rows int, scores binary, "
+    "weights binary, evaluated long, memory_mb double, scene string, reason string"
+)
+"""What one scene gives to some rows of one block, on the way to where the block is added up."""
+
+
+def infer(
+    frames: Iterable[pd.DataFrame], *, tasks: Any, scenes: Any, job: Inference, layout: Layout
+) -> Iterator[pd.DataFrame]:
+    """Map alone: task numbers in, rows of `SHARES` out; at least one for each block."""
+    import pandas as pd
+
+    def items() -> Iterator[Step | Work]:
+        for frame in frames:
+            for number in frame["id"]:
+                for work in tasks.value[int(number)]:
+                    yield work
+                    yield from steps_of(work, scenes.value, job, layout)
+
+    for item in read_steps(items(), job, layout):
+        work = item if isinstance(item, Work) else item.step.work
+        place = work.name, *asdict(work.block).values()
+        rows: list[tuple[Any, ...]] = []
+        if isinstance(item, Work):
+            rows.append((*place, -1, 0, 0, None, None, 0, own_peak_mb(), None, None))
+        elif item.read is None:
+            rows.append((*place, -1, 0, 0, None, None, 0, own_peak_mb(), item.step.scene.scene_id, item.reason))
+        else:
+            scores, weights, pixels = score_on_grid(item, job, layout)
+            memory = own_peak_mb() + item.read.memory_mb
+            rows.append((*place, -1, 0, 0, None, None, pixels, memory, None, None))
+            if scores is not None and weights is not None:
+                step = max(ROW_BYTES // (work.block.width * (4 * scores.shape[-1] + 4)), 1)
+                for top in range(0, work.block.height, step):
+                    part = slice(top, min(top + step, work.block.height))
+                    rows.append(
+                        (
+                            *place, item.step.rank, top, part.stop - top, mosaic.pack(scores[part]),
+                            mosaic.pack(weights[part]), 0, memory, None, None,
+                        )
+                    )  # fmt: skip
+        for row in rows:
+            yield pd.DataFrame([row], columns=columns(SHARES))
+
+
+def add_up(frames: Iterable[pd.DataFrame], *, windows: Any, job: Inference, layout: Layout) -> Iterator[pd.DataFrame]:
+    """Reduce alone: rows of `SHARES` sorted by block, rank and top in, rows of `INFERRED` out."""
+    import pandas as pd
+
+    classes = len(job.bundle.classes)
+    rows = (row for frame in frames for row in frame.itertuples(index=False))
+    for (name, *numbers), group in groupby(rows, key=lambda row: (row.name, row.row, row.col, row.height, row.width)):
+        work = Work(name, Window(*map(int, numbers)), ())
+        sums = Sums(work, _frame(layout.grid, windows.value[name]), job, layout)
+        evaluated, memory = 0, 0.0
+        for row in group:
+            evaluated += row.evaluated
+            memory = max(memory, row.memory_mb, own_peak_mb())
+            if row.reason is not None:
+                reason = json.dumps({"scene": row.scene, "reason": row.reason})
+                yield pd.DataFrame([refused(name, reason, memory)], columns=columns(INFERRED))
+            elif row.scores is not None:
+                shape = int(row.rows), work.block.width
+                scores = mosaic.unpack(row.scores, "float32", (*shape, classes))
+                weights = mosaic.unpack(row.weights, "uint32", shape)
+                assert scores is not None
+                assert weights is not None
+                sums.add(slice(int(row.top), int(row.top) + shape[0]), scores, weights)
+        yield pd.DataFrame(list(sums.rows(evaluated=evaluated, memory_mb=memory)), columns=columns(INFERRED))
+
+
+# --- on the driver ------------------------------------------------------------------------------------------------
+
+
+def run_wave(
+    spark: SparkSession, sheets: Sequence[Sheet], *, scenes: Mapping[str, Scene], job: Inference, layout: Layout,
+    product: Product, staging: str,
+) -> list[Row]:  # fmt: skip
+    """Infer, add up and write some sheets: rows of `WRITTEN`."""
+    works = [work for sheet in sheets for work in sheet.works]
+    slots = engines.slots(spark)
+    together = shares_a_task(works, slots)
+    if not together:
+        works = [replace(work, scenes=(one,), first=rank) for work in works for rank, one in enumerate(work.scenes)]
+    tasks = tasks_of(works, slots)
+    used = {one: scenes[one] for work in works for one in work.scenes}
+    sent = [
+        spark.sparkContext.broadcast(value)
+        for value in (tasks, used, {sheet.target.name: sheet.window for sheet in sheets})
+    ]
+    settings: dict[str, Any] = {"job": job, "layout": layout}
+    try:
+        numbers = task_numbers(spark, len(tasks))
+        if together:
+            work = partial(stitch, tasks=sent[0], scenes=sent[1], windows=sent[2], **settings)
+            inferred = numbers.mapInPandas(engines.on_worker(work), INFERRED)
+        else:
+            shares = numbers.mapInPandas(
+                engines.on_worker(partial(infer, tasks=sent[0], scenes=sent[1], **settings)), SHARES
+            )
+            block = ["name", "row", "col"]
+            grouped = shares.repartition(max(min(len(works), 2 * slots), 1), *block)
+            ordered = grouped.sortWithinPartitions(*block, "rank", "top")
+            inferred = ordered.mapInPandas(engines.on_worker(partial(add_up, windows=sent[2], **settings)), INFERRED)
+        targets = {sheet.target.name: sheet.target for sheet in sheets}
+        return write_maps(spark, inferred, targets, product, staging)
+    finally:
+        for one in sent:
+            one.unpersist()
+
+
+def refusals(reason: str) -> dict[str, str]:
+    """{scene id: reason} of what `refusal` said of a sheet."""
+    found: dict[str, str] = {}
+    for line in reason.split("\n"):
+        value = json.loads(line)
+        found.setdefault(value["scene"], value["reason"])
+    return found
+
+
+def describe_plan(
+    sheets: Sequence[Sheet], scenes: Mapping[str, Scene], job: Inference, layout: Layout, speed: float | None
+) -> dict[str, Any]:
+    """What will be computed, in numbers: estimates. `speed` is that of an earlier run, in evaluated Mpix/s."""
+    works = [work for sheet in sheets for work in sheet.works]
+    used = {name for work in works for name in work.scenes}
+    geometry, evaluated = job.geometry, 0.0
+    ratio = 1.0
+    for name in sorted(used):
+        scene = scenes[name]
+        warp = Warp(layout.grid, scene)
+        ratio = max(ratio, warp.stretch)
+        need = layout.block * warp.stretch
+        shape = geometry.cover(scene.height, scene.width, Window(0, 0, *(min(round(need), one) for one in warp.shape)))
+        price = sum(one.read.area for one in shape) / max(sum(one.keep.area for one in shape), 1)
+        evaluated += scene.height * scene.width * price
+    return {
+        "sheets": len(sheets),
+        "blocks": len(works),
+        "block_edge": layout.block,
+        "scenes": len(used),
+        "scenes_a_block": max((len(work.scenes) for work in works), default=0),
+        **{name: getattr(geometry, name) for name in ("merge", "size", "stride", "halo")},
+        "pixels": sum((work.block & sheet.window).area for sheet in sheets for work in sheet.works),
+        "evaluated_pixels": round(evaluated),
+        "worker_memory_mb": round(block_memory(job, layout.block, ratio / TURN) / 1e6),
+        "seconds": round(evaluated / 1e6 / speed, 1) if speed else None,
+    }
+
+
+def announce_plan(
+    scenes: Sequence[Scene], refused: Sequence[Any], job: Inference, layout: Layout, speed: float | None
+) -> None:
+    """Print the plan of a mosaic of these scenes."""
+    sheets, outside = plan_sheets(scenes, layout, aoi=job.aoi)
+    numbers = describe_plan(sheets, {scene.scene_id: scene for scene in scenes}, job, layout, speed)
+    around = f"halo {job.geometry.halo}" if job.geometry.merge == "crop" else f"stride {job.geometry.stride}"
+    a, b, _, d, e, _ = layout.grid.transform
+    lines = [
+        f"scenes      {numbers['scenes']} ({len(refused)} refused, {len(outside)} outside)",
+        f"grid        {layout.grid.crs.partition('[')[0]}, pixels of {math.hypot(a, d):g} x {math.hypot(b, e):g} units",
+        f"sheets      {numbers['sheets']} of {layout.sheet} px: {', '.join(s.target.name for s in sheets[:8])}"
+        f"{', ...' if len(sheets) > 8 else ''}",
+        f"blocks      {numbers['blocks']} of {layout.block} px, up to {numbers['scenes_a_block']} scenes in one",
+        f"windows     {job.geometry.merge}, size {job.geometry.size}, {around}, {job.batch} a batch",
+        f"pixels      {numbers['pixels'] / 1e6:.1f} M of the grid",
+        f"evaluated   {numbers['evaluated_pixels'] / 1e6:.1f} Mpix of the scenes",
+        f"memory      {numbers['worker_memory_mb'] / 1e3:.1f} GB a worker (an estimate)",
+        f"time        {numbers['seconds']:.0f} s at the last run's {speed:g} Mpix/s"
+        if speed
+        else "time        unknown: no run has been recorded in this folder",
+        *(f"refused     {one.url}: {one.reason}" for one in refused),
+        *(f"outside     {one.url}" for one in outside),
+    ]
+    for line in lines:
+        record.announce(line)
+
+
+def waves_of(sheets: Sequence[Sheet]) -> list[list[Sheet]]:
+    """Neighbouring sheets, up to `WAVE_PIXELS` together (one at least)."""
+    found: list[list[Sheet]] = []
+    load = 0
+    for sheet in sheets:
+        if not found or load + sheet.pixels > WAVE_PIXELS:
+            found.append([])
+            load = 0
+        found[-1].append(sheet)
+        load += sheet.pixels
+    return found
