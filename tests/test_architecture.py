@@ -17,7 +17,7 @@ LAYERS = [
     {"pipeline"},
     {"evaluation"},
     {"tiles", "training", "prediction"},
-    {"scenes", "labels", "model", "mosaic", "reporting", "demo", "doctor"},
+    {"scenes", "labels", "model", "mosaic", "vectors", "reporting", "demo", "doctor"},
     {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "scorers"},
     {"schema", "stitch"},
     {"grid", "split", "statistics", "storage"},
