@@ -48,6 +48,9 @@ TASK_PIXELS = 1 << 26
 TASK_BYTES = 32 << 20
 """Of pieces that one task of the second round joins, where no polygon is larger."""
 
+HELD_BYTES = 32 << 20
+"""Of finished polygons that a task holds, before it writes them as a part."""
+
 FAN_IN = 64
 """Parts that are merged at a time: each has a file open and a row group in memory."""
 
@@ -139,9 +142,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Finished:
-    """A part of finished polygons: its URL (None for none), how many, and their box in units of the CRS."""
+    """Finished polygons: the URLs of their parts, how many, and their box in units of the CRS (None without any)."""
 
-    url: str | None = None
+    urls: tuple[str, ...] = ()
     count: int = 0
     bounds: tuple[float, float, float, float] | None = None
 
@@ -234,7 +237,7 @@ def vectorize(
                     raise SattileError(f"map {areas[one.area].map.name} cannot be outlined: {one.reason}")
             tasks = _deal(done, engine.slots(spark))
             joined = _run(spark, tasks, partial(_join_all, layout=layout))
-        finished = [one for one in [*(one.finished for one in done), *joined] if one.url]
+        finished = [*(one.finished for one in done), *joined]
         _write_file(finished, out, classes, layout, source)
     finally:
         storage.remove(layout.work)
@@ -314,20 +317,23 @@ def _outline_all(
             inside = Window(window.row - at.row, window.col - at.col, window.height, window.width)
             return decoder().call(raster.outlines, at.url, (at.height, at.width), inside, wanted)
 
+        parts = _Parts(layout)
+        cut = None
         try:
-            whole, cut = outline(area.window, block, read)
+            for pieces in outline(area.window, block, read):
+                if not len(pieces.runs):
+                    parts.add(pieces.shapes, pieces.classes)
+                else:
+                    count = len(pieces.shapes)
+                    table = _table(np.zeros(count, np.int64), pieces.classes, np.zeros(count), pieces.shapes)
+                    cut = Cut(_write_part([table], layout.work), pieces.classes, pieces.runs, _sizes(table))
         except Refused as error:
             yield Outlined(number, reason=error.reason)
             continue
-        finished = _finish(whole.shapes, whole.classes, layout)
-        rest = None
-        if len(cut.shapes):
-            table = _table(np.zeros(len(cut.shapes), np.int64), cut.classes, np.zeros(len(cut.shapes)), cut.shapes)
-            rest = Cut(_write_part([table], layout.work), cut.classes, cut.runs, _sizes(table))
-        yield Outlined(number, finished, rest)
+        yield Outlined(number, parts.close(), cut)
 
 
-def outline(area: Window, block: int, read: Callable[[Window], tuple[np.ndarray, ...]]) -> tuple[Pieces, Pieces]:
+def outline(area: Window, block: int, read: Callable[[Window], tuple[np.ndarray, ...]]) -> Iterator[Pieces]:
     """Polygons of an area, joined across its blocks' borders.
 
     Args:
@@ -335,36 +341,43 @@ def outline(area: Window, block: int, read: Callable[[Window], tuple[np.ndarray,
         block: edge in pixels.
         read: gives what `raster.polygonize` does, for a window of the common grid.
 
-    Returns:
-        Those that do not reach the area's border, which have no runs, and those that do.
+    Yields:
+        Whole polygons, without runs, as they are known; and those that reach the area's border, with their runs on it.
     """
     import shapely
 
-    shapes, classes, runs = [np.empty(0, object)], [np.empty(0, np.uint8)], [np.empty((0, 6), np.int64)]
+    held: list[Pieces] = []
     count = 0
     for one in blocks(area.height, area.width, block):
         window = Window(area.row + one.row, area.col + one.col, one.height, one.width)
-        ids, points, rings, polygons = read(window)
-        if not len(ids):
+        classes, points, rings, polygons = read(window)
+        if not len(classes):
             continue
         points = points + np.array([window.col, window.row])
-        found = border_runs(points, rings, polygons, window)
-        found[:, 5] += count
-        count += len(ids)
-        classes.append(ids)
-        runs.append(found)
-        shapes.append(
-            shapely.from_ragged_array(shapely.GeometryType.POLYGON, points.astype(np.float64), (rings, polygons))
-        )
-    joined = join(Pieces(np.concatenate(shapes), np.concatenate(classes), np.concatenate(runs)))
-    outer = on_border(joined.runs, area)
-    reaches = np.zeros(len(joined.shapes), bool)
-    reaches[joined.runs[outer, 5]] = True
-    kept = joined.runs[outer]
-    kept[:, 5] = (np.cumsum(reaches) - 1)[kept[:, 5]]
+        runs = border_runs(points, rings, polygons, window)
+        shapes = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points.astype(np.float64), (rings, polygons))
+        whole, cut = _apart(Pieces(shapes, classes, runs))
+        yield Pieces(canonical(whole.shapes), whole.classes, whole.runs)
+        cut.runs[:, 5] += count
+        count += len(cut.shapes)
+        held.append(cut)
+    if not held:
+        return
+    joined = join(
+        Pieces(*(np.concatenate([getattr(one, name) for one in held]) for name in ("shapes", "classes", "runs")))
+    )
+    yield from _apart(Pieces(joined.shapes, joined.classes, joined.runs[on_border(joined.runs, area)]))
+
+
+def _apart(pieces: Pieces) -> tuple[Pieces, Pieces]:
+    """Those that no run names, and the others, numbered anew."""
+    touches = np.zeros(len(pieces.shapes), bool)
+    touches[pieces.runs[:, 5]] = True
+    runs = pieces.runs.copy()
+    runs[:, 5] = (np.cumsum(touches) - 1)[runs[:, 5]]
     return (
-        Pieces(joined.shapes[~reaches], joined.classes[~reaches], np.empty((0, 6), np.int64)),
-        Pieces(joined.shapes[reaches], joined.classes[reaches], kept),
+        Pieces(pieces.shapes[~touches], pieces.classes[~touches], np.empty((0, 6), np.int64)),
+        Pieces(pieces.shapes[touches], pieces.classes[touches], runs),
     )
 
 
@@ -524,7 +537,9 @@ def _join_all(tasks: Iterable[list[list[tuple[str, int]]]], *, layout: Layout) -
             classes[at] = found[0][0]
             parts = shapely.from_wkb([wkb for _, wkb in found])
             shapes[at] = parts[0] if len(parts) == 1 else shapely.union_all(parts)
-        yield _finish(canonical(shapes), classes, layout)
+        parts = _Parts(layout)
+        parts.add(canonical(shapes), classes)
+        yield parts.close()
 
 
 def _read_rows(url: str, numbers: Sequence[int]) -> dict[int, tuple[int, bytes]]:
@@ -548,21 +563,54 @@ def _read_rows(url: str, numbers: Sequence[int]) -> dict[int, tuple[int, bytes]]
 # ---------------------------------------------------------------- finished polygons
 
 
-def _finish(shapes: np.ndarray, classes: np.ndarray, layout: Layout) -> Finished:
-    """Measure, sieve, place and write polygons that are whole."""
-    import shapely
+class _Parts:
+    """Finished polygons of a task: measured, sieved, placed, and written in sorted parts of bounded size."""
 
-    area = measure(shapes, layout.crs, layout.transform)
-    # NaN is an area that is not known: kept.
-    kept = ~(area < layout.sieve)
-    shapes, classes, area = shapes[kept], classes[kept], area[kept]
-    if not len(shapes):
-        return Finished()
-    place = places(shapes, classes, layout.grid)
-    order = np.argsort(place)
-    table = _table(place[order], classes[order], area[order], on_ground(shapes[order], layout.transform))
-    west, south, east, north = (float(one) for one in shapely.total_bounds(shapely.from_wkb(table["geometry"])))
-    return Finished(_write_part([table], layout.work), table.num_rows, (west, south, east, north))
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self._tables: list[pa.Table] = []
+        self._urls: list[str] = []
+        self._boxes: list[np.ndarray] = []
+        self._count = self._size = 0
+
+    def add(self, shapes: np.ndarray, classes: np.ndarray) -> None:
+        """Add polygons in normal form, in pixels."""
+        import shapely
+
+        area = measure(shapes, self.layout.crs, self.layout.transform)
+        # NaN is an area that is not known: kept.
+        kept = ~(area < self.layout.sieve)
+        if not kept.any():
+            return
+        shapes, classes = shapes[kept], classes[kept]
+        placed = on_ground(shapes, self.layout.transform)
+        table = _table(places(shapes, classes, self.layout.grid), classes, area[kept], placed)
+        self._boxes.append(shapely.total_bounds(placed))
+        self._tables.append(table)
+        self._count += len(shapes)
+        self._size += table.nbytes
+        if self._size > HELD_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._tables:
+            rows = pa.concat_tables(self._tables)
+            order = np.argsort(rows["place"].to_numpy())
+            self._urls.append(_write_part([rows.take(pa.array(order))], self.layout.work))
+        self._tables, self._size = [], 0
+
+    def close(self) -> Finished:
+        """Write what is held, and say what was."""
+        self._flush()
+        return Finished(tuple(self._urls), self._count, _around(self._boxes))
+
+
+def _around(boxes: Sequence[Any]) -> tuple[float, float, float, float] | None:
+    """The box around (west, south, east, north) boxes."""
+    if not boxes:
+        return None
+    west, south, east, north = zip(*boxes, strict=True)
+    return float(min(west)), float(min(south)), float(max(east)), float(max(north))
 
 
 def places(shapes: np.ndarray, classes: np.ndarray, grid: Window) -> np.ndarray:
@@ -784,7 +832,7 @@ def _write_file(
             named = names.take(pa.array(ids[table["class_id"].to_numpy()]))
             yield pa.Table.from_arrays([table["class_id"], named, table["area_m2"], table["geometry"]], schema=schema)
 
-    urls = [str(one.url) for one in parts]
+    urls = [url for one in parts for url in one.urls]
     with storage.scratch() as folder:
         while len(urls) > FAN_IN:
             urls = [_write_merged(urls[start : start + FAN_IN], folder) for start in range(0, len(urls), FAN_IN)]
@@ -807,15 +855,15 @@ def _schema(parts: Sequence[Finished], layout: Layout, source: str | None) -> pa
 
     outlines: dict[str, Any] = {
         "encoding": "WKB",
-        "geometry_types": ["Polygon"] if parts else [],
+        "geometry_types": ["Polygon"] if any(one.count for one in parts) else [],
         # Without a CRS it says so: no word of it would mean longitude and latitude.
         "crs": pyproj.CRS.from_user_input(layout.crs).to_json_dict() if layout.crs else None,
         "orientation": "counterclockwise",
         "edges": "planar",
     }
-    boxes = np.array([one.bounds for one in parts if one.bounds])
-    if len(boxes):
-        outlines["bbox"] = [*boxes[:, :2].min(axis=0).tolist(), *boxes[:, 2:].max(axis=0).tolist()]
+    box = _around([one.bounds for one in parts if one.bounds])
+    if box:
+        outlines["bbox"] = list(box)
     geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": outlines}}
     said = {"sieve_m2": layout.sieve} | ({"source": source} if source is not None else {})
     fields = [
