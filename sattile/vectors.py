@@ -19,7 +19,7 @@ import os
 import pickle
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -222,12 +222,13 @@ def vectorize(
         SattileError: naming a map that can't be read.
     """
     wanted = sorted({one.id for one in classes})
+    out = storage.absolute(out)
     layout = Layout(
         _check(maps, wanted, transform, sieve), crs, transform, sieve,
         storage.join(storage.parent(out), f".{storage.name(out)}.work-{uuid.uuid4().hex[:8]}"),
     )  # fmt: skip
     geodesy(crs)  # a CRS that is none ends it before any work
-    areas = plan(maps, block, task_pixels)
+    areas = plan([replace(one, url=storage.absolute(one.url)) for one in maps], block, task_pixels)
     try:
         with engine.progress(spark, "vectors"):
             work = partial(_outline_all, layout=layout, wanted=wanted, block=block)
