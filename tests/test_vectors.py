@@ -227,6 +227,8 @@ def test_area_without_a_place_on_earth_is_in_units_of_the_transform() -> None:
         ("EPSG:2263", (10, 0, 1e6, 0, -10, 2e5), 5000 * 100 * (1200 / 3937) ** 2),
         # grads on the Clarke 1880 (IGN) ellipsoid, whose radii at 45 degrees these are
         ("EPSG:4807", (1e-5, 0, 1, 0, -1e-5, 50), 5e3 * (np.pi / 2e7) ** 2 * 6367386.6 * 6388895.0 * np.sqrt(0.5)),
+        # metres on a datum in grads, at the origin of its grid
+        ("EPSG:27572", (10, 0, 6e5, 0, -10, 2.2e6), 5000 * 100 / 0.99987742**2),
         # around the pole, with the scale there
         ("EPSG:3995", (20, 0, -1000, 0, -40, 1000), 4e6 / 0.97276901**2),
     ],
