@@ -1069,6 +1069,71 @@ def _near(
     return shape if shapely.covers(box, shape) else shapely.intersection(shape, box)
 
 
+def outlines(
+    url: str, shape: tuple[int, int], window: Window, wanted: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Polygons around the class ids in a window of a finished labels map; see `polygonize`.
+
+    Args:
+        shape: (height, width) that the map must have.
+
+    Raises:
+        Refused: if the file can't be read, or is no map of one band of uint8 of this shape.
+    """
+    return polygonize(_read_ids(url, shape, window), wanted)
+
+
+def _read_ids(url: str, shape: tuple[int, int], window: Window) -> np.ndarray:
+    """Class ids as stored, (height, width) uint8."""
+    source = _files.get(url)
+    found = (source.height, source.width), source.dtypes
+    if found != (shape, ("uint8",)):
+        raise Refused(
+            f"{url} is {found[0][0]} x {found[0][1]} px of {', '.join(found[1])}, and a labels map of {shape[0]} x "
+            f"{shape[1]} px of uint8 is wanted"
+        )
+    _check_blocks(source)
+    area = RasterioWindow(window.col, window.row, window.width, window.height)
+    try:
+        ids = source.read(1, window=area)
+        _check_whole(url)
+        return ids
+    except (RasterioError, OSError) as error:
+        _check_whole(url)
+        path = storage.local_path(url)
+        _files.close()  # as in `_read_pixels`
+        raise Refused(f"pixels cannot be read: {_reason(error, path)} (in {storage.name(path)})") from None
+
+
+def polygonize(ids: np.ndarray, wanted: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Polygons around pixels of one class that hang together by edges (corners do not count); holes stay holes.
+
+    Args:
+        ids: (height, width) uint8.
+        wanted: class ids; pixels of others are in no polygon.
+
+    Returns:
+        classes: (polygons,) uint8.
+        points: (points, 2) int64, (col, row) of pixel corners; rings are closed, each polygon's first is its shell.
+        rings: (rings + 1,) int64, where each begins in `points`.
+        polygons: (polygons + 1,) int64, where each begins in `rings`.
+    """
+    is_wanted = np.zeros(256, bool)
+    is_wanted[list(wanted)] = True
+    classes, found, lengths, counts = [], [np.empty((0, 2), np.int64)], [0], [0]
+    mask = is_wanted[ids]
+    if mask.any():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            for shape, value in rasterio.features.shapes(ids, mask=mask, connectivity=4, transform=_IDENTITY):
+                rings = shape["coordinates"]
+                found += [np.array(ring, np.float64).astype(np.int64) for ring in rings]
+                lengths += [len(ring) for ring in rings]
+                counts.append(len(rings))
+                classes.append(int(value))
+    return np.array(classes, np.uint8), np.concatenate(found), np.cumsum(lengths), np.cumsum(counts)
+
+
 def aoi_mask(geometry: bytes, crs: str | None, scene: OnGrid, window: Window) -> np.ndarray:
     """Which pixels of a window have their centre in an area of interest: (height, width) bool.
 

@@ -279,7 +279,9 @@ class Warp:
             rows, cols = self._axes(window)
             if rows.empty or cols.empty:
                 return Cut(window, Window(0, 0, 0, 0))
-            return Cut(window, Window(rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start))
+            need = Window(rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start)
+            copied = self.points == 1 and rows.whole and cols.whole
+            return Cut(window, need if copied else need.pad(1) & Window(0, 0, *self.shape))
         down = np.arange(window.row // SPACING, -(-window.stop_row // SPACING) + 1) * float(SPACING)
         right = np.arange(window.col // SPACING, -(-window.stop_col // SPACING) + 1) * float(SPACING)
         nodes = self._at(*np.meshgrid(down, right, indexing="ij"))
@@ -351,7 +353,7 @@ class Warp:
         for start in range(0, window.height, step):
             strip = slice(start, min(start + step, window.height))
             at = (
-                _Places.on_axes(axes[0].part(strip), axes[1])
+                _Places.on_axes(axes[0].part(strip), axes[1], cut.need)
                 if axes
                 else _Places.at(self._points(cut, strip), cut.need)
             )
@@ -412,9 +414,6 @@ class Axis:
         used = [index[self.inside] for index in (self.nearest,) + (() if self.whole else (self.low, self.high))]
         self.start = int(min(one.min() for one in used))
         self.stop = int(max(one.max() for one in used)) + 1
-        self.low, self.high, self.nearest = (
-            np.clip(index, self.start, self.stop - 1) - self.start for index in (self.low, self.high, self.nearest)
-        )
 
     def part(self, rows: slice) -> Axis:
         """Some pixels of it."""
@@ -450,13 +449,15 @@ class _Places:
     inside: np.ndarray
 
     @classmethod
-    def on_axes(cls, rows: Axis, cols: Axis) -> _Places | None:
+    def on_axes(cls, rows: Axis, cols: Axis, need: Window) -> _Places | None:
         inside = rows.inside[:, None] & cols.inside
         if not inside.any():
             return None
+        down = ((one - need.row).clip(0, need.height - 1)[:, None] for one in (rows.low, rows.high, rows.nearest))
+        right = ((one - need.col).clip(0, need.width - 1)[None] for one in (cols.low, cols.high, cols.nearest))
+        (top, bottom, row), (left, after, col) = down, right
         return cls(
-            rows.low[:, None], rows.high[:, None], cols.low[None], cols.high[None],
-            rows.share[:, None], cols.share[None], rows.nearest[:, None], cols.nearest[None], inside,
+            top, bottom, left, after, rows.share[:, None], cols.share[None], row, col, inside
         )  # fmt: skip
 
     @classmethod
@@ -564,11 +565,13 @@ def _blocks_over(low: np.ndarray, high: np.ndarray, edge: int) -> set[tuple[int,
 def _transform(
     transformer: pyproj.Transformer, xs: np.ndarray, ys: np.ndarray, *, inverse: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """pyproj's own, for arrays of any shape: of one element it would make a number."""
+    """pyproj's own, for arrays of any shape (of one element it would make a number); NaN for what lies nowhere."""
     flat = np.append(np.ravel(xs), 0.0), np.append(np.ravel(ys), 0.0)
     found = transformer.transform(*flat, direction="INVERSE" if inverse else "FORWARD")
     shape = np.shape(xs)
-    return np.asarray(found[0])[:-1].reshape(shape), np.asarray(found[1])[:-1].reshape(shape)
+    x, y = (np.asarray(one, float)[:-1].reshape(shape) for one in found)
+    nowhere = np.isinf(x) | np.isinf(y)
+    return np.where(nowhere, np.nan, x), np.where(nowhere, np.nan, y)
 
 
 @lru_cache(maxsize=16)

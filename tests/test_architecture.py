@@ -20,7 +20,7 @@ LAYERS = [
     {"sheets"},
     {"mapreduce"},
     {"inference"},
-    {"warp", "scenes", "labels", "model", "mosaic", "reporting", "demo", "doctor"},
+    {"warp", "scenes", "labels", "model", "mosaic", "vectors", "reporting", "demo", "doctor"},
     {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "scorers"},
     {"schema", "stitch"},
     {"grid", "split", "statistics", "storage"},

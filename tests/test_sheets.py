@@ -1,0 +1,572 @@
+"""Many scenes on one grid: the laws with networks of numpy on real files, and runs on Spark with Keras networks."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import rasterio
+from rasterio.transform import from_origin
+from scenes_for_tests import write_scene
+from test_mosaic import validate
+from test_prediction import bundle_of, pooling_network, whole, window_network
+
+from sattile import mosaic, raster, sheets
+from sattile.errors import TooManyRefused, UsageError
+from sattile.grid import Geometry, Window
+from sattile.inference import Inference
+from sattile.mapreduce import INFERRED, columns
+from sattile.prediction import predict
+from sattile.scenes import describe, find
+from sattile.schema import Scene
+from sattile.sheets import Layout, Weights
+from sattile.stitch import NODATA
+from sattile.warp import Grid, Warp, parse_grid
+
+SAME, ZONE, COARSE, DEGREES = "EPSG:32632@10", "EPSG:32631@10", "EPSG:32632@20", "EPSG:4326@0.0001"
+
+PLACES = {"a": (600_000, 5_000_000), "b": (600_400, 4_999_700), "c": (600_150, 4_999_600)}
+SHAPES = {"a": (61, 83), "b": (40, 95), "c": (1, 1)}
+
+
+def image_of(name: str, shape: tuple[int, int]) -> np.ndarray:
+    """(2, height, width) uint16 with a collar of zeros in larger ones."""
+    data = np.random.default_rng(sum(map(ord, name))).integers(1, 100, (2, *shape)).astype(np.uint16)
+    if shape[0] > 10:
+        data[:, : shape[0] // 5, : shape[1] // 3] = 0
+    return data
+
+
+def write_archive(folder: Path, names: Sequence[str] = tuple(PLACES), **profile: Any) -> Path:
+    for name in names:
+        west, north = PLACES[name]
+        write_scene(
+            folder / f"{name}.tif", image_of(name, SHAPES[name]), west=west, north=north, names=("x", "y"), nodata=0,
+            **profile,
+        )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_archive(tmp_path_factory.mktemp("archive"))
+
+
+def scenes_of(folder: Path, bands: Sequence[str] = ("x", "y")) -> list[Scene]:
+    return [describe(one, raster.describe_file).select(bands) for one in find(str(folder))]
+
+
+def job_of(geometry: Geometry | None = None, batch: int = 2, **changes: Any) -> Inference:
+    geometry = geometry or Geometry("crop", 32, 32, 6, 2)
+    return replace(
+        Inference(bundle_of(), geometry, batch, "tensorflow", 1, (3.0, 5.0), scores=True, coverage=True), **changes
+    )
+
+
+def layout_of(grid: str | Grid, block: int = 48, sheet: int = 512, **changes: Any) -> Layout:
+    found = parse_grid(grid) if isinstance(grid, str) else grid
+    return replace(Layout(found, sheet, block, "all", Weights()), **changes)
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    def use(function: Callable[..., Any]) -> None:
+        monkeypatch.setattr(sheets, "load_scorer", lambda *_, **__: function)
+
+    use(pooling_network)
+    return use
+
+
+def sent(value: Any) -> Any:
+    return SimpleNamespace(value=value)
+
+
+def stitched(
+    scenes: Sequence[Scene], job: Inference, layout: Layout, *, apart: bool = False, shuffle: int | None = None,
+    tasks: int = 3,
+) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
+    """{sheet: its rasters} as the tasks of a wave make them, in this process."""
+    planned, _ = sheets.plan_sheets(scenes, layout, aoi=job.aoi)
+    by_id = {scene.scene_id: scene for scene in scenes}
+    works = [work for sheet in planned for work in sheet.works]
+    windows = sent({sheet.target.name: sheet.window for sheet in planned})
+    rng = np.random.default_rng(shuffle)
+    if apart:
+        works = [replace(one, scenes=(s,), first=rank) for one in works for rank, s in enumerate(one.scenes)]
+    if shuffle is not None:
+        works = [works[i] for i in rng.permutation(len(works))]
+    groups = [works[start::tasks] for start in range(tasks)]
+    common: dict[str, Any] = {"job": job, "layout": layout}
+    rows = []
+    for number in range(tasks):
+        frames = iter([pd.DataFrame({"id": [number]})])
+        work = sheets.infer if apart else sheets.stitch
+        extra = {} if apart else {"windows": windows}
+        rows += list(work(frames, tasks=sent(groups), scenes=sent(by_id), **extra, **common))
+    if apart:
+        table = joined(rows)
+        if shuffle is not None:
+            table = table.sample(frac=1, random_state=shuffle)
+        table = table.sort_values(["name", "row", "col", "rank", "top"], kind="stable")
+        chunks = (table.iloc[start : start + 2] for start in range(0, len(table), 2))
+        rows = list(sheets.add_up(chunks, windows=windows, **common))
+    table = joined(rows)
+    assert list(table.columns) == columns(INFERRED)
+    return {sheet.target.name: canvas_of(sheet, table[table.name == sheet.target.name], job) for sheet in planned}
+
+
+def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    rows = [row for frame in frames for row in frame.itertuples(index=False)]
+    return pd.DataFrame(rows, columns=frames[0].columns, dtype=object)
+
+
+def canvas_of(sheet: sheets.Sheet, rows: pd.DataFrame, job: Inference) -> dict[str, np.ndarray]:
+    shape, classes = sheet.window.shape, len(job.bundle.classes)
+    found: dict[str, Any] = {
+        "labels": np.full(shape, NODATA, np.uint8), "scores": np.full((*shape, classes), np.nan, np.float32),
+        "coverage": np.zeros(shape, np.uint32), "scenes": np.zeros(shape, np.uint16),
+    }  # fmt: skip
+    hits = np.zeros(shape, int)
+    for row in rows.itertuples():
+        assert row.reason is None, row.reason
+        block = Window(row.row, row.col, row.height, row.width)
+        hits[block.slices()] += 1
+        for name, values in found.items():
+            values[block.slices()] = mosaic.unpack(
+                getattr(row, name), str(values.dtype), (*block.shape, *values.shape[2:])
+            )
+    assert hits.max() <= 1
+    return found | {"window": sheet.window}
+
+
+def expected_on(grid: Grid, window: Window, scenes: Sequence[Scene], job: Inference, network: Any) -> dict[str, Any]:
+    """The mean of whole-image inference of each scene, each warped as a whole."""
+    sums, weights = np.zeros((*window.shape, 2)), np.zeros(window.shape)
+    count = np.zeros(window.shape, int)
+    for scene in sorted(scenes, key=lambda one: one.scene_id):
+        data, valid = raster.read(scene, Window(0, 0, scene.height, scene.width))
+        scores = whole(job, network, data, valid)
+        warp = Warp(grid, scene)
+        cut = warp.cut(window)
+        if cut.need.area:
+            part = cut.need.slices()
+            on_grid, heavy = warp.apply(cut, scores[part], valid[part].astype(np.int64))
+            sums += np.where(heavy[..., None] > 0, on_grid, 0) * heavy[..., None].astype(float)
+            weights += heavy
+            count += heavy > 0
+    with np.errstate(invalid="ignore"):
+        scores = (sums / weights[..., None]).astype(np.float32)
+    labels = np.where(weights > 0, np.where(scores[..., 1] > scores[..., 0], 7, 0), NODATA)
+    return {"scores": scores, "coverage": weights, "scenes": count, "labels": labels}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name in ("labels", "scores", "coverage", "scenes"):
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+# --- laws ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [SAME, ZONE, COARSE, DEGREES])
+@pytest.mark.parametrize("block", [16, 77, 512])
+def test_a_mosaic_is_the_mean_of_whole_image_inference(archive: Path, network: Any, grid: str, block: int) -> None:
+    scenes, job, layout = scenes_of(archive), job_of(), layout_of(grid, block)
+    found = stitched(scenes, job, layout)
+    assert found
+    for sheet in found.values():
+        same(sheet, expected_on(layout.grid, sheet["window"], scenes, job, pooling_network))
+    assert max(sheet["scenes"].max() for sheet in found.values()) >= 2
+
+
+@pytest.mark.parametrize("merge", ["crop", "blend"])
+@pytest.mark.parametrize("rule", ["all", "newest"])
+@pytest.mark.parametrize("weights", [Weights(), Weights(edge=True)])
+def test_two_ways_of_composing_any_order_and_any_tasks_give_the_same_bits(
+    archive: Path, network: Any, merge: str, rule: str, weights: Weights
+) -> None:
+    geometry = Geometry("crop", 32, 32, 6, 2) if merge == "crop" else Geometry("blend", 32, 16, 0, 2)
+    network(pooling_network if merge == "crop" else window_network)
+    scenes, job = scenes_of(archive), job_of(geometry)
+    layout = layout_of(ZONE, 70, rule=rule, weights=weights)
+    reference = stitched(scenes, job, layout)
+    for seed in range(2):
+        for apart in (False, True):
+            other = stitched(scenes[::-1], job, layout, apart=apart, shuffle=seed, tasks=1 + 3 * seed)
+            assert reference.keys() == other.keys()
+            for name, sheet in reference.items():
+                same(sheet, other[name])
+
+
+def test_the_size_of_sheets_changes_no_pixel(archive: Path, network: Any) -> None:
+    scenes, job = scenes_of(archive), job_of()
+    small, large = (stitched(scenes, job, layout_of(ZONE, 64, sheet)) for sheet in (512, 4096))
+    assert len(small) >= len(large)
+    pixels: list[dict[tuple[int, int], tuple[int, int]]] = []
+    for sheets_ in (small, large):
+        found = {}
+        for sheet in sheets_.values():
+            for row, col in zip(*np.nonzero(sheet["labels"] != NODATA), strict=True):
+                at = sheet["window"].row + int(row), sheet["window"].col + int(col)
+                found[at] = int(sheet["labels"][row, col]), float(sheet["scores"][row, col, 0])
+        pixels.append(found)
+    assert pixels[0] == pixels[1]
+
+
+@pytest.mark.parametrize("merge", ["crop", "blend"])
+@pytest.mark.parametrize("grid", [SAME, ZONE, COARSE])
+def test_a_constant_is_constant_and_nodata_is_nodata(archive: Path, network: Any, grid: str, merge: str) -> None:
+    geometry = Geometry("crop", 32, 32, 6, 2) if merge == "crop" else Geometry("blend", 32, 16, 0, 2)
+    network(lambda batch: np.full((*batch.shape[:3], 2), 0.1, np.float32))
+    layout = layout_of(grid, 50, weights=Weights(edge=True))
+    scenes = scenes_of(archive)
+    for sheet in stitched(scenes, job_of(geometry), layout).values():
+        there = sheet["coverage"] > 0
+        assert set(np.unique(sheet["scores"][there])) == {np.float32(0.1)}
+        assert np.isnan(sheet["scores"][~there]).all()
+        np.testing.assert_array_equal(sheet["labels"] == NODATA, ~there)
+        np.testing.assert_array_equal(sheet["scenes"] > 0, there)
+        expected = expected_on(layout.grid, sheet["window"], scenes, job_of(), pooling_network)
+        np.testing.assert_array_equal(there, expected["coverage"] > 0)
+
+
+def test_the_newest_scene_wins_where_it_is_valid(archive: Path, network: Any) -> None:
+    network(lambda batch: np.concatenate([batch[..., :1], batch[..., :1] * 0 + 50], -1))
+    times = {"a": "2020-01-01T00:00:00Z", "b": "2021-01-01T00:00:00Z", "c": None}
+    scenes = [replace(one, datetime=times[one.scene_id]) for one in scenes_of(archive)]
+    layout = layout_of(SAME, 64, rule="newest")
+    [sheet] = stitched(scenes, job_of(Geometry("crop", 32, 32, 0, 1)), layout).values()
+    assert sheet["scenes"].max() == 1
+    expected = np.full(sheet["window"].shape, np.nan)
+    for name in ("c", "a", "b"):  # the newest last
+        data = image_of(name, SHAPES[name])
+        west, north = PLACES[name]
+        place = Window(-north // 10, west // 10, *SHAPES[name]).slices(sheet["window"])
+        expected[place] = np.where(data[0] != 0, data[0], expected[place])
+    np.testing.assert_array_equal(sheet["scores"][..., 0], expected.astype(np.float32))
+
+
+def test_weights_of_clouds_and_edges(tmp_path: Path, network: Any) -> None:
+    network(lambda batch: batch)
+    for name, value, cloud in (("a", 10, 25), ("b", 20, 75)):
+        data = np.full((3, 40, 60), value, np.uint16)
+        data[2] = cloud
+        data[2, :10] = 100
+        write_scene(tmp_path / f"{name}.tif", data, names=("x", "y", "clp"), nodata=0)
+    scenes, job = scenes_of(tmp_path, ("x", "y", "clp")), job_of(Geometry("crop", 32, 32, 0, 1))
+    [sheet] = stitched(scenes, job, layout_of(SAME, 64, weights=Weights(cloud="clp"))).values()
+    assert (sheet["scores"][10:, :, 0] == np.float32((75 * 10 + 25 * 20) / 100)).all()
+    assert (sheet["coverage"][10:] == 100).all()
+    assert (sheet["labels"][:10] == NODATA).all()  # cloud for certain is no data
+    near = sheets.edge_weights(scenes[0], Window(0, 0, 40, 60))
+    assert near.min() == near[0, 0] == near[-1, 7] == near[12, 0] >= 1
+    assert near.max() == near[20, 30] <= 256
+    np.testing.assert_array_equal(near, near[::-1, ::-1])
+    np.testing.assert_array_equal(near[7:19, 5:30], sheets.edge_weights(scenes[0], Window(7, 5, 12, 25)))
+
+
+def test_two_hundred_scenes_over_one_block(tmp_path: Path, network: Any) -> None:
+    network(lambda batch: batch)
+    rng = np.random.default_rng(0)
+    data = rng.integers(1, 60_000, (200, 2, 12, 17)).astype(np.uint16)
+    for number in range(200):
+        write_scene(tmp_path / f"s{number:03d}.tif", data[number], names=("x", "y"))
+    scenes, job = scenes_of(tmp_path), job_of(Geometry("crop", 32, 32, 0, 1))
+    layout = layout_of(SAME, 64)
+    [sheet] = stitched(scenes, job, layout, tasks=1).values()
+    assert (sheet["scenes"][:12, :17] == 200).all()
+    means = data.astype(float).mean(axis=0).transpose(1, 2, 0).astype(np.float32)
+    np.testing.assert_array_equal(sheet["scores"][:12, :17], means)
+    [other] = stitched(scenes, job, layout, apart=True, shuffle=3, tasks=7).values()
+    same(sheet, other)
+
+
+def test_a_grid_like_a_file_is_covered_as_the_file_is(archive: Path, network: Any) -> None:
+    like = Grid("EPSG:32632", (10, 0, 600_300, 0, -10, 4_999_900), Window(0, 0, 1100, 700), True)
+    found = stitched(scenes_of(archive), job_of(), layout_of(like, 128))
+    assert {name: sheet["window"] for name, sheet in found.items()} == {"r0_c0": Window(0, 0, 512, 512)}
+    for sheet in found.values():
+        same(sheet, expected_on(like, sheet["window"], scenes_of(archive), job_of(), pooling_network))
+
+
+def test_pixels_outside_the_area_of_interest_are_nodata(archive: Path, network: Any) -> None:
+    import shapely
+
+    area = shapely.Polygon([(600_203.3, 4_999_907.1), (600_711.7, 4_999_798.9), (600_497.3, 4_999_301.9)])
+    plain = stitched(scenes_of(archive), job_of(), layout_of(SAME, 32))
+    cut = stitched(scenes_of(archive), job_of(aoi=(shapely.to_wkb(area), "EPSG:32632")), layout_of(SAME, 32))
+    [one], [other] = plain.values(), cut.values()
+    rows, cols = np.mgrid[0 : other["window"].height, 0 : other["window"].width] + 0.5
+    xs, ys = (cols + other["window"].col) * 10, -(rows + other["window"].row) * 10
+    inside = shapely.contains_xy(area, xs, ys)
+    part = one["labels"][(other["window"]).slices(one["window"])]
+    np.testing.assert_array_equal(other["labels"], np.where(inside, part, NODATA))
+    assert (other["coverage"][~inside] == 0).all()
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+def test_sheets_keep_name_and_source_when_the_archive_grows_elsewhere(tmp_path: Path) -> None:
+    layout = layout_of(SAME, 64)
+    first, _ = sheets.plan_sheets(scenes_of(write_archive(tmp_path)), layout)
+    write_scene(tmp_path / "far.tif", image_of("far", (30, 40)), west=700_000, north=5_100_000, names=("x", "y"))
+    second, _ = sheets.plan_sheets(scenes_of(tmp_path), layout)
+    assert [one for one in second if one.target.name == first[0].target.name] == first
+    assert len(second) == 2
+    write_scene(tmp_path / "near.tif", image_of("near", (30, 40)), west=600_100, north=4_999_900, names=("x", "y"))
+    third, _ = sheets.plan_sheets(scenes_of(tmp_path), layout)
+    changed = [one.target.name for one, before in zip(third, second, strict=True) if one != before]
+    assert changed == [first[0].target.name]
+
+
+def test_blocks_follow_from_model_grid_and_memory_alone() -> None:
+    def block(memory: int = 3_000_000_000, grid: str = SAME, **changes: Any) -> int:
+        bundle = bundle_of(gsd=10.0, activation_bytes=600.0, **changes)
+        job = replace(job_of(Geometry("crop", 1024, 1024, 64, 8)), bundle=bundle)
+        return sheets.choose_block(job, parse_grid(grid), memory, 16_384)
+
+    assert block() % 16 == 0
+    assert 900 <= block() < 1024  # one window of the network, turned a little
+    assert block(grid="EPSG:32632@40") <= block() // 4 + 16
+    assert 16 <= block(memory=1_000_000_000) <= block()
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ({}, "--grid EPSG:N@RES or --like FILE"),
+        ({"grid": SAME, "like": "x.tif"}, "either --grid"),
+        ({"grid": SAME, "rule": "best"}, "all or newest"),
+        ({"grid": SAME, "sheet": 1000}, "1024"),
+        ({"grid": SAME, "block": 7}, "from 16"),
+        ({"grid": SAME, "weights": "cloud"}, "cloud=BAND"),
+        ({"like": "/no/such.tif"}, "gone"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(wish: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        sheets.lay_out(job_of(), **({"grid": None, "like": None} | wish))
+
+
+# --- on Spark -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small network with pooling, random weights."""
+    import keras
+
+    from sattile.model import bundle
+
+    folder = tmp_path_factory.mktemp("model")
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((None, None, 2))
+    x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(inputs)
+    x = keras.layers.UpSampling2D()(keras.layers.MaxPooling2D()(x))
+    keras.Model(inputs, keras.layers.Conv2D(2, 3, padding="same")(x)).save(folder / "net.keras")
+    bundle(keras=str(folder / "net.keras"), bands="x,y", classes="land=0,water=7", out=str(folder / "model"))
+    return str(folder / "model")
+
+
+def maps_of(out: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and not path.name.startswith(("_", "."))
+    }
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "_run.json").read_text())
+
+
+OPTIONS: dict[str, Any] = {
+    "grid": ZONE, "sheet": 512, "block": 64, "size": 32, "coverage": True, "scores": True, "engine": "tensorflow",
+}  # fmt: skip
+
+
+def go(spark: Any, model: str, scenes: Path | list[str], out: Path, **options: Any) -> dict[str, Any]:
+    given = scenes if isinstance(scenes, list) else [str(scenes)]
+    predict(spark, model=model, scenes=given, out=str(out), **(OPTIONS | options))
+    return record_of(out)
+
+
+@pytest.fixture(scope="module")
+def reference(spark: Any, model: str, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sheets") / "out"
+    go(spark, model, archive, out)
+    return out
+
+
+def test_what_is_published_opens_as_one_and_is_valid(reference: Path, shared_data: Path) -> None:
+    names = sorted(path.parent.name for path in reference.glob("*/item.json"))
+    assert names
+    record = record_of(reference)
+    assert record["done"] == len(names)
+    assert record["delivered_pixels"] > 0
+    assert record["moved_bytes"] > 0
+    for name in names:
+        validate(reference / name / "item.json", shared_data / "stac-schemas")
+        item = json.loads((reference / name / "item.json").read_text())
+        assert {"labels", "scores", "coverage", "scenes", "quicklook"} == set(item["assets"])
+        assert item["properties"]["sattile:window"]
+    validate(reference / "collection.json", shared_data / "stac-schemas")
+    for layer in ("labels", "scores", "coverage", "scenes"):
+        with rasterio.open(reference / f"{layer}.vrt") as file:
+            assert file.crs.to_epsg() == 32631
+            values = file.read(1)
+            for name in names:
+                with rasterio.open(reference / name / f"{layer}.tif") as sheet:
+                    window = file.window(*sheet.bounds)
+                    part = file.read(1, window=window)
+                    np.testing.assert_array_equal(part, sheet.read(1))
+                    assert set(sheet.block_shapes) == {(512, 512)} or max(sheet.shape) < 512
+            if layer == "labels":
+                assert set(np.unique(values)) <= {0, 7, 255}
+                with rasterio.open(reference / names[0] / "labels.tif") as sheet:
+                    assert file.colormap(1) == sheet.colormap(1)
+                assert file.nodata == 255
+    picture = mosaic.cog.read_png((reference / mosaic.OVERVIEW).read_bytes())
+    assert set(np.unique(picture)) == {0, 7, 255}
+
+
+def test_the_same_bytes_by_a_shuffle_and_for_any_order_task_and_wave(
+    spark: Any, model: str, archive: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sheets, "shares_a_task", lambda *_: False)
+    monkeypatch.setattr(sheets, "TASK_PIXELS", 5_000)
+    monkeypatch.setattr(sheets, "WAVE_PIXELS", 1)
+    go(spark, model, sorted(map(str, archive.glob("*.tif")), reverse=True), tmp_path / "out")
+    assert maps_of(tmp_path / "out") == maps_of(reference)
+
+
+def test_a_killed_worker_changes_nothing(
+    spark: Any, model: str, archive: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sheets, "TASK_PIXELS", 5_000)
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill_one() -> None:
+        """Of the Python workers that Spark forked from its daemon, as soon as one is busy."""
+        while not over.is_set():
+            for process in psutil.Process(os.getpid()).children(recursive=True):
+                try:
+                    command = " ".join(process.cmdline())
+                    forked = "pyspark.daemon" in command and "pyspark.daemon" in " ".join(process.parent().cmdline())
+                    if forked and process.cpu_times().user > 0.2 and process.status() != psutil.STATUS_ZOMBIE:
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+                        return
+                except (psutil.Error, AttributeError):
+                    continue
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    try:
+        go(spark, model, archive, tmp_path / "out")
+    finally:
+        over.set()
+        thread.join()
+    assert killed
+    assert maps_of(tmp_path / "out") == maps_of(reference)
+
+
+def test_a_rerun_does_only_sheets_that_are_missing_or_changed(spark: Any, model: str, tmp_path: Path) -> None:
+    scenes, out = write_archive(tmp_path / "scenes"), tmp_path / "out"
+    write_scene(scenes / "far.tif", image_of("far", (30, 40)), west=640_000, north=5_040_000, names=("x", "y"))
+    first = go(spark, model, scenes, out)
+    assert first["skipped"] == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name[0] not in "._"}
+    second = go(spark, model, scenes, out)
+    assert (second["done"], second["skipped"]) == (0, first["done"])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    whole_ = maps_of(out)
+    far = next(path.parent for path in out.glob("*/item.json") if "far.tif" in path.read_text())
+    (far / "item.json").unlink()
+    third = go(spark, model, scenes, out)
+    assert (third["done"], third["skipped"]) == (1, first["done"] - 1)
+    assert maps_of(out) == whole_
+    write_scene(scenes / "far.tif", image_of("other", (30, 40)), west=640_000, north=5_040_000, names=("x", "y"))
+    fourth = go(spark, model, scenes, out)
+    assert (fourth["done"], fourth["skipped"]) == (1, first["done"] - 1)
+    changed = {name for name, digest in maps_of(out).items() if whole_[name] != digest}
+    assert {name.split("/")[0] for name in changed} <= {far.name, "overview.png", "collection.json"}
+    with pytest.raises(UsageError, match="other settings"):
+        go(spark, model, scenes, out, block=80)
+
+
+def test_a_scene_that_cannot_be_read_is_left_out_everywhere(
+    spark: Any, model: str, archive: Path, tmp_path: Path
+) -> None:
+    scenes, out = write_archive(tmp_path / "scenes", tiled=True, blockxsize=16, blockysize=16), tmp_path / "out"
+    profile = {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate", "names": ("x", "y")}
+    broken = write_scene(scenes / "broken.tif", image_of("q", (200, 60)), west=600_100, north=5_000_100, **profile)
+    data = bytearray(Path(broken).read_bytes())
+    middle = len(data) * 7 // 10
+    data[middle : middle + 100] = bytes(100)  # some of its tiles, so that other blocks read it well
+    Path(broken).write_bytes(data)
+    with pytest.raises(TooManyRefused):
+        go(spark, model, scenes, out)
+    quarantine = pq.read_table(out / "_quarantine.parquet").to_pylist()
+    assert [row["url"].rpartition("/")[2] for row in quarantine] == ["broken.tif"]
+    plain = go(spark, model, write_archive(tmp_path / "plain"), tmp_path / "plain_out")
+    assert plain["done"]
+    for item in (tmp_path / "plain_out").glob("*/item.json"):
+        name = item.parent.name
+        with rasterio.open(out / name / "labels.tif") as one, rasterio.open(item.parent / "labels.tif") as other:
+            window = one.window(*other.bounds)
+            np.testing.assert_array_equal(one.read(1, window=window), other.read(1))
+            assert (one.read(1) != 255).sum() == (other.read(1) != 255).sum()
+        stated = json.loads((out / name / "item.json").read_text())["properties"]["sattile:refused"]
+        assert list(stated) == ["broken"]
+    # The next night knows it, and computes nothing.
+    again = maps_of(out)
+    with pytest.raises(TooManyRefused):
+        go(spark, model, scenes, out)
+    assert record_of(out)["done"] == 0
+    assert maps_of(out) == again
+
+
+def test_scenes_without_a_crs_or_off_the_grid_are_told(spark: Any, model: str, tmp_path: Path) -> None:
+    scenes = write_archive(tmp_path / "scenes")
+    write_scene(scenes / "nowhere.tif", image_of("n", (20, 30)), crs=None, transform=from_origin(5, 7, 1, 1))
+    like = write_scene(tmp_path / "like.tif", np.zeros((1, 90, 130), np.uint8), west=600_100, north=4_999_900)
+    out = tmp_path / "out"
+    options = {"grid": None, "like": like, "bands": "x,y", "max_failed_fraction": 0.5}
+    record = go(spark, model, scenes, out, **options)
+    assert record["done"] == 1
+    [refused] = pq.read_table(out / "_quarantine.parquet").to_pylist()
+    assert "no CRS, so it cannot be laid on a grid" in refused["reason"]
+    with rasterio.open(out / "r0_c0" / "labels.tif") as file, rasterio.open(like) as wanted:
+        assert (file.shape, file.transform) == (wanted.shape, wanted.transform)
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(
+    spark: Any, model: str, archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict(spark, model=model, scenes=[str(archive)], out=str(tmp_path / "out"), dry_run=True, **OPTIONS)
+    said = capsys.readouterr().out
+    for word in ("sheets", "blocks", "evaluated", "memory", "scenes in one"):
+        assert word in said
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="--grid or --like"):
+        predict(spark, model=model, scenes=[str(archive)], out=str(tmp_path / "out"), rule="newest")
+    assert list(itertools.chain(tmp_path.iterdir())) == []
