@@ -19,7 +19,7 @@ from typing import Any
 import sattile
 from sattile import config, record
 from sattile.config import COMMANDS, Command, Option
-from sattile.errors import SattileError, UsageError
+from sattile.errors import SattileError, UsageError, nearest
 from sattile.pipeline import FOLDERS
 
 log = logging.getLogger("sattile")
@@ -81,7 +81,7 @@ def _overview(arguments: Sequence[str]) -> int:
         named = next((one for one in arguments if one in COMMANDS), None)
         if name.startswith("-") and named:
             raise UsageError(f"{name}: the command comes first: sattile {named} {name} ...")
-        raise UsageError(f"{name!r} is no command{config.nearest(name, COMMANDS)}")
+        raise UsageError(f"{name!r} is no command{nearest(name, COMMANDS)}")
     print("sattile: from an archive of satellite scenes to stitched maps, on Spark\n\ncommands:")
     for command in COMMANDS.values():
         print(f"  {command.name:<10} {command.summary}")
@@ -100,7 +100,7 @@ class _Parser(argparse.ArgumentParser):
             flag = word.partition("=")[0]
             if flag.startswith("--"):
                 known = [one for one in self._option_string_actions if one.startswith("--")]
-                self.error(f"{flag} is no option{config.nearest(flag, known)}")
+                self.error(f"{flag} is no option{nearest(flag, known)}")
         if unknown:
             self.error(f"what is {' '.join(unknown)}? Options are written --name value")
         return vars(given)

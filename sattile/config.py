@@ -7,7 +7,6 @@ command line agree.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sattile import storage
-from sattile.errors import UsageError
+from sattile.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -265,14 +264,6 @@ def _checked(found: Mapping[str, Any], where: str) -> dict[str, Any]:
             hint = f"; did you mean {inside[0]}.{section}?" if inside else nearest(section, [*COMMANDS, *JOB_KEYS])
             raise UsageError(f"{where}: {section} is no setting{hint}")
     return checked
-
-
-def nearest(name: str, known: typing.Iterable[str], section: str = "") -> str:
-    """`; did you mean ...?`, or the list of what there is."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    prefix = f"{section}." if section else ""
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
 def convert(option: Option, value: Any, where: str) -> Any:

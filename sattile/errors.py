@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SattileError(Exception):
     """Something went wrong; the message says what, with the values seen, and what to do about it."""
@@ -34,3 +37,11 @@ class Refused(SattileError):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
+
+
+def nearest(name: str, known: Iterable[str], section: str = "") -> str:
+    """`; did you mean ...?`, or the list of what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    prefix = f"{section}." if section else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(sorted(known))}"

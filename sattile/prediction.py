@@ -310,6 +310,8 @@ def predict(
     block: int | None = None,
     rule: str = "all",
     weights: str | Sequence[str] | None = None,
+    vectors: str | Sequence[str] | None = None,
+    sieve: float = 0.0,
     worker_memory: int | str = "3g",
     max_gsd_ratio: float = 1.5,
     dry_run: bool = False,
@@ -345,6 +347,8 @@ def predict(
         rule: where scenes overlap: `all` (their weighted mean) or `newest`.
         weights: what scenes weigh there: `edge` (less towards a scene's edge), `cloud=BAND` (a band with the
             probability of cloud in per cent), or both with a comma; all the same if not given.
+        vectors: classes of such a mosaic to write as polygons, `vectors.parquet`: names with commas, or `all`.
+        sieve: square metres; smaller polygons are left out.
         worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
         max_gsd_ratio: scenes whose pixel size differs by more than this factor from the model's are refused.
         dry_run: print the plan and write nothing.
@@ -378,8 +382,11 @@ def predict(
             worker_memory=worker_memory,
         )  # fmt: skip
         settings["layout"] = layout.describe()
-    elif (sheet, block, rule, weights) != (sheets.SHEET, None, "all", None):
-        raise UsageError("sheet, block, rule and weights are for a mosaic of all scenes: give --grid or --like, too")
+    elif (sheet, block, rule, weights, vectors) != (sheets.SHEET, None, "all", None, None):
+        raise UsageError(
+            "sheet, block, rule, weights and vectors are for a mosaic of all scenes: give --grid or --like, too"
+        )
+    outlined = sheets.chosen_classes(bundle.classes, vectors, sieve)
     also = [layout.weights.cloud] if layout and layout.weights.cloud else []
     fit = partial(
         fitting, bundle=bundle, max_gsd_ratio=max_gsd_ratio, aoi=area is not None, on_grid=layout is not None, also=also
@@ -430,6 +437,9 @@ def predict(
             mosaic.write_collection(out, product)
             if layout is not None:
                 mosaic.write_whole(out, product, layout.grid.transform)
+        if layout is not None and outlined:
+            with run.stage("vectors"):
+                run.extra["polygons"] = sheets.write_vectors(spark, out, product, layout.grid, outlined, sieve)
         run.finish()
     return out
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sattile import engine as engines
-from sattile import mosaic, raster, record, storage
+from sattile import mosaic, raster, record, storage, vectors
 from sattile.decoder import decoder
-from sattile.errors import Refused, UsageError
+from sattile.errors import Refused, UsageError, nearest
 from sattile.grid import Placement, Window
 from sattile.inference import (
     ACTIVATIONS,
@@ -36,7 +36,7 @@ from sattile.inference import (
 from sattile.mapreduce import INFERRED, ROW_BYTES, columns, refused, rows_of, task_numbers, write_maps
 from sattile.model import load_scorer
 from sattile.mosaic import Part, Product, Target
-from sattile.schema import Scene
+from sattile.schema import Scene, SegmentClass
 from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
 from sattile.warp import Cut, Grid, Warp, grid_like, parse_grid
 
@@ -868,3 +868,57 @@ def waves_of(sheets: Sequence[Sheet]) -> list[list[Sheet]]:
         found[-1].append(sheet)
         load += sheet.pixels
     return found
+
+
+# --- polygons -----------------------------------------------------------------------------------------------------
+
+
+VECTORS = "vectors.parquet"
+_VECTORS_STATE = "_vectors.json"
+
+
+def chosen_classes(
+    classes: Sequence[SegmentClass], names: str | Sequence[str] | None, sieve: float
+) -> tuple[SegmentClass, ...]:
+    """The classes that `--vectors` names; none if it names none.
+
+    Raises:
+        UsageError: for a name that is no class, a sieve without vectors or below 0.
+    """
+    wanted = [part.strip() for part in names.split(",")] if isinstance(names, str) else list(names or ())
+    if not math.isfinite(sieve) or sieve < 0 or (sieve and not wanted):
+        raise UsageError(f"sieve {sieve:g}: give square metres, 0 or more, and --vectors")
+    if wanted == ["all"]:
+        return tuple(classes)
+    by_name = {one.name: one for one in classes}
+    for name in wanted:
+        if name not in by_name:
+            raise UsageError(f"vectors {name!r} is no class of the model{nearest(name, by_name)}")
+    return tuple(by_name[name] for name in wanted)
+
+
+def write_vectors(
+    spark: SparkSession, out: str, product: Product, grid: Grid, classes: Sequence[SegmentClass], sieve: float
+) -> int:
+    """Polygons of all finished sheets of `out`, unless the file is already made of just these; how many there are."""
+    maps, made_of = [], []
+    for name, item in mosaic.finished(out):
+        if item["properties"][mosaic.SETTINGS] == product.settings:
+            maps.append(vectors.Map(name, storage.join(out, name, "labels.tif"), *item["properties"][mosaic.WINDOW]))
+            made_of.append([name, item["properties"][mosaic.WINDOW], item["assets"]["labels"]["file:checksum"]])
+    if not maps:
+        return 0
+    state, url = storage.join(out, _VECTORS_STATE), storage.join(out, VECTORS)
+    source = storage.digest([made_of, [asdict(one) for one in classes], sieve])
+    with suppress(Exception):
+        before = storage.read_json(state) if storage.exists(state) and storage.exists(url) else {}
+        if before.get("source") == source:
+            return int(before["polygons"])
+    for entry in storage.list_folder(out):
+        if storage.name(entry.url).startswith(f".{VECTORS}.work-"):  # of a killed run; the lease is ours
+            storage.remove(entry.url)
+    count = vectors.vectorize(
+        spark, maps, classes=classes, crs=grid.crs, transform=grid.transform, out=url, sieve=sieve, source=source
+    )
+    storage.write_json(state, {"source": source, "polygons": count})
+    return count

@@ -21,6 +21,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from scenes_for_tests import write_scene
 from test_mosaic import validate
@@ -440,10 +441,38 @@ def test_what_is_published_opens_as_one_and_is_valid(reference: Path, shared_dat
             if layer == "labels":
                 assert set(np.unique(values)) <= {0, 7, 255}
                 with rasterio.open(reference / names[0] / "labels.tif") as sheet:
-                    assert file.colormap(1) == sheet.colormap(1)
+                    assert [file.colormap(1)[one] for one in (0, 7)] == [sheet.colormap(1)[one] for one in (0, 7)]
                 assert file.nodata == 255
     picture = mosaic.cog.read_png((reference / mosaic.OVERVIEW).read_bytes())
     assert set(np.unique(picture)) == {0, 7, 255}
+
+
+def test_vectors_are_the_labels_joined_over_sheets_and_a_rerun_leaves_them(
+    spark: Any, model: str, archive: Path, tmp_path: Path
+) -> None:
+    import geopandas
+
+    out = tmp_path / "out"
+    options = {"sheet": 512, "block": 64, "grid": "EPSG:32632@2", "vectors": "water"}  # over several sheets
+    go(spark, model, archive, out, **options)
+    assert len(list(out.glob("*/item.json"))) > 1
+    found = geopandas.read_parquet(out / "vectors.parquet")
+    with rasterio.open(out / "labels.vrt") as file:
+        labels = file.read(1)
+        drawn = rasterize(list(found.geometry), labels.shape, transform=file.transform)
+        assert found.crs == file.crs
+    np.testing.assert_array_equal(drawn == 1, labels == 7)
+    assert set(found["class"]) == {"water"}
+    before = (out / "vectors.parquet").stat().st_mtime_ns
+    go(spark, model, archive, out, **options)
+    assert (out / "vectors.parquet").stat().st_mtime_ns == before
+    go(spark, model, archive, out, **options, sieve=1000)
+    large = geopandas.read_parquet(out / "vectors.parquet")
+    assert len(large) == (found.area_m2 >= 1000).sum() < len(found)
+    with pytest.raises(UsageError, match="did you mean water"):
+        go(spark, model, archive, out, **(options | {"vectors": "watre"}))
+    with pytest.raises(UsageError, match="--grid or --like"):
+        go(spark, model, archive, tmp_path / "other", **(options | {"grid": None, "sheet": 16_384, "block": None}))
 
 
 def test_the_same_bytes_by_a_shuffle_and_for_any_order_task_and_wave(
