@@ -10,7 +10,7 @@ UV_VERSION := 0.13.8
 .PHONY: help env demo test test-hadoop lint format benchmarks benchmarks-env picture lock clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 env: $(READY)  ## build .venv with .venv/bin/sattile
 
