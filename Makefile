@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-hadoop lint format benchmarks picture lock clean
+.PHONY: help env demo test test-hadoop lint format benchmarks benchmarks-env picture lock clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 env: $(READY)  ## build .venv with .venv/bin/sattile
 
@@ -46,6 +46,13 @@ format: $(READY)  ## format the code
 
 benchmarks: $(READY)  ## speed and memory against plain loops, printed as ratios
 	@$(BIN)/python -m benchmarks
+
+benchmarks-env: benchmarks/.venv/.ready  ## an environment with what `python -m benchmarks peers` compares with
+
+benchmarks/.venv/.ready: benchmarks/requirements.txt
+	@"$(PYTHON)" -m venv benchmarks/.venv
+	@benchmarks/.venv/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	@touch $@
 
 picture: demo  ## renew README's picture from the demo
 	@$(BIN)/python scripts/demo_picture.py demo docs/images/demo.png

@@ -27,32 +27,41 @@ def cell(row: int, col: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(bands), water.astype(np.uint8)
 
 
-def write(folder: Path, edge: int) -> tuple[Path, Path]:
-    """A scene of `edge` x `edge` pixels and its labels, tiled 512, deflate; kept for the next run."""
-    scene, labels = folder / f"scene_{edge}.tif", folder / f"labels_{edge}.tif"
+def write(folder: Path, height: int, width: int | None = None) -> tuple[Path, Path]:
+    """A scene of `height` x `width` pixels (square if that is not given) and its labels; kept for the next run.
+
+    Tiled 512, deflate. The ground repeats every two cells.
+    """
+    width = width or height
+    name = str(height) if width == height else f"{height}x{width}"
+    scene, labels = folder / f"scene_{name}.tif", folder / f"labels_{name}.tif"
     if scene.exists() and labels.exists():
         return scene, labels
     folder.mkdir(parents=True, exist_ok=True)
     profile = {
-        "driver": "GTiff", "height": edge, "width": edge, "crs": "EPSG:32632", "tiled": True, "blockxsize": 512,
+        "driver": "GTiff", "height": height, "width": width, "crs": "EPSG:32632", "tiled": True, "blockxsize": 512,
         "blockysize": 512, "transform": from_origin(600_000, 5_000_000, 10, 10), "compress": "deflate", "zlevel": 1,
-        "interleave": "band", "BIGTIFF": "IF_SAFER",
+        "interleave": "band", "BIGTIFF": "IF_SAFER", "NUM_THREADS": "ALL_CPUS",
     }  # fmt: skip
+    # What a killed run leaves must not pass for a scene.
+    parts = [path.with_suffix(".part") for path in (scene, labels)]
     with (
-        rasterio.open(scene, "w", count=4, dtype="uint16", nodata=0, predictor=2, **profile) as image,
-        rasterio.open(labels, "w", count=1, dtype="uint8", nodata=255, **profile) as truth,
+        rasterio.open(parts[0], "w", count=4, dtype="uint16", nodata=0, predictor=2, **profile) as image,
+        rasterio.open(parts[1], "w", count=1, dtype="uint8", nodata=255, **profile) as truth,
     ):
         image.descriptions = NAMES
         made = {}
-        for row in range(0, edge, CELL):
-            for col in range(0, edge, CELL):
+        for row in range(0, height, CELL):
+            for col in range(0, width, CELL):
                 # Four distinct cells, laid out in turn: making noise takes longer than measuring.
                 key = (row // CELL % 2, col // CELL % 2)
                 if key not in made:
                     made[key] = cell(*key)
                 bands, water = made[key]
-                height, width = min(CELL, edge - row), min(CELL, edge - col)
-                window = Window(col, row, width, height)
-                image.write(bands[:, :height, :width], window=window)
-                truth.write(water[None, :height, :width], window=window)
+                rows, cols = min(CELL, height - row), min(CELL, width - col)
+                window = Window(col, row, cols, rows)
+                image.write(bands[:, :rows, :cols], window=window)
+                truth.write(water[None, :rows, :cols], window=window)
+    parts[0].rename(scene)
+    parts[1].rename(labels)
     return scene, labels

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,29 @@ def bare_speed(model: str, engine: str, shape: tuple[int, int, int, int], second
         return sum(pool.starmap(bare, [(model, engine, shape, seconds, start)] * 2))
 
 
-def plain(scene: str, out: str) -> float:
-    """Seconds of the plain loop."""
+def cheap_scores(data: np.ndarray) -> np.ndarray:
+    """The 1x1 model in numpy: (..., bands) of any dtype -> (..., classes) float32."""
+    return data.astype(np.float32) @ WEIGHTS
+
+
+def plain(
+    scene: str,
+    out: str,
+    scores: Callable[[np.ndarray], np.ndarray] = cheap_scores,
+    *,
+    size: int = 2048,
+    halo: int = 0,
+    threads: int = 1,
+) -> float:
+    """Seconds of the plain loop; makes `out`.tif.
+
+    Args:
+        scores: (height, width, bands) -> (height, width, classes).
+        size: edge of a window's own pixels.
+        halo: pixels of context that are read on each side, where the scene has them.
+        threads: that compress the COG.
+    """
     import rasterio
-    import rasterio.shutil
     from rasterio.windows import Window
 
     begin = time.monotonic()
@@ -92,19 +112,33 @@ def plain(scene: str, out: str) -> float:
             "nodata": 255,
         }  # fmt: skip
         with rasterio.open(f"{out}.part.tif", "w", **profile) as target:
-            for row in range(0, source.height, 2048):
-                for col in range(0, source.width, 2048):
-                    height, width = min(2048, source.height - row), min(2048, source.width - col)
-                    window = Window(col, row, width, height)
-                    data = np.moveaxis(source.read(window=window), 0, -1)
-                    valid = (data != 0).all(-1)
-                    labels = (data.astype(np.float32) @ WEIGHTS).argmax(-1).astype(np.uint8)
-                    target.write(np.where(valid, labels, 255).astype(np.uint8), 1, window=window)
-    rasterio.shutil.copy(
-        f"{out}.part.tif", f"{out}.tif", driver="COG", blocksize=512, compress="DEFLATE", resampling="mode",
-        overview_resampling="mode",
-    )  # fmt: skip
+            for (top, left, bottom, right), (row, col, height, width) in cells(source.height, source.width, size, halo):
+                window = Window(left, top, right - left, bottom - top)
+                data = np.moveaxis(source.read(window=window), 0, -1)
+                kept = slice(row - top, row - top + height), slice(col - left, col - left + width)
+                valid = (data[kept] != 0).all(-1)
+                labels = scores(data)[kept].argmax(-1).astype(np.uint8)
+                target.write(np.where(valid, labels, 255).astype(np.uint8), 1, window=Window(col, row, width, height))
+    to_cog(f"{out}.part.tif", f"{out}.tif", threads)
     return time.monotonic() - begin
+
+
+def cells(height: int, width: int, size: int, halo: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(top, left, bottom, right) of what is read, and (row, col, height, width) of what is kept, row by row."""
+    for row in range(0, height, size):
+        for col in range(0, width, size):
+            rows, cols = min(size, height - row), min(size, width - col)
+            read = max(row - halo, 0), max(col - halo, 0), min(row + rows + halo, height), min(col + cols + halo, width)
+            yield read, (row, col, rows, cols)
+
+
+def to_cog(path: str, out: str, threads: int = 1) -> None:
+    import rasterio.shutil
+
+    rasterio.shutil.copy(
+        path, out, driver="COG", blocksize=512, compress="DEFLATE", resampling="mode", overview_resampling="mode",
+        num_threads=threads,
+    )  # fmt: skip
 
 
 def predicted(spark: Any, model: str, scene: Path, out: Path, **options: Any) -> dict[str, Any]:
