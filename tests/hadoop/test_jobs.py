@@ -162,19 +162,39 @@ def states(url: str) -> dict[str, int]:
     return {one.url: one.mtime for one in storage.walk(url)}
 
 
-def test_a_second_run_does_nothing_and_too_few_slots_are_said_at_once(water: Path) -> None:
+def test_a_mosaic_is_that_of_one_machine_a_second_run_does_nothing_and_too_few_slots_are_said_at_once(
+    water: Path, tmp_path: Path
+) -> None:
     """In one application of a user's own script. Its status comes back: spark-submit itself ends with 1."""
+    grid = {"grid": "EPSG:32632@45", "sheet": 1024, "block": 512, "coverage": True, "vectors": "water"}
+    mosaic = (
+        "predict",
+        {"model": "hdfs:///loop/model", "scenes": ["hdfs:///loop/catalog"], "out": "hdfs:///grid"} | grid,
+    )
     before = states("hdfs:///loop")
     predict = (
         "predict",
         {"model": "hdfs:///loop/model", "scenes": ["hdfs:///loop/catalog"], "out": "hdfs:///loop/mosaics"},
     )
     many = {"dataset": "hdfs:///loop/tiles", "workers": 4, "batch_size": 12, "out": "hdfs:///four"}
-    said = submit("yarn", *steps(predict, ("train", many)), status=2)
+    said = submit("yarn", *steps(mosaic, predict, ("train", many)), status=2)
     assert states("hdfs:///loop") == before
     record = storage.read_json("hdfs:///loop/mosaics/_run.json")
     assert (record["done"], record["skipped"]) == (0, 2)
     assert re.search(r"workers 4: .* runs [012] task", said)
+    model = fetch("hdfs:///loop/model", tmp_path / "model")
+    scenes = [line.split(",")[0] for line in (water / "pairs.csv").read_text().splitlines()[1:]]
+    options = [word for name, value in grid.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
+    sattile("predict", "--model", str(model), "--scenes", *scenes, "--out", str(tmp_path / "grid"), *options)
+    remote = fetch("hdfs:///grid", tmp_path / "remote")
+    names = {
+        str(path.relative_to(remote))
+        for path in remote.rglob("*.*")
+        if path.suffix in (".tif", ".parquet", ".vrt", ".png")
+    }
+    assert {"labels.vrt", "vectors.parquet"} < names
+    for name in sorted(names):
+        assert (remote / name).read_bytes() == (tmp_path / "grid" / name).read_bytes(), name
 
 
 def executors(application: str) -> list[int]:
