@@ -135,7 +135,24 @@ def convert(saved_model: str, xml: str) -> None:
     openvino = _openvino()
     # Not `convert_model`, which reports its use to Intel. bfloat16 is chosen when a network is compiled: float32
     # weights serve every CPU.
-    openvino.save_model(openvino.Core().read_model(saved_model), xml, compress_to_fp16=False)
+    network = openvino.Core().read_model(saved_model)
+    for node in network.get_ordered_ops():
+        if node.get_type_name() == "Softmax":
+            _over_planes(node)
+    openvino.save_model(network, xml, compress_to_fp16=False)
+
+
+def _over_planes(softmax: Any) -> None:
+    """Take a softmax over channels before they are moved last: the same values, ten times as fast."""
+    opset = _openvino().opset13
+    moved = softmax.input_value(0).get_node()
+    if moved.get_type_name() != "Transpose" or moved.input_value(1).get_node().get_type_name() != "Constant":
+        return
+    order = moved.input_value(1).get_node().data
+    before = opset.softmax(moved.input_value(0), int(order[softmax.get_attributes()["axis"]]))
+    after = opset.transpose(before, moved.input_value(1))
+    after.set_friendly_name(softmax.get_friendly_name())
+    softmax.output(0).replace(after.output(0))
 
 
 def by_openvino(xml: str, *, threads: int, second: bool) -> Scorer:

@@ -85,6 +85,20 @@ def test_openvino_gives_the_same_bits_for_any_dtype_and_again(made: Bundle) -> N
     assert load_scorer(load_bundle(made.url), engine="openvino") is score
 
 
+def test_what_is_written_for_speed_gives_the_same_scores(
+    made: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One operation enlarges, and the softmax goes over planes: in float32 the scores are TensorFlow's."""
+    network = openvino.Core().read_model(f"{made.url}/openvino/model.xml")
+    kinds = [node.get_type_name() for node in network.get_ordered_ops() if node.get_type_name() != "Constant"]
+    assert (kinds.count("Interpolate"), kinds.count("Tile")) == (2, 0)
+    assert kinds[-3:] == ["Softmax", "Transpose", "Result"]
+    monkeypatch.setattr(scorers, "PRECISION", "f32")
+    images = np.random.default_rng(1).integers(1, 3000, (2, 64, 96, 3))
+    score = scorers.by_openvino(f"{made.url}/openvino/model.xml", threads=1, second=False)
+    np.testing.assert_allclose(score(images), load_scorer(made, engine="tensorflow")(images), atol=1e-4)
+
+
 def as_is(offset: float) -> object:
     """The U-Net, made for stored values that are this much larger."""
     shifted = {band: {"mean": 1000.0 + offset, "std": 300.0} for band in BANDS}
