@@ -18,6 +18,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts (default: 3)")
     parser.add_argument("--folder", help="keeps the scenes for the next run; a temporary one if not given")
     parser.add_argument("--data", type=Path, help="folder of the water mosaics, for `water`")
+    parser.add_argument("--worker-memory", default="3g", help="of `networks` (default: 3g)")
+    parser.add_argument("--engines", default="tensorflow,openvino", help="of `networks` (default: both)")
     given = parser.parse_args()
     unknown = set(given.names) - {*ALL, "water"}
     if unknown:
@@ -27,6 +29,11 @@ def main() -> None:
         for name in given.names or ALL:
             if name == "water":
                 water.main(folder / "water", given.data or parser.error("water needs --data DIR"))
+            elif name == "networks":
+                predicting.networks(
+                    folder, given.megapixels, given.repeats,
+                    worker_memory=given.worker_memory, engines=given.engines.split(","),
+                )  # fmt: skip
             else:
                 ALL[name](folder, given.megapixels, given.repeats)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import sys
 import tempfile
@@ -87,6 +88,7 @@ def by_tensorflow(network: Any, *, second: bool) -> Scorer:
     def score(images: np.ndarray) -> np.ndarray:
         images = np.ascontiguousarray(images, np.float32)
         if images.shape not in compiled:
+            _forget_large(compiled)
             signature = [tf.TensorSpec(images.shape, tf.float32)]
             compiled[images.shape] = tf.function(
                 lambda values: tf.cast(network(values, training=False), tf.float32),
@@ -96,6 +98,17 @@ def by_tensorflow(network: Any, *, second: bool) -> Scorer:
         return _both(compiled[images.shape](tf.constant(images)).numpy(), second)
 
     return score
+
+
+KEPT_PIXELS, KEPT_SHAPES = 1_000_000, 16
+"""Most pixels and number of the input shapes that a network stays compiled for, beside the one in use: OpenVINO holds
+the activations of each, 0.25 GB for this many pixels of the default U-Net, and scenes of an archive may all differ."""
+
+
+def _forget_large(compiled: dict[tuple[int, ...], Any]) -> None:
+    """Forget the oldest shapes before another is compiled."""
+    while compiled and (sum(math.prod(shape[:3]) for shape in compiled) > KEPT_PIXELS or len(compiled) >= KEPT_SHAPES):
+        del compiled[next(iter(compiled))]
 
 
 def _both(scores: np.ndarray, second: bool) -> np.ndarray:
@@ -192,6 +205,7 @@ def by_openvino(xml: str, *, threads: int, second: bool) -> Scorer:
     def score(images: np.ndarray) -> np.ndarray:
         images = np.ascontiguousarray(images, np.float32)
         if images.shape not in compiled:
+            _forget_large(compiled)
             compiled[images.shape] = compile_for(images.shape)
         return _both(np.asarray(compiled[images.shape](images), np.float32), second)
 

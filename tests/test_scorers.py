@@ -140,6 +140,18 @@ def test_stored_values_far_from_zero_cost_nothing(build: Callable[[float], Any],
     assert found[1] < 1.2 * found[0]
 
 
+def test_large_shapes_are_forgotten_before_the_next_is_compiled() -> None:
+    """What is held beside the shape in use is bounded, in pixels and in number."""
+    compiled: dict[tuple[int, ...], Any] = {}
+    rng = np.random.default_rng(0)
+    for edge in [*rng.integers(8, 1500, 50).tolist(), *range(8, 40)]:
+        scorers._forget_large(compiled)
+        assert sum(shape[1] * shape[2] for shape in compiled) <= scorers.KEPT_PIXELS
+        assert len(compiled) < scorers.KEPT_SHAPES
+        compiled[(1, edge, edge, 3)] = None
+    assert list(compiled) == [(1, edge, edge, 3) for edge in range(40 - scorers.KEPT_SHAPES, 40)]
+
+
 def test_files_that_were_changed_are_refused(made: Bundle, tmp_path: Path) -> None:
     shutil.copytree(made.url, tmp_path / "model")
     with open(tmp_path / "model" / "openvino" / "model.bin", "r+b") as file:
