@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(map(str, growth.SIZES)), help="megapixels of growth's scenes")
     parser.add_argument("--folder", help="keeps the scenes for the next run; a temporary one if not given")
     parser.add_argument("--data", type=Path, help="folder of the water mosaics, for `water`")
+    parser.add_argument("--worker-memory", default="3g", help="of `networks` (default: 3g)")
+    parser.add_argument("--engines", default="tensorflow,openvino", help="of `networks` (default: both)")
     given = parser.parse_args()
     unknown = set(given.names) - {*ALL, *ASKED}
     if unknown:
@@ -43,6 +45,11 @@ def main() -> None:
             elif name == "peers":
                 # Not resolved: a virtual environment's python is a link.
                 peers.main(folder, given.megapixels or PEERS_MEGAPIXELS, given.repeats, given.peers.absolute())
+            elif name == "networks":
+                predicting.networks(
+                    folder, given.megapixels or MEGAPIXELS, given.repeats,
+                    worker_memory=given.worker_memory, engines=given.engines.split(","),
+                )  # fmt: skip
             else:
                 ALL[name](folder, given.megapixels or MEGAPIXELS, given.repeats)
 

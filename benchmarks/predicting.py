@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,27 +193,38 @@ def cheap(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any
     return found
 
 
-def networks(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]:
+def networks(
+    folder: Path,
+    megapixels: int = 64,
+    repeats: int = 3,
+    *,
+    worker_memory: str = "3g",
+    engines: Sequence[str] = ("tensorflow", "openvino"),
+) -> dict[str, Any]:
     """The default network by each engine: print and return ratios to the bare model, and of the engines."""
     from sattile.engine import session
+    from sattile.grid import Geometry
 
     found: dict[str, Any] = {}
     scene, pixels = _scene(folder, megapixels)
+    edge = round((pixels * 1e6) ** 0.5)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         model = pool.apply(unet_bundle, (folder,))
     delivered = {}
-    for engine in ("tensorflow", "openvino"):
+    options = {"worker_memory": worker_memory}
+    for engine in engines:
         spark = session("local[2]")  # workers of its own: what they held at most is said of them
         try:
             # The first run is the start: workers, the network's compilation, memory taken for the first time.
-            predicted(spark, model, scene, folder / "unet_out", engine=engine)
+            predicted(spark, model, scene, folder / "unet_out", engine=engine, **options)
             records, alone = [], []
             for _ in range(repeats):
-                record = predicted(spark, model, scene, folder / "unet_out", engine=engine)
+                record = predicted(spark, model, scene, folder / "unet_out", engine=engine, **options)
                 records.append(record)
                 settings = record["settings"]
-                window = settings["size"] + 2 * settings["halo"]
-                alone.append(bare_speed(model, engine, (settings["batch"], window, window, len(BANDS))))
+                geometry = Geometry(**{name: settings[name] for name in Geometry.__dataclass_fields__})
+                shape = geometry.input_shape(edge, edge)
+                alone.append(bare_speed(model, engine, (settings["batch"], *shape, len(BANDS))))
         finally:
             spark.stop()
         evaluated = float(np.median([one["evaluated_mpix_per_s"] for one in records]))
@@ -221,11 +232,13 @@ def networks(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, 
         found[engine] = evaluated / float(np.median(alone))
         price = record["evaluated_pixels"] / record["delivered_pixels"]
         print(
-            f"U-Net by {engine}, {pixels:.0f} Mpix, 2 cores: windows of {window} px, {evaluated:.2f} Mpix/s "
-            f"evaluated ({price:.2f} for each delivered), bare model {np.median(alone):.2f}, ratio "
-            f"{found[engine]:.2f}; peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker "
+            f"U-Net by {engine}, {pixels:.0f} Mpix, 2 cores, {worker_memory} a worker: windows of {shape[0]} px, "
+            f"{evaluated:.2f} Mpix/s evaluated ({price:.2f} for each delivered), bare model {np.median(alone):.2f}, "
+            f"ratio {found[engine]:.2f}; peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker "
             f"(medians of {repeats})"
         )
+    if len(delivered) < 2:
+        return found
     found["openvino_to_tensorflow"] = delivered["openvino"] / delivered["tensorflow"]
     print(
         f"OpenVINO to TensorFlow, delivered: {delivered['openvino']:.2f} to {delivered['tensorflow']:.2f} Mpix/s, "

@@ -5,9 +5,10 @@ Everything is in (row, col) order; (0, 0) is the top-left pixel; intervals are h
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import gcd
 
 from sattile.errors import UsageError
 
@@ -121,10 +122,13 @@ class Placement:
 class Geometry:
     """How a network is laid over a scene. Build with `choose_geometry`, which checks it.
 
+    In `crop` the windows of a scene are as few as `size` allows, all of one shape and evenly spread: a lattice of steps
+    of `size` would end with windows that lie almost wholly on what others have done.
+
     Attributes:
         merge: `crop` (each pixel has one owner, and `halo` pixels of context all round) or `blend` (overlapping
             weighted windows).
-        size: edge of the output cell (`crop`) or of the network's input (`blend`), in pixels.
+        size: edge of the output cell (`crop`; the most, see above) or of the network's input (`blend`), in pixels.
         stride: distance between windows in `blend`; equals `size` in `crop`.
         halo: context on each side in `crop`; 0 in `blend`.
         total_stride: product of the network's strides: every network input begins and ends on its multiples.
@@ -140,23 +144,32 @@ class Geometry:
 
     @property
     def input_size(self) -> int:
+        """The largest edge of an input."""
         return self.size + 2 * self.halo
 
     def input_shape(self, height: int, width: int) -> tuple[int, int]:
         """The one input shape with which the network runs on a scene of this shape."""
+        return self._length(height), self._length(width)
+
+    def _length(self, extent: int) -> int:
         if self.fixed:
-            return self.input_size, self.input_size
-        return (
-            min(self.input_size, ceil_to(height, self.total_stride)),
-            min(self.input_size, ceil_to(width, self.total_stride)),
-        )
+            return self.input_size
+        extended = ceil_to(extent, self.total_stride)
+        if self.merge == "blend":
+            return min(self.input_size, extended)
+        count = self._cells(extended)
+        return ceil_to(-(-(extended + 2 * self.halo * (count - 1)) // count), self.total_stride)
+
+    def _cells(self, extended: int) -> int:
+        """How many windows an axis takes: the first and the last need no context beyond the scene."""
+        return max(-(-(extended - 2 * self.halo) // self.size), 1)
 
     def placements(self, height: int, width: int, block: Window) -> Iterator[Placement]:
         """The evaluations that one block of a scene of `height` x `width` needs, in lattice order.
 
-        The lattice is anchored to the scene, never to the block. Windows that would reach over the edge of the
-        scene (extended right and bottom to a multiple of `total_stride`) are moved inside: they keep at least
-        `halo` pixels of context wherever the scene has them, and all inputs are of one shape.
+        The lattice is anchored to the scene, never to the block. Windows lie inside the scene (extended right and
+        bottom to a multiple of `total_stride`): they keep at least `halo` pixels of context wherever the scene has
+        them, and all inputs are of one shape.
         """
         scene = Window(0, 0, height, width)
         in_height, in_width = self.input_shape(height, width)
@@ -194,9 +207,11 @@ class Geometry:
         if self.fixed:
             size = self.input_size
         else:
-            # A kept part begins anywhere, an input on the stride; and shapes are compiled: few are better.
-            size = ceil_to(part + step - 1, step * SHAPES // gcd(step, SHAPES)) + 2 * self.halo
-            size = min(size, ceil_to(extent, step))
+            # A kept part begins anywhere, an input on the stride. Each shape is compiled, so that few are better: those
+            # of whole blocks hardly differ, and what is cut off by the edge of a scene is rounded up generously.
+            whole = part > self.size * 7 // 8
+            size = ceil_to(part + step - 1, ceil_to(SHAPES if whole else max(self.size // 8, SHAPES), step))
+            size = min(size + 2 * self.halo, ceil_to(extent, step))
         extended = max(ceil_to(extent, step), size)
         for row in range(start, start + length, part):
             begin = min(max(row // step * step - self.halo, 0), extended - size)
@@ -210,23 +225,45 @@ class Geometry:
         row, col = min(rows), min(cols)
         return Window(row, col, max(rows) + in_height - row, max(cols) + in_width - col)
 
+    def blocks(self, height: int, width: int, edge: int) -> list[Window]:
+        """The rectangles that partition a scene, row by row: in `crop` whole cells, which no two blocks share.
+
+        Args:
+            edge: of a block, in pixels. In `crop` the evaluations of a block read no more than `edge + 2 * halo`.
+        """
+        rows, cols = self._cuts(height, edge), self._cuts(width, edge)
+        return [
+            Window(row, col, stop_row - row, stop_col - col)
+            for row, stop_row in itertools.pairwise(rows)
+            for col, stop_col in itertools.pairwise(cols)
+        ]
+
     def count(self, height: int, width: int, edge: int) -> int:
         """How many evaluations a scene of `height` x `width` takes when it is cut into blocks of `edge`."""
-        in_height, in_width = self.input_shape(height, width)
-        rows = sum(
-            len(list(self._axis(height, in_height, start, min(start + edge, height))))
-            for start in range(0, height, edge)
-        )
-        cols = sum(
-            len(list(self._axis(width, in_width, start, min(start + edge, width)))) for start in range(0, width, edge)
-        )
-        return rows * cols
+        sums = []
+        for extent, length in zip((height, width), self.input_shape(height, width), strict=True):
+            cuts = self._cuts(extent, edge)
+            sums.append(sum(len(list(self._axis(extent, length, *pair))) for pair in itertools.pairwise(cuts)))
+        return math.prod(sums)
+
+    def _cuts(self, extent: int, edge: int) -> list[int]:
+        """Where the blocks along one axis begin, and the end of the last."""
+        if self.merge == "blend":
+            return [*range(0, extent, edge), extent]
+        cells = [cell for _, cell, _ in self._axis(extent, self._length(extent), 0, extent)]
+        parts = -(-len(cells) // max(edge // self.size, 1))
+        return [*(cells[index * len(cells) // parts] for index in range(parts)), extent]
 
     def _axis(self, extent: int, length: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Of all that touches the pixels from `start` to `stop`: where an input begins, what is kept, its length."""
         extended = max(ceil_to(extent, self.total_stride), length)
         if self.merge == "crop":
-            for cell in range(start // self.size * self.size, min(stop, extent), self.size):
-                yield min(max(cell - self.halo, 0), extended - length), cell, self.size
+            count, step = self._cells(extended), self.total_stride
+            begins = [(extended - length) // step * index // max(count - 1, 1) * step for index in range(count)]
+            cells = [0, *(begin + self.halo for begin in begins[1:]), extended]
+            for index, begin in enumerate(begins):
+                if cells[index] < min(stop, extent) and cells[index + 1] > start:
+                    yield begin, cells[index], cells[index + 1] - cells[index]
         else:
             for begin in starts(extended, length, min(self.stride, length)):
                 if begin < stop and begin + length > start:
@@ -273,10 +310,10 @@ def check_geometry(geometry: Geometry, radius: int | None) -> None:
 
 
 SHAPES = 32
-"""Inputs that follow from what is needed have edges of multiples of this, but for the halo."""
+"""Inputs that follow from what is needed have edges of multiples of this at least, but for the halo."""
 
 CELL = 512
-"""Cells of `crop` are multiples of a COG's own tiles, where the total stride allows it."""
+"""Edge of the smallest cell that is chosen unasked: that of a COG's own tiles."""
 
 FAIR_PRICE, WORST_PRICE = 1.15, 4.0
 """Pixels evaluated per pixel delivered: what a default window should cost at most, and above which overlapping
@@ -349,9 +386,6 @@ def _choose_crop(step: int, radius: int, edge: int, size: int | None, halo: int 
     if size is None and edge:
         size = edge - 2 * halo
     if size is None:
-        cell = CELL * step // gcd(CELL, step)
-        room = max_input - 2 * halo
-        whole = [cell * count for count in range(1, 9) if cell * count <= room]
-        fair = [one for one in whole if ((one + 2 * halo) / one) ** 2 <= FAIR_PRICE]
-        size = fair[0] if fair else whole[-1] if whole else max(min(room, cell) // step * step, step)
+        fair = max(math.ceil(2 * halo / (math.sqrt(FAIR_PRICE) - 1)), CELL)
+        size = max(min(ceil_to(fair, step), (max_input - 2 * halo) // step * step), step)
     return Geometry("crop", size, size, halo, step, bool(edge))

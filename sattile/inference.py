@@ -32,7 +32,7 @@ from sattile.stitch import NODATA, Stitcher, blend_weights, to_labels
 WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 600_000_000}
 """Bytes a worker holds before it reads a pixel: Python, the engine, the decoder with GDAL and its cache (measured)."""
 
-ACTIVATIONS = {"tensorflow": 1.0, "openvino": 0.45}
+ACTIVATIONS = {"tensorflow": 1.15, "openvino": 0.38}
 """What an engine holds for each byte of a bundle's `activation_bytes` (measured)."""
 
 BATCH_PIXELS = 512 * 512
@@ -117,8 +117,10 @@ def prepare(
         raise UsageError(f"threshold {threshold}: give a score")
     given = _fill(bundle, fill)
     room = max(parse_memory(worker_memory) - WORKER_BASE[chosen], 0)
-    per_pixel = bundle.activation_bytes * ACTIVATIONS[chosen] + 4 * len(bundle.bands) + 4 * len(bundle.classes)
-    max_input = max(math.isqrt(int(room * 0.7 / per_pixel)), 64)
+    bands, classes = len(bundle.bands), len(bundle.classes)
+    # As `block_memory` of a block that is one window, and a tenth to spare.
+    per_pixel = bundle.activation_bytes * ACTIVATIONS[chosen] + 4 * bands + 4 * classes + 2 * (4 * bands + 1)
+    max_input = max(math.isqrt(int(room * 0.9 / per_pixel)), 64)
     geometry = choose_geometry(
         total_stride=bundle.total_stride, radius=bundle.receptive_radius, input_shape=bundle.input_shape,
         merge=merge, size=size, stride=stride, halo=halo, max_input=max_input,

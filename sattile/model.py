@@ -254,19 +254,25 @@ def _export(network: Any, folder: str) -> None:
     import keras
     import tensorflow as tf
 
-    class SmoothUpSampling2D(keras.layers.UpSampling2D):
-        """Keras 3.15 compares the new size with 0 in Python, which a size that is not yet known does not allow."""
+    class ResizingUpSampling2D(keras.layers.UpSampling2D):
+        """The same values in one operation of TensorFlow, with a size that is not yet known.
+
+        Keras 3.15 compares a smooth one's size with 0 in Python, which such a size does not allow. The nearest one it
+        makes of six operations that move all values three times, in OpenVINO an eighth of a U-Net's time.
+        """
 
         def call(self, inputs: Any) -> Any:
             size = tf.shape(inputs)[1:3] * tf.constant(self.size)
             return tf.image.resize(inputs, size, method=self.interpolation)
 
+    def resizes(layer: Any) -> bool:
+        return isinstance(layer, keras.layers.UpSampling2D) and layer.data_format == "channels_last"
+
     def replace(layer: Any) -> Any:
-        smooth = isinstance(layer, keras.layers.UpSampling2D) and layer.interpolation != "nearest"
-        return (SmoothUpSampling2D if smooth else type(layer)).from_config(layer.get_config())
+        return (ResizingUpSampling2D if resizes(layer) else type(layer)).from_config(layer.get_config())
 
     try:
-        if any(getattr(layer, "interpolation", "nearest") != "nearest" for layer in network._flatten_layers()):
+        if any(resizes(layer) for layer in network._flatten_layers()):
             same = keras.models.clone_model(network, clone_function=replace, recursive=True)
             same.set_weights(network.get_weights())
             network = same

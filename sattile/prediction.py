@@ -19,7 +19,6 @@ from sattile import engine as engines
 from sattile import labels as label_module
 from sattile import mosaic, raster, record, sheets, storage
 from sattile.errors import UsageError
-from sattile.grid import blocks
 from sattile.inference import (
     Inference,
     Labelled,
@@ -113,7 +112,7 @@ def plan(job: Inference, scenes: Sequence[Scene], *, worker_memory: int | str = 
     evaluated = 0
     touches = raster.AoiTest(job.aoi) if job.aoi else None
     for scene in scenes:
-        every = blocks(scene.height, scene.width, edge)
+        every = job.geometry.blocks(scene.height, scene.width, edge)
         found = [one for one, hit in zip(every, touches(scene, every), strict=True) if hit] if touches else every
         pieces.extend(Piece(scene, block) for block in found)
         area = math.prod(job.geometry.input_shape(scene.height, scene.width))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import sys
 import tempfile
@@ -87,6 +88,7 @@ def by_tensorflow(network: Any, *, second: bool) -> Scorer:
     def score(images: np.ndarray) -> np.ndarray:
         images = np.ascontiguousarray(images, np.float32)
         if images.shape not in compiled:
+            _forget_large(compiled)
             signature = [tf.TensorSpec(images.shape, tf.float32)]
             compiled[images.shape] = tf.function(
                 lambda values: tf.cast(network(values, training=False), tf.float32),
@@ -96,6 +98,17 @@ def by_tensorflow(network: Any, *, second: bool) -> Scorer:
         return _both(compiled[images.shape](tf.constant(images)).numpy(), second)
 
     return score
+
+
+KEPT_PIXELS, KEPT_SHAPES = 1_000_000, 16
+"""Most pixels and number of the input shapes that a network stays compiled for, beside the one in use: OpenVINO holds
+the activations of each, 0.25 GB for this many pixels of the default U-Net, and scenes of an archive may all differ."""
+
+
+def _forget_large(compiled: dict[tuple[int, ...], Any]) -> None:
+    """Forget the oldest shapes before another is compiled."""
+    while compiled and (sum(math.prod(shape[:3]) for shape in compiled) > KEPT_PIXELS or len(compiled) >= KEPT_SHAPES):
+        del compiled[next(iter(compiled))]
 
 
 def _both(scores: np.ndarray, second: bool) -> np.ndarray:
@@ -135,7 +148,24 @@ def convert(saved_model: str, xml: str) -> None:
     openvino = _openvino()
     # Not `convert_model`, which reports its use to Intel. bfloat16 is chosen when a network is compiled: float32
     # weights serve every CPU.
-    openvino.save_model(openvino.Core().read_model(saved_model), xml, compress_to_fp16=False)
+    network = openvino.Core().read_model(saved_model)
+    for node in network.get_ordered_ops():
+        if node.get_type_name() == "Softmax":
+            _over_planes(node)
+    openvino.save_model(network, xml, compress_to_fp16=False)
+
+
+def _over_planes(softmax: Any) -> None:
+    """Take a softmax over channels before they are moved last: the same values, ten times as fast."""
+    opset = _openvino().opset13
+    moved = softmax.input_value(0).get_node()
+    if moved.get_type_name() != "Transpose" or moved.input_value(1).get_node().get_type_name() != "Constant":
+        return
+    order = moved.input_value(1).get_node().data
+    before = opset.softmax(moved.input_value(0), int(order[softmax.get_attributes()["axis"]]))
+    after = opset.transpose(before, moved.input_value(1))
+    after.set_friendly_name(softmax.get_friendly_name())
+    softmax.output(0).replace(after.output(0))
 
 
 def by_openvino(xml: str, *, threads: int, second: bool) -> Scorer:
@@ -144,24 +174,87 @@ def by_openvino(xml: str, *, threads: int, second: bool) -> Scorer:
     core = openvino.Core()
     read = core.read_model(xml)
     settings = {
-        "INFERENCE_PRECISION_HINT": PRECISION,
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         # Several workers of a machine would all be pinned to the same first core.
         "ENABLE_CPU_PINNING": False,
     }
-    compiled: dict[tuple[int, ...], Any] = {}
+    compiled: dict[tuple[int, ...], Callable[[np.ndarray], np.ndarray]] = {}
+
+    def compile_for(shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+        def request(model: Any, precision: str) -> Any:
+            made = core.compile_model(model, "CPU", settings | {"INFERENCE_PRECISION_HINT": precision})
+            return made.create_infer_request()
+
+        network = read.clone()
+        network.reshape({0: shape})
+        head, body = _cut_head(network)
+        last = request(body, PRECISION)
+        if head is None:
+            return lambda images: last.infer([images], share_inputs=True)[0]
+        first = request(head, "f32")
+        for index in range(len(head.outputs)):
+            last.set_input_tensor(index, first.get_output_tensor(index))
+
+        def run(images: np.ndarray) -> np.ndarray:
+            first.infer([images], share_inputs=True, share_outputs=True)
+            return last.infer()[0]
+
+        return run
 
     def score(images: np.ndarray) -> np.ndarray:
         images = np.ascontiguousarray(images, np.float32)
         if images.shape not in compiled:
-            network = read.clone()
-            network.reshape({0: images.shape})
-            compiled[images.shape] = core.compile_model(network, "CPU", settings).create_infer_request()
-        found = compiled[images.shape].infer([images], share_inputs=True)
-        return _both(np.array(found[0], np.float32), second)
+            _forget_large(compiled)
+            compiled[images.shape] = compile_for(images.shape)
+        return _both(np.asarray(compiled[images.shape](images), np.float32), second)
 
     return score
+
+
+HEAD = {
+    "Abs", "Add", "Clamp", "Concat", "Convert", "Divide", "Elu", "Exp", "Gather", "HardSigmoid", "Log", "Maximum",
+    "Minimum", "Multiply", "Negative", "Power", "PRelu", "Relu", "Reshape", "Select", "Sigmoid", "Slice", "Split",
+    "Sqrt", "SquaredDifference", "Squeeze", "StridedSlice", "Subtract", "Tanh", "Transpose", "Unsqueeze",
+    "VariadicSplit",
+}  # fmt: skip
+"""Operations of OpenVINO that work on single values, or move them."""
+
+
+def _cut_head(network: Any) -> tuple[Any, Any]:
+    """Cut a network behind what it does to stored values before anything looks at neighbours: normalising them.
+
+    OpenVINO's CPU plugin makes bfloat16 of what it is given, and subtracts a mean afterwards: of values near 10,000
+    only steps of 64 are left.
+
+    Args:
+        network: an `openvino.Model` of one input.
+
+    Returns:
+        The head, None where there is none, and the rest, which takes the outputs of the head in their order.
+    """
+    openvino = _openvino()
+    given = network.inputs[0].get_node()
+    head, changed = {given.get_name()}, {given.get_name()}  # changed: what depends on the input at all
+    for node in network.get_ordered_ops():
+        sources = {port.get_source_output().get_node().get_name() for port in node.inputs()} & changed
+        if sources:
+            changed.add(node.get_name())
+            if sources <= head and node.get_type_name() in HEAD:
+                head.add(node.get_name())
+    if len(head) == 1:
+        return None, network
+    outputs, inputs = [], []
+    for node in network.get_ordered_ops():
+        for port in node.outputs() if node.get_name() in head else []:
+            users = [user for user in port.get_target_inputs() if user.get_node().get_name() not in head]
+            if users:
+                outputs.append(port)
+                inputs.append(openvino.opset13.parameter(port.get_shape(), port.get_element_type()))
+                for user in users:
+                    user.replace_source_output(inputs[-1].output(0))
+    # A clone: nodes belong to one model each.
+    return openvino.Model(outputs, [given]), openvino.Model(network.get_results(), inputs).clone()
 
 
 def agreement(one: Scorer, other: Scorer, images: np.ndarray, valid: np.ndarray) -> tuple[float, int]:

@@ -83,7 +83,7 @@ def test_evaluations_of_all_blocks(geometry: Geometry, height: int, width: int, 
     shape = geometry.input_shape(height, width)
     step, found = geometry.total_stride, 0
     extended = Window(0, 0, max(ceil_to(height, step), shape[0]), max(ceil_to(width, step), shape[1]))
-    for block in blocks(height, width, edge):
+    for block in geometry.blocks(height, width, edge):
         region = geometry.region(height, width, block)
         assert region in extended
         for place in geometry.placements(height, width, block):
@@ -101,7 +101,48 @@ def test_evaluations_of_all_blocks(geometry: Geometry, height: int, width: int, 
         assert shape[1] <= ceil_to(width, step)
 
 
-@given(geometries().filter(lambda one: one.merge == "crop"), extents, extents, st.integers(1, 60))
+@given(geometries(), extents, extents, st.integers(1, 60))
+@quick
+def test_blocks_of_a_lattice_hold_each_pixel_once(geometry: Geometry, height: int, width: int, edge: int) -> None:
+    hits = np.zeros((height, width), int)
+    for block in geometry.blocks(height, width, edge):
+        hits[block.slices()] += 1
+        region = geometry.region(height, width, block)
+        if geometry.merge == "crop" and not geometry.fixed:
+            most = max(edge, geometry.size) + 2 * geometry.halo
+            assert region.height <= most
+            assert region.width <= most
+    assert (hits == 1).all()
+
+
+crops = geometries().filter(lambda one: one.merge == "crop")
+
+
+@given(crops, extents, extents, st.integers(1, 60))
+@quick
+def test_crop_evaluates_no_more_than_its_price(geometry: Geometry, height: int, width: int, edge: int) -> None:
+    """However a scene is cut, and whatever is left over at its end."""
+    step = geometry.total_stride
+    shape = geometry.input_shape(height, width)
+    count = geometry.count(height, width, edge)
+    assert count == geometry.count(height, width, max(height, width))
+    assert shape[0] <= geometry.input_size
+    assert shape[1] <= geometry.input_size
+    if not geometry.fixed:
+        per_axis = geometry.input_size / geometry.size
+        # All windows of an axis are rounded up to the stride: that much each.
+        most = [ceil_to(extent, step) * per_axis + step * (extent / geometry.size + 1) for extent in (height, width)]
+        assert count * shape[0] * shape[1] <= most[0] * most[1]
+
+
+def test_a_scene_a_little_larger_than_whole_windows_costs_little_more() -> None:
+    geometry = Geometry("crop", 1552, 1552, 56, 8)
+    for extent in (3216, 3217, 8192, 10_000, 10_980, 15_537):
+        edge = geometry.input_shape(extent, extent)[0]
+        assert geometry.count(extent, extent, 1552) * edge**2 <= 1.155 * extent**2
+
+
+@given(crops, extents, extents, st.integers(1, 60))
 @quick
 def test_crop_keeps_a_halo_of_context_wherever_the_scene_has_it(
     geometry: Geometry, height: int, width: int, edge: int
@@ -152,9 +193,9 @@ def test_a_geometry_that_shows_seams_is_refused_with_the_numbers_to_use(
 
 
 def test_defaults() -> None:
-    # U-Net of 3 levels: (1536 + 2 * 56)^2 / 1536^2 = 1.151 is over 1.15, 2048 fits it.
-    assert choose_geometry(total_stride=8, radius=51, max_input=4096) == Geometry("crop", 2048, 2048, 56, 8)
-    assert choose_geometry(total_stride=8, radius=51, max_input=1500) == Geometry("crop", 1024, 1024, 56, 8)
+    # U-Net of 3 levels: (1552 + 2 * 56)^2 / 1552^2 = 1.1495, and 1.1503 for 1544.
+    assert choose_geometry(total_stride=8, radius=51, max_input=4096) == Geometry("crop", 1552, 1552, 56, 8)
+    assert choose_geometry(total_stride=8, radius=51, max_input=1500) == Geometry("crop", 1384, 1384, 56, 8)
     assert choose_geometry(total_stride=1, radius=0) == Geometry("crop", 512, 512, 0, 1)
     assert choose_geometry(total_stride=8, radius=None) == Geometry("blend", 512, 256, 0, 8)
     assert choose_geometry(total_stride=8, radius=None, max_input=300) == Geometry("blend", 296, 144, 0, 8)

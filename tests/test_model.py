@@ -254,8 +254,8 @@ def test_saved_model_serves_the_same_scores(made: str) -> None:
     np.testing.assert_allclose(scores, load_scorer(load_bundle(made))(images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_smooth_upsampling_is_served_too(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_upsampling_of_every_kind_is_served(tmp_path: Path, mode: str) -> None:
     import tensorflow as tf
 
     grow = keras.Sequential([keras.Input((None, None, 3)), L.UpSampling2D((2, 3), interpolation=mode)])

@@ -215,13 +215,23 @@ def test_windows_and_blocks_follow_from_the_memory_of_a_worker(
     assert edge == unit or inference.block_memory(job, edge) <= inference.parse_memory(memory)
 
 
+def test_the_default_network_pays_a_fair_price_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "choose_engine", lambda *_, **__: "openvino")
+    network = bundle_of(bands=tuple("rgbn"), fill=(0,) * 4, total_stride=8, receptive_radius=51, activation_bytes=652.8)
+    job = inference.prepare(network, worker_memory="1500m")
+    for edge in (8192, 10_000, 10_980):
+        plan = prediction.plan(job, [scene_of(edge, edge)], worker_memory="1500m", slots=2)
+        assert plan.evaluated <= 1.151 * plan.delivered
+        assert plan.memory <= 1500 * 2**20
+
+
 def test_a_plan_counts_pixels_and_cuts_tasks_and_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     job = inference.prepare(bundle_of(receptive_radius=10, total_stride=2), size=100)
     scenes = [scene_of(300, 500, "a"), scene_of(90, 40, "b"), scene_of(1000, 250, "c")]
     plan = prediction.plan(job, scenes, slots=2)
     assert plan.delivered == 300 * 500 + 90 * 40 + 1000 * 250
-    # Windows of 120 where the scene has as much; (3 x 5) + (10 x 3) of them; b is smaller than a window.
-    assert plan.evaluated == (15 + 30) * 120**2 + 90 * 40
+    # No window is over 120. Of a 3 x 5: (300 + 2 * 20) / 3 and (500 + 4 * 20) / 5 pixels; of c 10 x 3; of b one.
+    assert plan.evaluated == 3 * 114 * 5 * 116 + 10 * 118 * 3 * 98 + 90 * 40
     tasks = prediction.tasks_of(plan.pieces, job, 2)
     assert [piece for task in tasks for piece in task] == list(plan.pieces)
     monkeypatch.setattr(prediction, "WAVE_PIXELS", 200_000)
@@ -489,8 +499,8 @@ def test_the_area_of_interest_limits_what_is_computed(
     assert ((labels != 255) != (inside & valid)).sum() <= 300
     assert (labels[5:55, 105:175] != 255).all()
     assert (labels[65:] == 255).all()
-    # Blocks of 64 px: columns 64 to 192 of the first row.
-    assert found["delivered_pixels"] == 64 * 128
+    # Blocks of 50 by 58 or 59 px (at most 64, evenly): rows to 100, columns from 58 on.
+    assert found["delivered_pixels"] == 100 * (233 - 58)
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(

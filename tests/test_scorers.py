@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +83,73 @@ def test_openvino_gives_the_same_bits_for_any_dtype_and_again(made: Bundle) -> N
     np.testing.assert_array_equal(whole, score(images.astype(np.float64)))
     np.testing.assert_array_equal(again, score(images[:, :32]))
     assert load_scorer(load_bundle(made.url), engine="openvino") is score
+
+
+def test_what_is_written_for_speed_gives_the_same_scores(
+    made: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One operation enlarges, and the softmax goes over planes: in float32 the scores are TensorFlow's."""
+    network = openvino.Core().read_model(f"{made.url}/openvino/model.xml")
+    kinds = [node.get_type_name() for node in network.get_ordered_ops() if node.get_type_name() != "Constant"]
+    assert (kinds.count("Interpolate"), kinds.count("Tile")) == (2, 0)
+    assert kinds[-3:] == ["Softmax", "Transpose", "Result"]
+    monkeypatch.setattr(scorers, "PRECISION", "f32")
+    images = np.random.default_rng(1).integers(1, 3000, (2, 64, 96, 3))
+    score = scorers.by_openvino(f"{made.url}/openvino/model.xml", threads=1, second=False)
+    np.testing.assert_allclose(score(images), load_scorer(made, engine="tensorflow")(images), atol=1e-4)
+
+
+def as_is(offset: float) -> object:
+    """The U-Net, made for stored values that are this much larger."""
+    shifted = {band: {"mean": 1000.0 + offset, "std": 300.0} for band in BANDS}
+    return networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=shifted)
+
+
+def foreign(offset: float) -> object:
+    """Batch normalisation first, a difference of two bands, and the stored values looked at once more, by a pooling."""
+    import keras
+
+    inputs = keras.Input((None, None, 3))
+    first = keras.layers.BatchNormalization(epsilon=0.0)
+    plain = first(inputs)
+    plain = keras.layers.Concatenate()([plain, keras.layers.Subtract()([plain[..., :1], plain[..., 1:2]])])
+    x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(plain)
+    far = keras.layers.AveragePooling2D(3, 1, padding="same")(inputs)
+    x = keras.layers.Concatenate()([x, keras.layers.Rescaling(1e-12)(far)])
+    x = keras.layers.Conv2D(2, 3, padding="same", activation="softmax")(x)
+    first.set_weights([np.full(3, value, np.float32) for value in (1, 0, 1000 + offset, 300**2)])
+    return keras.Model(inputs, x)
+
+
+@pytest.mark.parametrize("build", [as_is, foreign])
+def test_stored_values_far_from_zero_cost_nothing(build: Callable[[float], Any], tmp_path: Path) -> None:
+    """OpenVINO's own bfloat16 keeps steps of 128 of values near 30,000: normalising comes before it."""
+    import keras
+
+    images = np.random.default_rng(0).integers(1, 3000, (2, 64, 96, 3)).astype(np.float32)
+    found = []
+    for offset in (0.0, 30_000.0):
+        keras.utils.set_random_seed(0)
+        network, xml = build(offset), str(tmp_path / f"{offset}" / "model.xml")
+        network.export(str(tmp_path / f"{offset}"), verbose=False)
+        scorers.convert(str(tmp_path / f"{offset}"), xml)
+        exact = scorers.by_tensorflow(network, second=False)(images + offset)
+        score = scorers.by_openvino(xml, threads=1, second=False)
+        found.append(np.abs(score(images + offset) - exact).mean())
+        np.testing.assert_array_equal(score(images + offset), score(images + offset))
+    assert found[1] < 1.2 * found[0]
+
+
+def test_large_shapes_are_forgotten_before_the_next_is_compiled() -> None:
+    """What is held beside the shape in use is bounded, in pixels and in number."""
+    compiled: dict[tuple[int, ...], Any] = {}
+    rng = np.random.default_rng(0)
+    for edge in [*rng.integers(8, 1500, 50).tolist(), *range(8, 40)]:
+        scorers._forget_large(compiled)
+        assert sum(shape[1] * shape[2] for shape in compiled) <= scorers.KEPT_PIXELS
+        assert len(compiled) < scorers.KEPT_SHAPES
+        compiled[(1, edge, edge, 3)] = None
+    assert list(compiled) == [(1, edge, edge, 3) for edge in range(40 - scorers.KEPT_SHAPES, 40)]
 
 
 def test_files_that_were_changed_are_refused(made: Bundle, tmp_path: Path) -> None:
