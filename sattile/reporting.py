@@ -507,14 +507,17 @@ def _samples(folder: Folder) -> tuple[list[dict[str, Any]], int]:
 
 
 def _describe_mosaics(folder: Folder) -> dict[str, Any]:
-    """Quicklooks of the labels maps, by scene."""
+    """Quicklooks of the labels maps, by scene; of sheets on one grid, the picture of them all."""
+    on_grid = bool((folder.run.get("settings") or {}).get("layout"))
+    overview = _picture(folder.url, OVERVIEW) if on_grid else None
     scenes = [one for one in storage.list_folder(folder.url) if one.is_folder and storage.name(one.url)[:1] not in "._"]
     maps: list[dict[str, str]] = []
     for entry in scenes:
         uri = _thumbnail(entry.url)
         if uri and len(maps) < MAX_MAPS:
             maps.append({"name": storage.name(entry.url), "uri": uri})
-    return {"url": folder.url, "maps": maps, "left_out": max(0, len(scenes) - MAX_MAPS)}
+    left_out = max(0, len(scenes) - MAX_MAPS)
+    return {"url": folder.url, "maps": maps, "left_out": left_out, "on_grid": on_grid, "overview": overview}
 
 
 def _thumbnail(folder: str) -> str | None:
@@ -528,6 +531,8 @@ def _thumbnail(folder: str) -> str | None:
                 return _picture(folder, str(asset.get("href", "")).removeprefix("./"))
     return None
 
+
+OVERVIEW = "overview.png"
 
 KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
 

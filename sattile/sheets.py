@@ -51,8 +51,9 @@ SHEET = 16_384
 
 RULES = ("all", "newest")
 
-TURN = 1.06
-"""How much longer the edge of a block is in a scene whose grid is turned by a UTM zone's convergence."""
+TURN = 1.09
+"""How much longer the edge of a block is in a scene of the next UTM zone, whose grid is turned by 6 degrees times the
+sine of the latitude: at 60 degrees, cos + sin of 5.2."""
 
 MOST_EDGE = 4096
 

