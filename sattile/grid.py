@@ -57,6 +57,16 @@ class Window:
     def pad(self, pixels: int) -> Window:
         return Window(self.row - pixels, self.col - pixels, self.height + 2 * pixels, self.width + 2 * pixels)
 
+    def quarters(self) -> list[Window]:
+        """Up to four parts, row by row: each axis is halved, if it can be."""
+        rows = sorted({self.row, self.row + self.height // 2, self.stop_row})
+        cols = sorted({self.col, self.col + self.width // 2, self.stop_col})
+        return [
+            Window(row, col, stop_row - row, stop_col - col)
+            for row, stop_row in itertools.pairwise(rows)
+            for col, stop_col in itertools.pairwise(cols)
+        ]
+
     def slices(self, origin: Window | None = None) -> tuple[slice, slice]:
         """Row and column slices of this window in an array whose top-left pixel is that of `origin`."""
         row, col = (origin.row, origin.col) if origin else (0, 0)

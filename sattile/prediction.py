@@ -419,7 +419,7 @@ def predict(
             for url, version in scene.identity.items()
         ]
         product = Product(
-            bundle.classes, storage.digest(["sattile-mosaic/1", settings]), scores, coverage,
+            bundle.classes, storage.digest(["sattile-mosaic/2", settings]), scores, coverage,
             f"Semantic segmentation into {', '.join(one.name for one in bundle.classes)} by a network "
             f"({storage.name(bundle.url)}, {bundle.digest[:16]}), merged with {job.geometry.merge}",
             on_grid=layout is not None,

@@ -189,6 +189,8 @@ def block_memory(job: Inference, edge: int, ratio: float) -> int:
     """
     bands, classes, geometry = len(job.bundle.bands), len(job.bundle.classes), job.geometry
     need = edge * ratio * TURN
+    if geometry.merge == "crop":  # of more, it is taken in parts
+        need = min(need, math.sqrt(2) * geometry.size)
     context = geometry.halo if geometry.merge == "crop" else geometry.size
     read = (need + 2 * context) ** 2 * (4 * bands + 1)
     window = min(need + 2 * context, geometry.input_size) if geometry.merge == "crop" else geometry.input_size
@@ -415,7 +417,7 @@ def shares_a_task(works: Sequence[Work], slots: int) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """One scene in one block: what is read, evaluated, and where it goes."""
+    """One scene in one block, or a part of it (`cut.window`): what is read, evaluated, and where it goes."""
 
     work: Work
     rank: int
@@ -432,19 +434,29 @@ def _warp(grid: Grid, scene_id: str, height: int, width: int, crs: str, transfor
 
 
 def steps_of(work: Work, scenes: Mapping[str, Scene], job: Inference, layout: Layout) -> Iterator[Step]:
-    """What has to be done for one block, in order; scenes of which it needs no pixel are left out."""
+    """What has to be done for one block, in order; scenes of which it needs no pixel are left out.
+
+    A scene much finer than the grid is taken in parts of the block, so that no more of it is held than of others.
+    """
+    edge = job.geometry.size if job.geometry.merge == "crop" else layout.block
     for rank, scene_id in enumerate(work.scenes, start=work.first):
         scene = scenes[scene_id]
         warp = _warp(layout.grid, scene_id, scene.height, scene.width, str(scene.crs), scene.transform)
-        cut = warp.cut(work.block)
-        if not cut.need.area:
-            continue
-        placements = tuple(job.geometry.cover(scene.height, scene.width, cut.need))
-        row, col = min(one.read.row for one in placements), min(one.read.col for one in placements)
-        stop_row = max(one.read.stop_row for one in placements)
-        stop_col = max(one.read.stop_col for one in placements)
-        region = Window(row, col, stop_row - row, stop_col - col)
-        yield Step(work, rank, scene, warp, cut, placements, region)
+        parts = [work.block]
+        while parts:
+            part = parts.pop()
+            cut = warp.cut(part)
+            if not cut.need.area:
+                continue
+            if cut.need.area > 2 * edge**2 and part.area > 1:
+                parts += reversed(part.quarters())
+                continue
+            placements = tuple(job.geometry.cover(scene.height, scene.width, cut.need))
+            row, col = min(one.read.row for one in placements), min(one.read.col for one in placements)
+            stop_row = max(one.read.stop_row for one in placements)
+            stop_col = max(one.read.stop_col for one in placements)
+            region = Window(row, col, stop_row - row, stop_col - col)
+            yield Step(work, rank, scene, warp, cut, placements, region)
 
 
 def read_step(
@@ -592,15 +604,14 @@ class Sums:
         """Whether no further scene can change anything."""
         return self.newest and bool((self.stitcher.coverage > 0).all())
 
-    def add(self, rows: slice, scores: np.ndarray, weights: np.ndarray) -> None:
-        """One scene's share of some rows of the block."""
-        block = self.work.block
+    def add(self, part: Window, scores: np.ndarray, weights: np.ndarray) -> None:
+        """One scene's share of a part of the block."""
+        here = part.slices(self.work.block)
         usable = weights > 0
         if self.newest:
-            usable &= self.stitcher.coverage[rows] == 0
-        part = Window(block.row + rows.start, block.col, rows.stop - rows.start, block.width)
+            usable &= self.stitcher.coverage[here] == 0
         self.stitcher.add(part, scores, usable, weights.astype(np.int64))
-        self.count[rows] += usable
+        self.count[here] += usable
 
     def rows(self, *, evaluated: int, memory_mb: float) -> Iterator[tuple[Any, ...]]:
         """Rows of `INFERRED`."""
@@ -627,7 +638,7 @@ class Sums:
 
 
 def score_on_grid(got: Got, job: Inference, layout: Layout) -> tuple[np.ndarray | None, np.ndarray | None, int]:
-    """Scores and weights of one scene on the grid, of a whole block (None for nothing), and pixels evaluated."""
+    """Scores and weights of a step on the grid (None for nothing), and pixels evaluated."""
     assert got.read is not None
     scores, weights, evaluated = score_step(got.step, got.read, got.clouds, job, layout)
     if not weights.any():
@@ -676,14 +687,14 @@ def stitch(
             evaluated += pixels
             memory = max(memory, own_peak_mb() + item.read.memory_mb)
             if scores is not None and weights is not None:
-                sums.add(slice(0, work.block.height), scores, weights)
+                sums.add(item.step.cut.window, scores, weights)
 
 
 SHARES = (
-    "name string, row int, col int, height int, width int, rank int, top int, rows int, scores binary, "
-    "weights binary, evaluated long, memory_mb double, scene string, reason string"
+    "name string, row int, col int, height int, width int, rank int, top int, left int, rows int, cols int, "
+    "scores binary, weights binary, evaluated long, memory_mb double, scene string, reason string"
 )
-"""What one scene gives to some rows of one block, on the way to where the block is added up."""
+"""What one scene gives to a part of a block (both in pixels of the grid), on the way to where that is added up."""
 
 
 def infer(
@@ -703,24 +714,23 @@ def infer(
         work = item if isinstance(item, Work) else item.step.work
         place = work.name, *asdict(work.block).values()
         rows: list[tuple[Any, ...]] = []
+        nothing = 0, 0, 0, 0
         if isinstance(item, Work):
-            rows.append((*place, -1, 0, 0, None, None, 0, own_peak_mb(), None, None))
+            rows.append((*place, -1, *nothing, None, None, 0, own_peak_mb(), None, None))
         elif item.read is None:
-            rows.append((*place, -1, 0, 0, None, None, 0, own_peak_mb(), item.step.scene.scene_id, item.reason))
+            rows.append((*place, -1, *nothing, None, None, 0, own_peak_mb(), item.step.scene.scene_id, item.reason))
         else:
             scores, weights, pixels = score_on_grid(item, job, layout)
             memory = own_peak_mb() + item.read.memory_mb
-            rows.append((*place, -1, 0, 0, None, None, pixels, memory, None, None))
+            rows.append((*place, -1, *nothing, None, None, pixels, memory, None, None))
             if scores is not None and weights is not None:
-                step = max(ROW_BYTES // (work.block.width * (4 * scores.shape[-1] + 4)), 1)
-                for top in range(0, work.block.height, step):
-                    part = slice(top, min(top + step, work.block.height))
-                    rows.append(
-                        (
-                            *place, item.step.rank, top, part.stop - top, mosaic.pack(scores[part]),
-                            mosaic.pack(weights[part]), 0, memory, None, None,
-                        )
-                    )  # fmt: skip
+                whole = item.step.cut.window
+                step = max(ROW_BYTES // (whole.width * (4 * scores.shape[-1] + 4)), 1)
+                for top in range(0, whole.height, step):
+                    some = slice(top, min(top + step, whole.height))
+                    part = whole.row + top, whole.col, some.stop - top, whole.width
+                    packed = mosaic.pack(scores[some]), mosaic.pack(weights[some])
+                    rows.append((*place, item.step.rank, *part, *packed, 0, memory, None, None))
         for row in rows:
             yield pd.DataFrame([row], columns=columns(SHARES))
 
@@ -742,12 +752,12 @@ def add_up(frames: Iterable[pd.DataFrame], *, windows: Any, job: Inference, layo
                 reason = json.dumps({"scene": row.scene, "reason": row.reason})
                 yield pd.DataFrame([refused(name, reason, memory)], columns=columns(INFERRED))
             elif row.scores is not None:
-                shape = int(row.rows), work.block.width
-                scores = mosaic.unpack(row.scores, "float32", (*shape, classes))
-                weights = mosaic.unpack(row.weights, "uint32", shape)
+                part = Window(int(row.top), int(row.left), int(row.rows), int(row.cols))
+                scores = mosaic.unpack(row.scores, "float32", (*part.shape, classes))
+                weights = mosaic.unpack(row.weights, "uint32", part.shape)
                 assert scores is not None
                 assert weights is not None
-                sums.add(slice(int(row.top), int(row.top) + shape[0]), scores, weights)
+                sums.add(part, scores, weights)
         yield pd.DataFrame(list(sums.rows(evaluated=evaluated, memory_mb=memory)), columns=columns(INFERRED))
 
 

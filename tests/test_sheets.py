@@ -197,6 +197,38 @@ def test_a_mosaic_is_the_mean_of_whole_image_inference(archive: Path, network: A
     assert max(sheet["scenes"].max() for sheet in found.values()) >= 2
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_scene_much_finer_than_the_grid_is_taken_in_parts(
+    archive: Path, network: Any, monkeypatch: pytest.MonkeyPatch, apart: bool
+) -> None:
+    largest = 0
+    read = sheets.read_step
+
+    def watch(scene: Scene, region: Window, need: Window, **options: Any) -> Any:
+        nonlocal largest
+        largest = max(largest, need.area)
+        return read(scene, region, need, **options)
+
+    monkeypatch.setattr(sheets, "read_step", watch)
+    monkeypatch.setattr(sheets, "decoder", lambda: Here())
+    layout = layout_of("EPSG:32632@70", 64)
+    geometry = Geometry("crop", 16, 16, 6, 2)
+    scenes, job = scenes_of(archive), job_of(geometry)
+    [sheet] = stitched(scenes, job, layout, apart=apart, shuffle=1).values()
+    same(sheet, expected_on(layout.grid, sheet["window"], scenes, job, pooling_network))
+    assert 16**2 / 2 < largest <= 2 * 16**2
+
+
+class Here:
+    """The decoder's work in this process, where it can be watched."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        self._got = function(*arguments, **options)
+
+    def result(self) -> Any:
+        return self._got
+
+
 @pytest.mark.parametrize("merge", ["crop", "blend"])
 @pytest.mark.parametrize("rule", ["all", "newest"])
 @pytest.mark.parametrize("weights", [Weights(), Weights(edge=True)])
