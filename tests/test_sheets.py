@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from scenes_for_tests import write_scene
@@ -195,6 +198,56 @@ def test_a_mosaic_is_the_mean_of_whole_image_inference(archive: Path, network: A
     for sheet in found.values():
         same(sheet, expected_on(layout.grid, sheet["window"], scenes, job, pooling_network))
     assert max(sheet["scenes"].max() for sheet in found.values()) >= 2
+
+
+@st.composite
+def archives(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Scenes that overlap, of one pixel to some thousand, in two UTM zones, with holes."""
+    found = []
+    for number in range(draw(st.integers(1, 4))):
+        shape = draw(st.sampled_from([(1, 1), (1, 40), (33, 2), (29, 37), (50, 41)]))
+        zone = draw(st.sampled_from([32632, 32631]))
+        # The same ground in both zones: 8.3 degrees east, 45.1 north.
+        west, north = {32632: (445_000, 5_000_000), 32631: (917_000, 5_013_000)}[zone]
+        found.append(
+            {
+                "name": f"s{number}", "shape": shape, "crs": f"EPSG:{zone}", "gsd": draw(st.sampled_from([10.0, 13.0])),
+                "west": west + draw(st.integers(-300, 300)), "north": north + draw(st.integers(-300, 300)),
+                "holes": draw(st.sampled_from([0.0, 0.2, 1.0])),
+            }
+        )  # fmt: skip
+    return found
+
+
+@given(
+    archives(), st.sampled_from(["EPSG:32632@10", "EPSG:32631@10", "EPSG:32632@26", "EPSG:4326@0.0002", "EPSG:3857@9"]),
+    st.integers(16, 90), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_archive_on_any_grid_is_the_mean_of_whole_image_inference(
+    monkeypatch: pytest.MonkeyPatch, given_: list[dict[str, Any]], grid: str, block: int, apart: bool, seed: int
+) -> None:
+    monkeypatch.setattr(sheets, "load_scorer", lambda *_, **__: pooling_network)
+    monkeypatch.setattr(sheets, "decoder", lambda: Here())
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(seed)
+        for one in given_:
+            data = rng.integers(1, 100, (2, *one["shape"])).astype(np.uint16)
+            data[:, rng.random(one["shape"]) < one["holes"]] = 0
+            write_scene(
+                Path(folder) / f"{one['name']}.tif", data, crs=one["crs"], west=one["west"], north=one["north"],
+                gsd=one["gsd"], names=("x", "y"), nodata=0,
+            )  # fmt: skip
+        layout, job = layout_of(grid, block), job_of(Geometry("crop", 32, 32, 6, 2))
+        scenes = scenes_of(Path(folder))
+        found = stitched(scenes, job, layout, apart=apart, shuffle=seed)
+        held = np.zeros(len(scenes), int)
+        for sheet in found.values():
+            expected = expected_on(layout.grid, sheet["window"], scenes, job, pooling_network)
+            same(sheet, expected)
+            held += int(expected["scenes"].sum())
+        if not held.any():  # nothing but holes, or pixels smaller than the grid's
+            assert all(one["holes"] or min(one["shape"]) < 3 for one in given_)
 
 
 @pytest.mark.parametrize("apart", [False, True])
