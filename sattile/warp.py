@@ -497,10 +497,13 @@ class _Places:
             )
             even = (alike & (weights > 0)).reshape(-1)[corners[0]] & self.inside
             across, down = self.across[..., None].astype(np.float32), self.down[..., None].astype(np.float32)
-            upper = flat[corners[0]]
-            upper += (flat[corners[1]] - upper) * across
-            lower = flat[corners[2]]
-            lower += (flat[corners[3]] - lower) * across
+            upper, right, lower, right_below = (flat.take(one, axis=0, mode="clip") for one in corners)
+            right -= upper
+            right *= across
+            upper += right
+            right_below -= lower
+            right_below *= across
+            lower += right_below
             lower -= upper
             lower *= down
             upper += lower
