@@ -333,7 +333,7 @@ def predict(
         merge: `crop` or `blend`; the model decides if not given.
         size, stride, halo: in pixels; chosen from the model and `worker_memory` if not given.
         scores: write the scores, a float32 band a class.
-        coverage: write the sum of weights of each pixel.
+        coverage: write the sum of weights of each pixel, and on a grid the number of scenes it comes from.
         threshold: with two classes, the score from which the second is taken; with more, the least score to decide.
         aoi: vector file; what lies outside is nodata, and is not computed.
         fill: what the model sees for missing pixels; one value or one a band; the bundle's own if not given.
