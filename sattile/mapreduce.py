@@ -33,12 +33,13 @@ MOST_WRITER_THREADS = 4
 
 INFERRED = (
     "name string, rank int, row int, col int, height int, width int, labels binary, scores binary, "
-    "coverage binary, scenes binary, evaluated long, valid long, memory_mb double, reason string"
+    "coverage binary, scenes binary, evaluated long, valid long, moved long, memory_mb double, reason string"
 )
-"""A labelled rectangle of the map `name`; of rank 0, the reason why there will be none."""
+"""A labelled rectangle of the map `name`; of rank 0, the reason why there will be none. `moved`: bytes that have gone
+from task to task for it before."""
 
 WRITTEN = "name string, staged string, evaluated long, valid long, moved long, memory_mb double, reason string"
-"""A map that is written to the folder `staged`, or the reason why not. `moved`: bytes that came to its writer."""
+"""A map that is written to the folder `staged`, or the reason why not. `moved`: bytes sent between tasks for it."""
 
 
 def columns(schema: str) -> list[str]:
@@ -48,15 +49,18 @@ def columns(schema: str) -> list[str]:
 
 def refused(name: str, reason: str, memory_mb: float) -> tuple[Any, ...]:
     """A row of `INFERRED` that says why a map can't be."""
-    return name, 0, 0, 0, 0, 0, None, None, None, None, 0, 0, memory_mb, reason
+    return name, 0, 0, 0, 0, 0, None, None, None, None, 0, 0, 0, memory_mb, reason
 
 
-def rows_of(name: str, part: Part, *, valid: np.ndarray, evaluated: int, memory_mb: float) -> Iterator[tuple[Any, ...]]:
+def rows_of(
+    name: str, part: Part, *, valid: np.ndarray, evaluated: int, memory_mb: float, moved: int = 0
+) -> Iterator[tuple[Any, ...]]:
     """Rows of `INFERRED` for one rectangle of the map `name`, each of at most `ROW_BYTES`.
 
     Args:
         valid: (height, width) bool: pixels with data, for the count of them.
         evaluated: pixels that the network ran on.
+        moved: bytes that came here from other tasks.
     """
     block = part.window
     arrays = [one for one in (part.labels, part.scores, part.coverage, part.scenes) if one is not None]
@@ -70,7 +74,7 @@ def rows_of(name: str, part: Part, *, valid: np.ndarray, evaluated: int, memory_
         )
         yield (
             name, 1, block.row + start, block.col, rows.stop - start, block.width, *packed,
-            evaluated if start == 0 else 0, int(valid[rows].sum()), memory_mb, None,
+            evaluated if start == 0 else 0, int(valid[rows].sum()), moved if start == 0 else 0, memory_mb, None,
         )  # fmt: skip
 
 
@@ -140,7 +144,9 @@ class _Tally:
     def add(self, row: Any) -> Any:
         self.evaluated += row.evaluated
         self.valid += row.valid
-        self.moved += sum(len(one) for one in (row.labels, row.scores, row.coverage, row.scenes) if one is not None)
+        self.moved += row.moved + sum(
+            len(one) for one in (row.labels, row.scores, row.coverage, row.scenes) if one is not None
+        )
         self.memory_mb = max(self.memory_mb, row.memory_mb)
         return row
 

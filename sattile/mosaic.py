@@ -438,23 +438,30 @@ def _utc(text: str) -> str:
 
 VRT_TYPES = {"uint8": "Byte", "uint16": "UInt16", "uint32": "UInt32", "float32": "Float32"}
 
+RASTERS = ("labels", "scores", "coverage", "scenes")
 OVERVIEW = "overview.png"
 OVERVIEW_EDGE = 2048
 
 
-def write_whole(out: str, product: Product, grid: Affine6) -> None:
+def write_whole(out: str, product: Product, grid: Affine6, whole: Window | None = None) -> None:
     """Over all finished sheets of `out`: a VRT for each raster, which GIS programs open as one, and a picture.
 
     Args:
         grid: affine coefficients of the grid's pixel (0, 0).
+        whole: the pixels to show; those of the sheets if not given.
     """
+    names = [layer.name for layer in product.layers()]
+    for name in RASTERS:
+        if name not in names and storage.exists(storage.join(out, f"{name}.vrt")):
+            storage.remove(storage.join(out, f"{name}.vrt"))
     sheets = [(name, item) for name, item in finished(out) if item["properties"][SETTINGS] == product.settings]
     if not sheets:
         return
     windows = {name: Window(*item["properties"][WINDOW]) for name, item in sheets}
     row, col = min(one.row for one in windows.values()), min(one.col for one in windows.values())
     stop_row, stop_col = max(one.stop_row for one in windows.values()), max(one.stop_col for one in windows.values())
-    hull = Window(row, col, stop_row - row, stop_col - col)
+    hull = whole or Window(row, col, stop_row - row, stop_col - col)
+    row, col = hull.row, hull.col
     a, b, c, d, e, f = grid
     transform = c + a * col + b * row, a, b, f + d * col + e * row, d, e
     crs = sheets[0][1]["properties"].get("proj:code") or sheets[0][1]["properties"].get("proj:wkt2", "")
@@ -469,7 +476,7 @@ def _vrt(layer: cog.Layer, hull: Window, windows: dict[str, Window], crs: str, t
 
     kind = VRT_TYPES[layer.dtype]
     root = Xml.Element("VRTDataset", rasterXSize=str(hull.width), rasterYSize=str(hull.height))
-    Xml.SubElement(root, "SRS", dataAxisToSRSAxisMapping="2,1" if _is_lat_lon(crs) else "1,2").text = crs
+    Xml.SubElement(root, "SRS").text = crs  # without a mapping of axes, GDAL takes x first, as everywhere here
     Xml.SubElement(root, "GeoTransform").text = ", ".join(f"{value:.17g}" for value in transform)
     for number, description in enumerate(layer.bands, start=1):
         band = Xml.SubElement(root, "VRTRasterBand", dataType=kind, band=str(number))
@@ -497,12 +504,6 @@ def _vrt(layer: cog.Layer, hull: Window, windows: dict[str, Window], crs: str, t
             Xml.SubElement(source, "DstRect", place | size)
     Xml.indent(root)
     return Xml.tostring(root, encoding="unicode") + "\n"
-
-
-def _is_lat_lon(crs: str) -> bool:
-    import pyproj
-
-    return bool(pyproj.CRS.from_user_input(crs).axis_info[0].direction == "north")
 
 
 def _overview(out: str, hull: Window, windows: dict[str, Window]) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -435,10 +435,13 @@ def predict(
             storage.remove(staging)
             mosaic.write_collection(out, product)
             if layout is not None:
-                mosaic.write_whole(out, product, layout.grid.transform)
-        if layout is not None and outlined:
-            with run.stage("vectors"):
-                run.extra["polygons"] = sheets.write_vectors(spark, out, product, layout.grid, outlined, sieve)
+                grid_limits = layout.grid.limits if layout.grid.is_file else None
+                mosaic.write_whole(out, product, layout.grid.transform, grid_limits)
+        if layout is not None:
+            with run.stage("vectors") if outlined else nullcontext():
+                polygons = sheets.write_vectors(spark, out, product, layout.grid, outlined, sieve)
+            if outlined:
+                run.extra["polygons"] = polygons
         run.finish()
     return out
 
@@ -485,31 +488,45 @@ def _on_grid(
     by_id = {scene.scene_id: scene for scene in found}
     bad: dict[str, str] = {}
     with run.stage("plan"):
-        every, outside = sheets.plan_sheets(found, layout, aoi=job.aoi)
-        done = set()
+        misfits = sheets.unfit(found, layout)
+        fit = [scene for scene in found if scene.scene_id not in misfits]
+        run.refuse([Refusal(by_id[one].url, "predict", reason) for one, reason in sorted(misfits.items())])
+        every, outside = sheets.plan_sheets(fit, layout, aoi=job.aoi)
+        known: dict[str, dict[str, str]] = {}  # by sheet: what it was done without
         for sheet in every:
             item = mosaic.done_item(out, sheet.target.name, sheet.target.source, product)
             if item is not None:
-                done.add(sheet.target.name)
-                bad |= item["properties"].get(sheets.REFUSED, {})
+                known[sheet.target.name] = item["properties"].get(sheets.REFUSED, {})
+                bad |= known[sheet.target.name]
+        # A sheet that was published with a scene before that one was refused elsewhere is not done.
+        done = {one.target.name for one in every if known.get(one.target.name, {}).keys() == one.scenes & bad.keys()}
+        done &= known.keys()
+        told = {one: sorted(name for name in done if one in known[name]) for one in bad}
         every = [sheet.without(bad) for sheet in every]
-        todo = [sheet for sheet in every if sheet.target.name not in done and sheet.scenes]
+        todo = [sheet for sheet in every if sheet.target.name not in done]
     run.skipped = len(done)
     run.extra["plan"] = sheets.describe_plan(todo, by_id, job, layout, last_speed(out))
     if outside:
         run.extra["outside"] = len(outside)
-        log.info("predict: %d scenes lie outside the grid or the area of interest", len(outside))
+        log.warning("predict: %d scenes lie outside the grid or the area of interest", len(outside))
     _clean(out, {sheet.target.name for sheet in every}, run.replacing, product)
     for scene_id, reason in sorted(bad.items()):
-        run.refuse([Refusal(by_id[scene_id].url, "predict", f"{reason} (left out of the finished sheets)")])
+        again = f"left out of {', '.join(told[scene_id])}; remove these folders to try it again"
+        run.refuse([Refusal(by_id[scene_id].url, "predict", f"{reason} ({again})")])
     published: set[str] = set()
     with _Figures(spark, run) as figures:
         while todo:
+            for sheet in todo:
+                if (
+                    not sheet.scenes
+                ):  # all that reached it was refused; it may have been published before that was known
+                    storage.remove(storage.join(out, sheet.target.name))
+                    published.discard(sheet.target.name)
+            now = {sheet.target.name: sheet for sheet in todo if sheet.scenes}
             fresh: dict[str, str] = {}
             settings: dict[str, Any] = {"job": job, "layout": layout, "product": product, "staging": staging}
             work = partial(sheets.run_wave, spark, scenes=by_id, **settings)
-            now = {sheet.target.name: sheet for sheet in todo}
-            for rows in engines.in_waves(spark, sheets.waves_of(todo), work):
+            for rows in engines.in_waves(spark, sheets.waves_of(list(now.values())), work):
                 for row in sorted(rows, key=lambda one: one.name):
                     figures.add(row)
                     if row.staged is None:
@@ -521,7 +538,6 @@ def _on_grid(
             run.refuse([Refusal(by_id[one].url, "predict", reason) for one, reason in sorted(fresh.items())])
             todo = [sheet.without(fresh) for sheet in every if sheet.scenes & set(fresh)]
             every = [sheet.without(fresh) for sheet in every]
-            todo = [sheet for sheet in todo if sheet.scenes]
     run.done = len(published)
 
 
@@ -581,7 +597,7 @@ def _clean(out: str, present: set[str], replacing: bool, product: Product) -> No
             log.warning("predict: removed %s, made with other settings from what is not given now", name)
             storage.remove(storage.join(out, name))
         else:
-            log.info("predict: %s is of an earlier run, and its scene was refused or not given now; left so", name)
+            log.warning("predict: %s is of an earlier run, and its scene was refused or not given now; left so", name)
 
 
 def last_speed(out: str) -> float | None:

@@ -36,7 +36,7 @@ from sattile.inference import (
 from sattile.mapreduce import INFERRED, ROW_BYTES, columns, refused, rows_of, task_numbers, write_maps
 from sattile.model import load_scorer
 from sattile.mosaic import Part, Product, Target
-from sattile.schema import Scene, SegmentClass
+from sattile.schema import Refusal, Scene, SegmentClass
 from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
 from sattile.warp import Cut, Grid, Warp, grid_like, parse_grid
 
@@ -275,6 +275,9 @@ def plan_sheets(
     """Sheets with their blocks, from metadata alone, in order; and scenes that no pixel of the grid lies in.
 
     Blocks that do not touch the aoi are left out.
+
+    Args:
+        scenes: those that `unfit` says nothing of.
     """
     ordered = in_order(scenes, layout.rule)
     touched: dict[tuple[int, int], dict[Window, list[str]]] = {}
@@ -310,6 +313,18 @@ def plan_sheets(
             sheets.append(_sheet(key, works, used, layout.grid, hull))
     inside = {one for sheet in sheets for one in sheet.scenes}
     return sheets, [scene for scene in by_id.values() if scene.scene_id not in inside]
+
+
+def unfit(scenes: Sequence[Scene], layout: Layout) -> dict[str, str]:
+    """{scene id: reason} of scenes for whose pixels the grid's resolution can't be meant.
+
+    Raises:
+        UsageError: if that is all of them.
+    """
+    found = {scene.scene_id: reason for scene in scenes if (reason := Warp(layout.grid, scene).misfit())}
+    if found and len(found) == len(scenes):
+        raise UsageError(next(iter(found.values())))
+    return found
 
 
 def in_order(scenes: Sequence[Scene], rule: str) -> list[Scene]:
@@ -356,7 +371,7 @@ def _sheet(
     target = Target(
         name, hull.height, hull.width, grid.crs, transform,
         raster.ground_sample_distance(grid.crs, transform, hull.height, hull.width),
-        raster.footprint(grid.crs, transform, hull.height, hull.width),
+        _footprint(grid, hull),
         times[0] if known and times[0] == times[-1] else None,
         storage.digest([[json.loads(scene.to_json()) for scene in used], list(asdict(hull).values())]),
         (times[0], times[-1]) if known and times[0] != times[-1] else None,
@@ -365,6 +380,19 @@ def _sheet(
     )  # fmt: skip
     urls = {scene.scene_id: scene.url for scene in used}
     return Sheet(target, hull, tuple(Work(name, block, names) for block, names in works), urls, {})
+
+
+def _footprint(grid: Grid, hull: Window) -> bytes | None:
+    transform = grid.of(hull)
+    a, b, west, d, e, north = transform
+    east, south = west + a * hull.width, north + e * hull.height
+    if raster.is_geographic(grid.crs) and not b and not d and max(abs(west), abs(east)) <= 180 + 1e-9:
+        import shapely
+
+        # Degrees as they are: the meridian of 180 would come back from a projection as that of -180.
+        box = shapely.box(max(min(west, east), -180), min(south, north), min(max(west, east), 180), max(south, north))
+        return bytes(shapely.to_wkb(shapely.normalize(box)))
+    return raster.footprint(grid.crs, transform, hull.height, hull.width)
 
 
 def _hull(blocks: Sequence[Window]) -> Window:
@@ -613,7 +641,7 @@ class Sums:
         self.stitcher.add(part, scores, usable, weights.astype(np.int64))
         self.count[here] += usable
 
-    def rows(self, *, evaluated: int, memory_mb: float) -> Iterator[tuple[Any, ...]]:
+    def rows(self, *, evaluated: int, memory_mb: float, moved: int = 0) -> Iterator[tuple[Any, ...]]:
         """Rows of `INFERRED`."""
         job, block = self.job, self.work.block
         kept = block & self.frame.window
@@ -629,12 +657,17 @@ class Sums:
                 labels[rows] = to_labels(strip, covered[rows], job.class_ids, job.threshold)
                 if scores is not None:
                     scores[rows] = np.where(covered[rows][..., None], strip, np.nan)
-        coverage = np.where(covered, self.stitcher.coverage, 0).astype(np.uint32) if job.coverage else None
+        coverage = None
+        if job.coverage:
+            most = np.iinfo(np.uint32).max
+            coverage = np.where(covered, np.minimum(self.stitcher.coverage, most), 0).astype(np.uint32)
         count = np.where(covered, self.count, 0).astype(np.uint16) if job.coverage else None
         inner = kept.slices(block)
         others = (None if one is None else one[inner] for one in (scores, coverage, count))
         part = Part(relative(kept, self.frame), labels[inner], *others)
-        return rows_of(self.work.name, part, valid=covered[inner], evaluated=evaluated, memory_mb=memory_mb)
+        return rows_of(
+            self.work.name, part, valid=covered[inner], evaluated=evaluated, memory_mb=memory_mb, moved=moved
+        )
 
 
 def score_on_grid(got: Got, job: Inference, layout: Layout) -> tuple[np.ndarray | None, np.ndarray | None, int]:
@@ -744,7 +777,7 @@ def add_up(frames: Iterable[pd.DataFrame], *, windows: Any, job: Inference, layo
     for (name, *numbers), group in groupby(rows, key=lambda row: (row.name, row.row, row.col, row.height, row.width)):
         work = Work(name, Window(*map(int, numbers)), ())
         sums = Sums(work, _frame(layout.grid, windows.value[name]), job, layout)
-        evaluated, memory = 0, 0.0
+        evaluated, moved, memory = 0, 0, 0.0
         for row in group:
             evaluated += row.evaluated
             memory = max(memory, row.memory_mb, own_peak_mb())
@@ -757,8 +790,10 @@ def add_up(frames: Iterable[pd.DataFrame], *, windows: Any, job: Inference, layo
                 weights = mosaic.unpack(row.weights, "uint32", part.shape)
                 assert scores is not None
                 assert weights is not None
+                moved += len(row.scores) + len(row.weights)
                 sums.add(part, scores, weights)
-        yield pd.DataFrame(list(sums.rows(evaluated=evaluated, memory_mb=memory)), columns=columns(INFERRED))
+        rows_ = sums.rows(evaluated=evaluated, memory_mb=memory, moved=moved)
+        yield pd.DataFrame(list(rows_), columns=columns(INFERRED))
 
 
 # --- on the driver ------------------------------------------------------------------------------------------------
@@ -823,7 +858,9 @@ def describe_plan(
         warp = Warp(layout.grid, scene)
         ratio = max(ratio, warp.stretch)
         need = layout.block * warp.stretch
-        shape = geometry.cover(scene.height, scene.width, Window(0, 0, *(min(round(need), one) for one in warp.shape)))
+        shape = geometry.cover(
+            scene.height, scene.width, Window(0, 0, *(max(min(round(need), one), 1) for one in warp.shape))
+        )
         price = sum(one.read.area for one in shape) / max(sum(one.keep.area for one in shape), 1)
         evaluated += scene.height * scene.width * price
     return {
@@ -841,11 +878,14 @@ def describe_plan(
 
 
 def announce_plan(
-    scenes: Sequence[Scene], refused: Sequence[Any], job: Inference, layout: Layout, speed: float | None
+    scenes: Sequence[Scene], refused: Sequence[Refusal], job: Inference, layout: Layout, speed: float | None
 ) -> None:
     """Print the plan of a mosaic of these scenes."""
-    sheets, outside = plan_sheets(scenes, layout, aoi=job.aoi)
-    numbers = describe_plan(sheets, {scene.scene_id: scene for scene in scenes}, job, layout, speed)
+    misfits = unfit(scenes, layout)
+    by_id = {scene.scene_id: scene for scene in scenes}
+    refused = [*refused, *(Refusal(by_id[one].url, "predict", reason) for one, reason in misfits.items())]
+    sheets, outside = plan_sheets([one for one in scenes if one.scene_id not in misfits], layout, aoi=job.aoi)
+    numbers = describe_plan(sheets, by_id, job, layout, speed)
     around = f"halo {job.geometry.halo}" if job.geometry.merge == "crop" else f"stride {job.geometry.stride}"
     a, b, _, d, e, _ = layout.grid.transform
     lines = [
@@ -911,25 +951,35 @@ def chosen_classes(
 def write_vectors(
     spark: SparkSession, out: str, product: Product, grid: Grid, classes: Sequence[SegmentClass], sieve: float
 ) -> int:
-    """Polygons of all finished sheets of `out`, unless the file is already made of just these; how many there are."""
+    """Polygons of all finished sheets of `out`, unless the file is already made of just these; how many there are.
+
+    Without classes, a file of other labels than the present ones goes.
+    """
     maps, made_of = [], []
     for name, item in mosaic.finished(out):
         if item["properties"][mosaic.SETTINGS] == product.settings:
             maps.append(vectors.Map(name, storage.join(out, name, "labels.tif"), *item["properties"][mosaic.WINDOW]))
             made_of.append([name, item["properties"][mosaic.WINDOW], item["assets"]["labels"]["file:checksum"]])
-    if not maps:
-        return 0
     state, url = storage.join(out, _VECTORS_STATE), storage.join(out, VECTORS)
-    source = storage.digest([made_of, [asdict(one) for one in classes], sieve])
-    with suppress(Exception):
-        before = storage.read_json(state) if storage.exists(state) and storage.exists(url) else {}
-        if before.get("source") == source:
+    labels = storage.digest(made_of)
+    source = storage.digest([labels, [asdict(one) for one in classes], sieve])
+    before: dict[str, Any] = {}
+    if storage.exists(url):
+        with suppress(Exception):
+            before = storage.read_json(state)
+        if classes and before.get("source") == source:
             return int(before["polygons"])
+        if not classes and before.get("labels") != labels:
+            log.warning("predict: %s was of other labels, and is removed; --vectors makes it anew", VECTORS)
+            storage.remove(url)
+            storage.remove(state)
+    if not maps or not classes:
+        return 0
     for entry in storage.list_folder(out):
         if storage.name(entry.url).startswith(f".{VECTORS}.work-"):  # of a killed run; the lease is ours
             storage.remove(entry.url)
     count = vectors.vectorize(
         spark, maps, classes=classes, crs=grid.crs, transform=grid.transform, out=url, sieve=sieve, source=source
     )
-    storage.write_json(state, {"source": source, "polygons": count})
+    storage.write_json(state, {"source": source, "labels": labels, "polygons": count})
     return count

@@ -32,6 +32,9 @@ TOLERANCE = 0.01
 POINTS = 1 << 19
 """Points that are resampled at once: their arrays fit the CPU's cache."""
 
+MOST_POINTS, MOST_FINER = 512, 256
+"""How much coarser and finer than a scene a grid may be, along one axis; beyond, its units are mistaken."""
+
 WORLD = 360.0
 
 
@@ -68,9 +71,12 @@ def parse_grid(text: str) -> Grid:
         raise UsageError(f"grid {text!r}: write EPSG:N@RES, such as EPSG:32633@10 (RES in units of the CRS)")
     try:
         crs = pyproj.CRS.from_user_input(match.group(1).upper())
+    except pyproj.exceptions.CRSError:
+        raise UsageError(f"grid {text!r}: PROJ knows no {match.group(1)}") from None
+    try:
         resolution = float(match.group(2))
-    except (pyproj.exceptions.CRSError, ValueError):
-        raise UsageError(f"grid {text!r}: PROJ knows no {match.group(1)}, or {match.group(2)} is no number") from None
+    except ValueError:
+        raise UsageError(f"grid {text!r}: {match.group(2)} is no number") from None
     if not math.isfinite(resolution) or resolution <= 0:
         raise UsageError(f"grid {text!r}: the resolution must be more than 0")
     if not (crs.is_projected or crs.is_geographic) or len(crs.axis_info) != 2:
@@ -146,6 +152,17 @@ class Warp:
         self._between = between
         self._separable = self._there is None and upright
 
+    def misfit(self) -> str | None:
+        """Why the grid's resolution can't be meant for this scene, and which could; None if it can."""
+        if not self.stretch or (self.stretch >= 1 / MOST_FINER and self.points <= MOST_POINTS):
+            return None
+        wide = math.hypot(self.grid.transform[0], self.grid.transform[3])
+        how = f"{self.points:,} times as wide as" if self.points > 1 else f"{1 / self.stretch:,.0f} times finer than"
+        return (
+            f"pixels of the grid ({wide:g} units of its CRS) are {how} the scene's; for about the scene's own give "
+            f"{self.grid.crs.partition('[')[0]}@{wide / self.stretch:.2g}"
+        )
+
     # -- where things lie
 
     def _leaves_the_world(self, scene: Scene) -> bool:
@@ -218,14 +235,15 @@ class Warp:
         size = (high - low).max(axis=0)
         usual = float(np.median(size[np.isfinite(size)])) if np.isfinite(size).any() else float(edge)
         torn = ~(size <= 8 * usual + 4)
-        pad = 2 + 0.1 * usual
-        found |= _blocks_over(low[:, ~torn] - pad, high[:, ~torn] + pad, edge)
+        # A straight side of one CRS is a curve in the other.
+        pads = 2 + 0.1 * size[~torn]
+        found |= _blocks_over(low[:, ~torn] - pads, high[:, ~torn] + pads, edge)
         for r, c in zip(*np.nonzero(torn), strict=True):
             # A seam of the grid's CRS runs through this cell: by points, each with what surrounds it.
             inner = np.meshgrid(np.linspace(rows[r], rows[r + 1], 33), np.linspace(cols[c], cols[c + 1], 33))
             points = self._forward(*inner).reshape(2, -1)
             points = points[:, np.isfinite(points).all(axis=0)]
-            found |= _blocks_over(points - usual / 16 - pad, points + usual / 16 + pad, edge)
+            found |= _blocks_over(points - usual / 4 - 2, points + usual / 4 + 2, edge)
         windows = [Window(row * edge, col * edge, edge, edge) for row, col in sorted(found)]
         limits = self.grid.limits
         return windows if limits is None else [one for one in windows if (one & limits).area]
@@ -255,7 +273,8 @@ class Warp:
         size = np.array(self.shape)[:, None, None, None]
         with np.errstate(invalid="ignore"):
             inner = ((at > 1) & (at < size - 1)).all(axis=0).any(axis=(1, 2))
-            far = ((at < -64) | (at > size + 64)).all(axis=(2, 3)).any(axis=0)
+            # All on one side of the scene: some before and some behind it may have it between them.
+            far = ((at < -8).all(axis=(2, 3)) | (at > size + 8).all(axis=(2, 3))).any(axis=0)
         return [
             bool(hit or (not away and self.cut(one).need.area))
             for one, hit, away in zip(blocks, inner, far, strict=True)

@@ -384,6 +384,18 @@ def test_two_hundred_scenes_over_one_block(tmp_path: Path, network: Any) -> None
     same(sheet, other)
 
 
+def test_coverage_does_not_wrap(archive: Path) -> None:
+    scene = scenes_of(archive)[0]
+    work = sheets.Work("r0_c0", Window(0, 0, 2, 3), (scene.scene_id,))
+    frame = sheets._frame(parse_grid(SAME), work.block)
+    sums = sheets.Sums(work, frame, job_of(), layout_of(SAME))
+    for _ in range(3):
+        sums.add(work.block, np.ones((2, 3, 2), np.float32), np.full((2, 3), 2**31, np.uint32))
+    [row] = sums.rows(evaluated=0, memory_mb=0)
+    coverage = mosaic.unpack(row[columns(INFERRED).index("coverage")], "uint32", (2, 3))
+    assert (coverage == 2**32 - 1).all()
+
+
 def test_a_grid_like_a_file_is_covered_as_the_file_is(archive: Path, network: Any) -> None:
     like = Grid("EPSG:32632", (10, 0, 600_300, 0, -10, 4_999_900), Window(0, 0, 1100, 700), True)
     found = stitched(scenes_of(archive), job_of(), layout_of(like, 128))
@@ -574,8 +586,9 @@ def test_the_same_bytes_by_a_shuffle_and_for_any_order_task_and_wave(
     monkeypatch.setattr(sheets, "shares_a_task", lambda *_: False)
     monkeypatch.setattr(sheets, "TASK_PIXELS", 5_000)
     monkeypatch.setattr(sheets, "WAVE_PIXELS", 1)
-    go(spark, model, sorted(map(str, archive.glob("*.tif")), reverse=True), tmp_path / "out")
+    record = go(spark, model, sorted(map(str, archive.glob("*.tif")), reverse=True), tmp_path / "out")
     assert maps_of(tmp_path / "out") == maps_of(reference)
+    assert record["moved_bytes"] > record_of(reference)["moved_bytes"]  # scores went from task to task, too
 
 
 def test_a_killed_worker_changes_nothing(
@@ -665,6 +678,81 @@ def test_a_scene_that_cannot_be_read_is_left_out_everywhere(
         go(spark, model, scenes, out)
     assert record_of(out)["done"] == 0
     assert maps_of(out) == again
+
+
+def damaged(path: Path, west: float, north: float, height: int, *, last_rows: int) -> None:
+    """A scene whose last rows can't be read."""
+    profile = {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate", "names": ("x", "y")}
+    write_scene(path, image_of("q", (height, 60)), west=west, north=north, interleave="pixel", **profile)
+    with rasterio.open(path) as file:
+        tile = json.loads(json.dumps(file.tags(1, ns="TIFF")))  # touches the file: it is whole until now
+        assert tile is not None
+        offsets = [
+            int(file.get_tag_item(f"BLOCK_OFFSET_0_{row}", "TIFF", bidx=1))
+            for row in range((height - last_rows) // 16, height // 16)
+        ]
+    data = bytearray(path.read_bytes())
+    for offset in offsets:
+        data[offset : offset + 20] = bytes(20)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "north", [4_997_000, 5_122_000]
+)  # sheets r-977, r-976; r-1001, r-1000: the other order by name
+def test_what_a_scene_gave_before_it_was_refused_goes(
+    spark: Any, model: str, tmp_path: Path, north: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sheets, "WAVE_PIXELS", 1)
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    top = -(-north // 5120) * 5120 - 5120 + 600  # 60 rows above the border between two sheets
+    damaged(scenes / "x.tif", 600_000, top, 160, last_rows=32)
+    options = {"grid": "EPSG:32632@10", "max_failed_fraction": 1.0, "vectors": "water"}
+    go(spark, model, scenes, out, **options)
+    assert not list(out.glob("*/item.json"))
+    # Beside a good scene that reaches both sheets, each is as if the damaged one were not there.
+    write_scene(scenes / "good.tif", image_of("g", (160, 70)), west=600_100, north=top, names=("x", "y"), nodata=0)
+    plan = sheets.waves_of
+    stopped = False
+
+    def stop_early(todo: Sequence[sheets.Sheet]) -> list[list[sheets.Sheet]]:
+        nonlocal stopped
+        waves = plan(todo)
+        if any(sheet.refused for sheet in todo) and not stopped:  # in the redo: only its last sheet is done
+            stopped = True
+            return waves[-1:]
+        return waves
+
+    monkeypatch.setattr(sheets, "waves_of", stop_early)
+    go(spark, model, scenes, out, **options)
+    monkeypatch.setattr(sheets, "waves_of", plan)
+    go(spark, model, scenes, out, **options)
+    go(spark, model, scenes, tmp_path / "clean", **options)
+    assert len(list(out.glob("*/item.json"))) == 2
+    assert maps_of(out) == maps_of(tmp_path / "clean")
+    for item in out.glob("*/item.json"):
+        assert list(json.loads(item.read_text())["properties"]["sattile:refused"]) == ["x"]
+
+
+def test_what_is_over_all_sheets_goes_with_what_it_shows(spark: Any, model: str, archive: Path, tmp_path: Path) -> None:
+    scenes, out = write_archive(tmp_path / "scenes"), tmp_path / "out"
+    go(spark, model, scenes, out, vectors="all")
+    assert (out / "scores.vrt").exists()
+    (scenes / "b.tif").unlink()
+    go(spark, model, scenes, out)
+    assert not (out / "vectors.parquet").exists()
+    go(spark, model, scenes, out, scores=False, coverage=False, overwrite=True)
+    assert sorted(path.name for path in out.glob("*.vrt")) == ["labels.vrt"]
+    # Axes are x and y whatever a CRS calls them: a mapping would be taken at its word by GDAL.
+    assert "dataAxisToSRSAxisMapping" not in (out / "labels.vrt").read_text()
+
+
+def test_a_resolution_that_cannot_be_meant_is_refused_before_anything_runs(
+    spark: Any, model: str, archive: Path, tmp_path: Path
+) -> None:
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=r"finer than the scene's.*EPSG:32632@10"):
+            go(spark, model, archive, tmp_path / "out", grid="EPSG:32632@0.0001", dry_run=dry_run)
 
 
 def test_scenes_without_a_crs_or_off_the_grid_are_told(spark: Any, model: str, tmp_path: Path) -> None:

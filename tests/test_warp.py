@@ -234,6 +234,40 @@ def test_scenes_that_share_no_ground_with_a_grid_reach_nothing() -> None:
     assert [one for one in Warp(like, near).reach(64) if Warp(like, near).touches([one & Window(0, 0, 100, 100)])[0]]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    grid=st.sampled_from(["EPSG:25832@10", "EPSG:25832@100", "EPSG:32633@10", "EPSG:4326@0.0001"]),
+    edge=st.sampled_from([64, 464, 3072]),
+    shape=st.sampled_from([(1, 1), (1, 300), (256, 256)]),
+    move=st.tuples(st.integers(0, 40_000), st.integers(0, 40_000)),
+)
+def test_no_scene_is_so_small_that_a_block_misses_it(
+    grid: str, edge: int, shape: tuple[int, int], move: tuple[int, int]
+) -> None:
+    scene = scene_of(shape, UTM32, (10, 0, 600_000 + move[0], 0, -10, 5_000_000 - move[1]))
+    warp = Warp(parse_grid(grid), scene)
+    blocks = warp.reach(edge)
+    exact = [bool(warp.cut(one).need.area) for one in blocks]
+    assert warp.touches(blocks) == exact
+    assert any(exact) or warp.points > 1
+
+
+def test_a_resolution_in_other_units_is_told_with_one_to_use() -> None:
+    scene = scene_of((300, 300), UTM32, (10, 0, 600_000, 0, -10, 5_000_000))
+    for text, says in (
+        ("EPSG:32632@0.0001", "100,000 times finer than"),
+        ("EPSG:32632@20000", "2,000 times as wide as"),
+        ("EPSG:4326@1", "times as wide as"),
+    ):
+        reason = Warp(parse_grid(text), scene).misfit()
+        assert reason
+        assert says in reason
+    assert reason.endswith("EPSG:4326@8.9e-05")
+    assert Warp(parse_grid("EPSG:32632@0.0001"), scene).misfit().endswith("EPSG:32632@10")
+    assert Warp(parse_grid("EPSG:32632@640"), scene).misfit() is None
+    assert Warp(parse_grid("EPSG:32632@0.5"), scene).misfit() is None
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
