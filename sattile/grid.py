@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sattile.errors import UsageError
@@ -71,6 +71,13 @@ class Window:
         """Row and column slices of this window in an array whose top-left pixel is that of `origin`."""
         row, col = (origin.row, origin.col) if origin else (0, 0)
         return slice(self.row - row, self.stop_row - row), slice(self.col - col, self.stop_col - col)
+
+
+def hull(windows: Iterable[Window]) -> Window:
+    """The smallest rectangle that holds all of some windows, one at least."""
+    every = list(windows)
+    row, col = min(one.row for one in every), min(one.col for one in every)
+    return Window(row, col, max(one.stop_row for one in every) - row, max(one.stop_col for one in every) - col)
 
 
 def ceil_to(value: int, multiple: int) -> int:

@@ -13,7 +13,6 @@ import resource
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -330,7 +329,7 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
             coverage[:] = read.wanted
     elif placements:
         stitcher = Stitcher(block, classes)
-        weights = _weights(*placements[0].read.shape)
+        weights = blend_weights(*placements[0].read.shape)
         for place, window in run_windows(placements, read, job, scorer, count):
             inside = place.keep.slices(place.read)
             stitcher.add(place.keep, window[inside], read.wanted[place.keep.slices(block)], weights[inside])
@@ -350,11 +349,6 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
         piece, labels=labels, scores=scores, coverage=coverage, truth=read.truth, image=image, wanted=read.wanted,
         evaluated=evaluated, memory_mb=own_peak_mb() + read.memory_mb,
     )  # fmt: skip
-
-
-@lru_cache(maxsize=8)
-def _weights(height: int, width: int) -> np.ndarray:
-    return blend_weights(height, width)
 
 
 def batch_for(job: Inference, scene: Scene) -> int:

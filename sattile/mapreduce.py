@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from sattile.mosaic import Part, Product, Target
 if TYPE_CHECKING:
     import pandas as pd
     from pyspark.sql import DataFrame, Row, SparkSession
+
+T = TypeVar("T")
 
 ROW_BYTES = 16_000_000
 """Most that one row brings to the writer, before compression: a JVM holds several at once."""
@@ -40,6 +42,20 @@ from task to task for it before."""
 
 WRITTEN = "name string, staged string, evaluated long, valid long, moved long, memory_mb double, reason string"
 """A map that is written to the folder `staged`, or the reason why not. `moved`: bytes sent between tasks for it."""
+
+
+def deal(items: Sequence[T], costs: Sequence[int], *, most: int, slots: int) -> list[list[T]]:
+    """Tasks: runs of neighbours, four a core at least so that the end is even, each of about `most` at most."""
+    limit = min(max(sum(costs) // max(4 * slots, 1), 1), most)
+    found: list[list[T]] = [[]]
+    load = 0
+    for item, cost in zip(items, costs, strict=True):
+        if found[-1] and load + cost / 2 > limit:
+            found.append([])
+            load = 0
+        found[-1].append(item)
+        load += cost
+    return [group for group in found if group]
 
 
 def columns(schema: str) -> list[str]:

@@ -28,7 +28,7 @@ import zstandard
 
 import sattile
 from sattile import cog, storage
-from sattile.grid import Window
+from sattile.grid import Window, hull
 from sattile.schema import Scene, SegmentClass
 from sattile.stitch import NODATA
 
@@ -458,24 +458,22 @@ def write_whole(out: str, product: Product, grid: Affine6, whole: Window | None 
     if not sheets:
         return
     windows = {name: Window(*item["properties"][WINDOW]) for name, item in sheets}
-    row, col = min(one.row for one in windows.values()), min(one.col for one in windows.values())
-    stop_row, stop_col = max(one.stop_row for one in windows.values()), max(one.stop_col for one in windows.values())
-    hull = whole or Window(row, col, stop_row - row, stop_col - col)
-    row, col = hull.row, hull.col
+    shown = whole or hull(windows.values())
+    row, col = shown.row, shown.col
     a, b, c, d, e, f = grid
     transform = c + a * col + b * row, a, b, f + d * col + e * row, d, e
     crs = sheets[0][1]["properties"].get("proj:code") or sheets[0][1]["properties"].get("proj:wkt2", "")
     for layer in product.layers():
-        _write_changed(storage.join(out, f"{layer.name}.vrt"), _vrt(layer, hull, windows, crs, transform).encode())
+        _write_changed(storage.join(out, f"{layer.name}.vrt"), _vrt(layer, shown, windows, crs, transform).encode())
     colors = {one.id: cog.rgb(one.color) for one in product.classes}
-    _write_changed(storage.join(out, OVERVIEW), cog.encode_png(_overview(out, hull, windows), colors))
+    _write_changed(storage.join(out, OVERVIEW), cog.encode_png(_overview(out, shown, windows), colors))
 
 
-def _vrt(layer: cog.Layer, hull: Window, windows: dict[str, Window], crs: str, transform: Sequence[float]) -> str:
+def _vrt(layer: cog.Layer, shown: Window, windows: dict[str, Window], crs: str, transform: Sequence[float]) -> str:
     from xml.etree import ElementTree as Xml
 
     kind = VRT_TYPES[layer.dtype]
-    root = Xml.Element("VRTDataset", rasterXSize=str(hull.width), rasterYSize=str(hull.height))
+    root = Xml.Element("VRTDataset", rasterXSize=str(shown.width), rasterYSize=str(shown.height))
     Xml.SubElement(root, "SRS").text = crs  # without a mapping of axes, GDAL takes x first, as everywhere here
     Xml.SubElement(root, "GeoTransform").text = ", ".join(f"{value:.17g}" for value in transform)
     for number, description in enumerate(layer.bands, start=1):
@@ -500,20 +498,20 @@ def _vrt(layer: cog.Layer, hull: Window, windows: dict[str, Window], crs: str, t
             tiles = {"BlockXSize": str(cog.TILE), "BlockYSize": str(cog.TILE)}
             Xml.SubElement(source, "SourceProperties", described | tiles)
             Xml.SubElement(source, "SrcRect", {"xOff": "0", "yOff": "0"} | size)
-            place = {"xOff": str(window.col - hull.col), "yOff": str(window.row - hull.row)}
+            place = {"xOff": str(window.col - shown.col), "yOff": str(window.row - shown.row)}
             Xml.SubElement(source, "DstRect", place | size)
     Xml.indent(root)
     return Xml.tostring(root, encoding="unicode") + "\n"
 
 
-def _overview(out: str, hull: Window, windows: dict[str, Window]) -> np.ndarray:
+def _overview(out: str, shown: Window, windows: dict[str, Window]) -> np.ndarray:
     """All quicklooks on one sheet of paper: (height, width) uint8, class ids."""
-    scale = max(hull.height / OVERVIEW_EDGE, hull.width / OVERVIEW_EDGE, 1.0)
-    paper = np.full((max(round(hull.height / scale), 1), max(round(hull.width / scale), 1)), NODATA, np.uint8)
+    scale = max(shown.height / OVERVIEW_EDGE, shown.width / OVERVIEW_EDGE, 1.0)
+    paper = np.full((max(round(shown.height / scale), 1), max(round(shown.width / scale), 1)), NODATA, np.uint8)
     for name, window in sorted(windows.items()):
         picture = cog.read_png(storage.read_bytes(storage.join(out, name, "quicklook.png")))
-        first = round((window.row - hull.row) / scale), round((window.col - hull.col) / scale)
-        last = round((window.stop_row - hull.row) / scale), round((window.stop_col - hull.col) / scale)
+        first = round((window.row - shown.row) / scale), round((window.col - shown.col) / scale)
+        last = round((window.stop_row - shown.row) / scale), round((window.stop_col - shown.col) / scale)
         height = max(min(last[0], paper.shape[0]) - first[0], 0)
         width = max(min(last[1], paper.shape[1]) - first[1], 0)
         rows = np.minimum((np.arange(height) + 0.5) * picture.shape[0] / max(height, 1), picture.shape[0] - 1)

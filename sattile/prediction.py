@@ -29,7 +29,7 @@ from sattile.inference import (
     parse_memory,
     prepare,
 )
-from sattile.mapreduce import INFERRED, columns, refused, rows_of, task_numbers, write_maps
+from sattile.mapreduce import INFERRED, columns, deal, refused, rows_of, task_numbers, write_maps
 from sattile.model import Bundle, load_bundle
 from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
@@ -210,19 +210,7 @@ def tasks_of(pieces: Sequence[Piece], job: Inference, slots: int) -> list[list[P
     Neighbours share the files' tiles under their halo, which GDAL's cache then decodes once.
     """
 
-    def cost(piece: Piece) -> int:
-        return piece.block.area
-
-    limit = min(max(sum(map(cost, pieces)) // max(4 * slots, 1), 1), TASK_PIXELS)
-    found: list[list[Piece]] = [[]]
-    load = 0
-    for piece in pieces:
-        if found[-1] and load + cost(piece) / 2 > limit:
-            found.append([])
-            load = 0
-        found[-1].append(piece)
-        load += cost(piece)
-    return [group for group in found if group]
+    return deal(pieces, [piece.block.area for piece in pieces], most=TASK_PIXELS, slots=slots)
 
 
 def waves_of(pieces: Sequence[Piece]) -> list[list[Piece]]:

@@ -774,14 +774,24 @@ def _read_pixels_apart(
     )
 
 
-class _Axis:
-    """Where the pixels of one axis of a window lie between the pixels of another grid.
+class Axis:
+    """Where points along one axis lie between the pixels of another grid.
 
-    Computed from each pixel's own number, never from the window: any window gives the same for the same pixel.
+    Computed from each point alone, never from the window that it is in: any window gives the same for the same point.
+
+    Args:
+        at: where, in pixels of the grid.
+        extent: pixels that the grid has.
+
+    Attributes:
+        inside: which points lie in a pixel.
+        empty: none does; nothing else is known then.
+        low, high: the pixels before and behind each point, by their centres; at an edge the one there is.
+        share: how far it is from the first to the second.
+        nearest: the pixel that holds it.
     """
 
-    def __init__(self, begin: int, length: int, step: float, offset: float, extent: int):
-        at = (np.arange(begin, begin + length) + 0.5) * step + offset
+    def __init__(self, at: np.ndarray, extent: int):
         holding = np.floor(at).astype(np.int64)
         self.inside = (holding >= 0) & (holding < extent)
         self.empty = not self.inside.any()
@@ -789,15 +799,23 @@ class _Axis:
             return
         below = np.floor(at - 0.5)
         self.share = at - 0.5 - below
-        low = np.clip(below.astype(np.int64), 0, extent - 1)
-        high = np.clip(below.astype(np.int64) + 1, 0, extent - 1)
-        nearest = np.clip(holding, 0, extent - 1)
-        used = [index[self.inside] for index in (low, high, nearest)]
+        self.low = np.clip(below.astype(np.int64), 0, extent - 1)
+        self.high = np.clip(below.astype(np.int64) + 1, 0, extent - 1)
+        self.nearest = np.clip(holding, 0, extent - 1)
+
+
+class _Axis(Axis):
+    """Of the pixels of a window, with the pixels of the other grid counted from the first that is needed."""
+
+    def __init__(self, begin: int, length: int, step: float, offset: float, extent: int):
+        super().__init__((np.arange(begin, begin + length) + 0.5) * step + offset, extent)
+        if self.empty:
+            return
+        every = self.low, self.high, self.nearest
+        used = [index[self.inside] for index in every]
         self.start = int(min(one.min() for one in used))
         self.stop = int(max(one.max() for one in used)) + 1
-        self.low, self.high, self.nearest = (
-            np.clip(index, self.start, self.stop - 1) - self.start for index in (low, high, nearest)
-        )
+        self.low, self.high, self.nearest = (np.clip(index, self.start, self.stop - 1) - self.start for index in every)
 
 
 def _mix_across(values: np.ndarray, cols: _Axis) -> np.ndarray:

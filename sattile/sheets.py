@@ -23,7 +23,7 @@ from sattile import engine as engines
 from sattile import mosaic, raster, record, storage, vectors
 from sattile.decoder import decoder
 from sattile.errors import Refused, UsageError, nearest
-from sattile.grid import Placement, Window
+from sattile.grid import Placement, Window, hull
 from sattile.inference import (
     ACTIVATIONS,
     WORKER_BASE,
@@ -33,7 +33,7 @@ from sattile.inference import (
     parse_memory,
     run_windows,
 )
-from sattile.mapreduce import INFERRED, ROW_BYTES, columns, refused, rows_of, task_numbers, write_maps
+from sattile.mapreduce import INFERRED, ROW_BYTES, columns, deal, refused, rows_of, task_numbers, write_maps
 from sattile.model import load_scorer
 from sattile.mosaic import Part, Product, Target
 from sattile.schema import Refusal, Scene, SegmentClass
@@ -292,7 +292,7 @@ def plan_sheets(
     for key in sorted(touched):
         blocks = sorted(touched[key])
         if aoi is not None:
-            frame = _frame(layout.grid, _hull(blocks))
+            frame = _frame(layout.grid, hull(blocks))
             mine = raster.AoiTest(aoi)(frame, [relative(one, frame) for one in blocks])
             blocks = [one for one, hit in zip(blocks, mine, strict=True) if hit]
         if not blocks:
@@ -301,16 +301,16 @@ def plan_sheets(
         names = {name for _, some in works for name in some}
         used = [scene for scene in ordered if scene.scene_id in names]
         reached = [extents[name] for name in names]
-        hull = _hull(blocks)
+        window = hull(blocks)
         whole = [one for one in reached if one is not None]
         if len(whole) == len(reached):
-            hull = hull & _hull(whole)
+            window = window & hull(whole)
         if layout.grid.is_file:  # cut only where the sheet or the file ends
-            hull = Window(key[0] * layout.sheet, key[1] * layout.sheet, layout.sheet, layout.sheet)
+            window = Window(key[0] * layout.sheet, key[1] * layout.sheet, layout.sheet, layout.sheet)
         if layout.grid.limits is not None:
-            hull = hull & layout.grid.limits
-        if hull.area:
-            sheets.append(_sheet(key, works, used, layout.grid, hull))
+            window = window & layout.grid.limits
+        if window.area:
+            sheets.append(_sheet(key, works, used, layout.grid, window))
     inside = {one for sheet in sheets for one in sheet.scenes}
     return sheets, [scene for scene in by_id.values() if scene.scene_id not in inside]
 
@@ -362,42 +362,37 @@ def _starts(start: int, stop: int, size: int, edge: int) -> Iterator[int]:
 
 
 def _sheet(
-    key: tuple[int, int], works: Sequence[tuple[Window, tuple[str, ...]]], used: list[Scene], grid: Grid, hull: Window
+    key: tuple[int, int], works: Sequence[tuple[Window, tuple[str, ...]]], used: list[Scene], grid: Grid, window: Window
 ) -> Sheet:
     name = f"r{key[0]}_c{key[1]}"
-    transform = grid.of(hull)
+    transform = grid.of(window)
     times = sorted(scene.datetime for scene in used if scene.datetime)
     known = bool(times) and len(times) == len(used)
     target = Target(
-        name, hull.height, hull.width, grid.crs, transform,
-        raster.ground_sample_distance(grid.crs, transform, hull.height, hull.width),
-        _footprint(grid, hull),
+        name, window.height, window.width, grid.crs, transform,
+        raster.ground_sample_distance(grid.crs, transform, window.height, window.width),
+        _footprint(grid, window),
         times[0] if known and times[0] == times[-1] else None,
-        storage.digest([[json.loads(scene.to_json()) for scene in used], list(asdict(hull).values())]),
+        storage.digest([[json.loads(scene.to_json()) for scene in used], list(asdict(window).values())]),
         (times[0], times[-1]) if known and times[0] != times[-1] else None,
         tuple(scene.url for scene in used),
-        {mosaic.WINDOW: list(asdict(hull).values())},
+        {mosaic.WINDOW: list(asdict(window).values())},
     )  # fmt: skip
     urls = {scene.scene_id: scene.url for scene in used}
-    return Sheet(target, hull, tuple(Work(name, block, names) for block, names in works), urls, {})
+    return Sheet(target, window, tuple(Work(name, block, names) for block, names in works), urls, {})
 
 
-def _footprint(grid: Grid, hull: Window) -> bytes | None:
-    transform = grid.of(hull)
+def _footprint(grid: Grid, window: Window) -> bytes | None:
+    transform = grid.of(window)
     a, b, west, d, e, north = transform
-    east, south = west + a * hull.width, north + e * hull.height
+    east, south = west + a * window.width, north + e * window.height
     if raster.is_geographic(grid.crs) and not b and not d and max(abs(west), abs(east)) <= 180 + 1e-9:
         import shapely
 
         # Degrees as they are: the meridian of 180 would come back from a projection as that of -180.
         box = shapely.box(max(min(west, east), -180), min(south, north), min(max(west, east), 180), max(south, north))
         return bytes(shapely.to_wkb(shapely.normalize(box)))
-    return raster.footprint(grid.crs, transform, hull.height, hull.width)
-
-
-def _hull(blocks: Sequence[Window]) -> Window:
-    row, col = min(one.row for one in blocks), min(one.col for one in blocks)
-    return Window(row, col, max(one.stop_row for one in blocks) - row, max(one.stop_col for one in blocks) - col)
+    return raster.footprint(grid.crs, transform, window.height, window.width)
 
 
 @dataclass(frozen=True)
@@ -422,17 +417,7 @@ def relative(block: Window, frame: _Frame) -> Window:
 
 def tasks_of(works: Sequence[Work], slots: int) -> list[list[Work]]:
     """Runs of neighbouring blocks, several a core so that the end is even."""
-    costs = [work.block.area * len(work.scenes) for work in works]
-    limit = min(max(sum(costs) // max(4 * slots, 1), 1), TASK_PIXELS)
-    found: list[list[Work]] = [[]]
-    load = 0.0
-    for work, cost in zip(works, costs, strict=True):
-        if found[-1] and load + cost / 2 > limit:
-            found.append([])
-            load = 0
-        found[-1].append(work)
-        load += cost
-    return [group for group in found if group]
+    return deal(works, [work.block.area * len(work.scenes) for work in works], most=TASK_PIXELS, slots=slots)
 
 
 def shares_a_task(works: Sequence[Work], slots: int) -> bool:
@@ -480,11 +465,7 @@ def steps_of(work: Work, scenes: Mapping[str, Scene], job: Inference, layout: La
                 parts += reversed(part.quarters())
                 continue
             placements = tuple(job.geometry.cover(scene.height, scene.width, cut.need))
-            row, col = min(one.read.row for one in placements), min(one.read.col for one in placements)
-            stop_row = max(one.read.stop_row for one in placements)
-            stop_col = max(one.read.stop_col for one in placements)
-            region = Window(row, col, stop_row - row, stop_col - col)
-            yield Step(work, rank, scene, warp, cut, placements, region)
+            yield Step(work, rank, scene, warp, cut, placements, hull(one.read for one in placements))
 
 
 def read_step(
@@ -529,7 +510,7 @@ def score_step(
     else:
         stitcher = Stitcher(need, classes)
         shape = placements[0].read.shape
-        taper = _blend_weights(*shape)
+        taper = blend_weights(*shape)
         for place, window in run_windows(placements, read, job, scorer, count):
             inside = place.keep.slices(place.read)
             stitcher.add(place.keep, window[inside], read.wanted[place.keep.slices(need)], taper[inside])
@@ -543,11 +524,6 @@ def score_step(
         weights *= 100 - clouds.astype(np.int64)
     evaluated = -(-len(placements) // count) * count * placements[0].read.area
     return scores, weights, evaluated
-
-
-@lru_cache(maxsize=8)
-def _blend_weights(height: int, width: int) -> np.ndarray:
-    return blend_weights(height, width)
 
 
 def edge_weights(scene: Scene, window: Window) -> np.ndarray:
@@ -679,9 +655,9 @@ def score_on_grid(got: Got, job: Inference, layout: Layout) -> tuple[np.ndarray 
     return *got.step.warp.apply(got.step.cut, scores, weights), evaluated
 
 
-def refusal(step: Step, reason: str, memory_mb: float) -> tuple[Any, ...]:
-    """A row of `INFERRED`: the sheet can't be before it is known that this scene is left out."""
-    return refused(step.work.name, json.dumps({"scene": step.scene.scene_id, "reason": reason}), memory_mb)
+def refusal(name: str, scene_id: str, reason: str, memory_mb: float) -> tuple[Any, ...]:
+    """A row of `INFERRED`: the sheet `name` can't be before it is known that this scene is left out."""
+    return refused(name, json.dumps({"scene": scene_id, "reason": reason}), memory_mb)
 
 
 def stitch(
@@ -714,7 +690,8 @@ def stitch(
             sums, evaluated = None, 0
             yield pd.DataFrame(rows, columns=columns(INFERRED))
         elif item.read is None:
-            yield pd.DataFrame([refusal(item.step, item.reason, memory)], columns=columns(INFERRED))
+            row = refusal(work.name, item.step.scene.scene_id, item.reason, memory)
+            yield pd.DataFrame([row], columns=columns(INFERRED))
         elif not sums.is_full:
             scores, weights, pixels = score_on_grid(item, job, layout)
             evaluated += pixels
@@ -782,8 +759,7 @@ def add_up(frames: Iterable[pd.DataFrame], *, windows: Any, job: Inference, layo
             evaluated += row.evaluated
             memory = max(memory, row.memory_mb, own_peak_mb())
             if row.reason is not None:
-                reason = json.dumps({"scene": row.scene, "reason": row.reason})
-                yield pd.DataFrame([refused(name, reason, memory)], columns=columns(INFERRED))
+                yield pd.DataFrame([refusal(name, row.scene, row.reason, memory)], columns=columns(INFERRED))
             elif row.scores is not None:
                 part = Window(int(row.top), int(row.left), int(row.rows), int(row.cols))
                 scores = mosaic.unpack(row.scores, "float32", (*part.shape, classes))
@@ -955,12 +931,14 @@ def write_vectors(
 
     Without classes, a file of other labels than the present ones goes.
     """
+    state, url = storage.join(out, _VECTORS_STATE), storage.join(out, VECTORS)
+    if not classes and not storage.exists(url):
+        return 0
     maps, made_of = [], []
     for name, item in mosaic.finished(out):
         if item["properties"][mosaic.SETTINGS] == product.settings:
             maps.append(vectors.Map(name, storage.join(out, name, "labels.tif"), *item["properties"][mosaic.WINDOW]))
             made_of.append([name, item["properties"][mosaic.WINDOW], item["assets"]["labels"]["file:checksum"]])
-    state, url = storage.join(out, _VECTORS_STATE), storage.join(out, VECTORS)
     labels = storage.digest(made_of)
     source = storage.digest([labels, [asdict(one) for one in classes], sieve])
     before: dict[str, Any] = {}

@@ -6,6 +6,8 @@ stays exactly that constant wherever windows overlap (float32 Hann windows leave
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from sattile.grid import Window
@@ -27,6 +29,7 @@ def taper(length: int) -> np.ndarray:
     return np.maximum(np.rint(PEAK * np.sin(np.pi * phase) ** 2), 1).astype(np.int64)
 
 
+@lru_cache(maxsize=8)  # of each block the same; to be read only
 def blend_weights(height: int, width: int) -> np.ndarray:
     """Integer weights of a window of this shape, (height, width), int64."""
     return np.outer(taper(height), taper(width))

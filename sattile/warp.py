@@ -143,13 +143,13 @@ class Warp:
         self._wraps = raster.is_geographic(scene.crs), raster.is_geographic(grid.crs)
         if self._there is None and self._wraps[0] and self._leaves_the_world(scene):
             # Degrees on both sides, and yet not one map: longitudes have to be turned.
-            self._there = _identity(scene.crs)
+            self._there = _identity()
+        self._between = self._to_scene * self._to_grid
         jacobian = self._jacobian(scene)
         self.stretch = float(np.abs(jacobian).sum(axis=1).max())
         self.points = max(round(math.sqrt(abs(np.linalg.det(jacobian)))), 1)
-        between = self._to_scene * self._to_grid
+        between = self._between
         upright = max(abs(between.b), abs(between.d)) * max(self.shape) < 1e-3 * min(abs(between.a), abs(between.e))
-        self._between = between
         self._separable = self._there is None and upright
 
     def misfit(self) -> str | None:
@@ -182,7 +182,7 @@ class Warp:
         """(2, 2): rows and columns of the scene for a row and a column of the grid, as near its centre as there is one;
         zeros if the two share no ground."""
         if self._there is None:
-            between = self._to_scene * self._to_grid
+            between = self._between
             return np.array([[between.e, between.d], [between.b, between.a]])
         rows, cols = (one.ravel() for one in np.meshgrid(*[np.linspace(0.04, 0.96, 9)] * 2))
         nearest = np.argsort(np.hypot(rows - 0.5, cols - 0.5), kind="stable")
@@ -383,8 +383,8 @@ class Warp:
     def _points(self, cut: Cut, strip: slice) -> np.ndarray:
         """(2, rows, cols): row and column in the scene of all points of some rows of a window; NaN for none."""
         window, count = cut.window, self.points
-        rows = window.row + strip.start + (np.arange((strip.stop - strip.start) * count) + 0.5) / count
-        cols = window.col + (np.arange(window.width * count) + 0.5) / count
+        rows = _points(window.row + strip.start, strip.stop - strip.start, count)
+        cols = _points(window.col, window.width, count)
         if self._there is None:
             return self._at(*np.meshgrid(rows, cols, indexing="ij"))
         assert cut.nodes is not None
@@ -405,31 +405,19 @@ class Warp:
         return found
 
 
-class Axis:
-    """Where points along one axis of a window lie between the pixels of a scene, both being parallel.
-
-    Computed from each pixel's own number, never from the window: any window gives the same for the same pixel.
-    """
+class Axis(raster.Axis):
+    """Of points along one axis of a window, where grid and scene are parallel."""
 
     def __init__(self, begin: int, length: int, step: float, offset: float, extent: int, points: int):
         # Transforms carry the noise of their last digits: a thousandth of a pixel over a whole scene is none.
         step = float(round(step)) if abs(step - round(step)) < 1e-9 and round(step) else step
         offset = round(offset, 3)
-        numbers = begin + (np.arange(length * points) + 0.5) / points
-        at = numbers * step + offset
-        holding = np.floor(at).astype(np.int64)
+        super().__init__(_points(begin, length, points) * step + offset, extent)
         self.points = points
-        self.inside = (holding >= 0) & (holding < extent)
-        self.empty = not self.inside.any()
         if self.empty:
             return
-        below = np.floor(at - 0.5)
-        self.share = at - 0.5 - below
         # Without a share between two pixels, scores are copied.
         self.whole = bool(step == 1 and not self.share.any())
-        self.low = np.clip(below.astype(np.int64), 0, extent - 1)
-        self.high = np.clip(below.astype(np.int64) + 1, 0, extent - 1)
-        self.nearest = np.clip(holding, 0, extent - 1)
         used = [index[self.inside] for index in (self.nearest,) + (() if self.whole else (self.low, self.high))]
         self.start = int(min(one.min() for one in used))
         self.stop = int(max(one.max() for one in used)) + 1
@@ -507,7 +495,6 @@ class _Places:
         rows = [(one - first) * width for one in (self.top, self.bottom)]
         corners = [row + col for row in rows for col in (self.left, self.right)]
         own = flat_weights[(self.row - first) * width + self.col]
-        even = None
         if points == 1:
             # Of four equal weights the mean needs none, and in this form a constant stays what it is.
             bottom, right = np.minimum(np.arange(height) + 1, height - 1), np.minimum(np.arange(width) + 1, width - 1)
@@ -570,9 +557,13 @@ def _means(values: np.ndarray, points: int) -> np.ndarray:
     return values.reshape(height, points, width, points, *values.shape[2:]).mean(axis=(1, 3))
 
 
+def _points(begin: int, length: int, points: int) -> np.ndarray:
+    """Where the points of some pixels of an axis lie, `points` in each."""
+    return begin + (np.arange(length * points) + 0.5) / points
+
+
 def _centres(window: Window, points: int) -> tuple[np.ndarray, np.ndarray]:
-    rows = window.row + (np.arange(window.height * points) + 0.5) / points
-    cols = window.col + (np.arange(window.width * points) + 0.5) / points
+    rows, cols = _points(window.row, window.height, points), _points(window.col, window.width, points)
     found = np.meshgrid(rows, cols, indexing="ij")
     return found[0], found[1]
 
@@ -596,6 +587,6 @@ def _transform(
     return np.where(nowhere, np.nan, x), np.where(nowhere, np.nan, y)
 
 
-@lru_cache(maxsize=16)
-def _identity(crs: str) -> Any:
+@lru_cache(maxsize=1)
+def _identity() -> pyproj.Transformer:
     return pyproj.Transformer.from_pipeline("+proj=noop")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from scenes_for_tests import write_scene
 from test_mosaic import validate
-from test_prediction import bundle_of, pooling_network, whole, window_network
+from test_prediction import bundle_of, maps_of, pooling_network, record_of, whole, window_network
 
 from sattile import mosaic, raster, sheets
 from sattile.errors import TooManyRefused, UsageError
@@ -482,18 +481,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     keras.Model(inputs, keras.layers.Conv2D(2, 3, padding="same")(x)).save(folder / "net.keras")
     bundle(keras=str(folder / "net.keras"), bands="x,y", classes="land=0,water=7", out=str(folder / "model"))
     return str(folder / "model")
-
-
-def maps_of(out: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and not path.name.startswith(("_", "."))
-    }
-
-
-def record_of(out: Path) -> dict[str, Any]:
-    return json.loads((out / "_run.json").read_text())
 
 
 OPTIONS: dict[str, Any] = {
