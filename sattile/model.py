@@ -341,7 +341,7 @@ def bundle(
             run.skipped = 1
         else:
             with run.stage("bundle"):
-                network = _load_keras(local)
+                network = load_keras(local)
                 _run_once(network)
                 save_bundle(
                     out, network, bands=names, classes=named, fill=filled, values=values, gsd=gsd,
@@ -375,7 +375,7 @@ def _parse_fill(fill: str | float | Sequence[float] | None, bands: Sequence[str]
     return numbers
 
 
-def _load_keras(path: str) -> Any:
+def load_keras(path: str) -> Any:
     """A Keras model in safe mode, without its optimiser and losses."""
     import keras
 
@@ -491,7 +491,7 @@ def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1) -> Sc
             scorers.use_threads(threads)
             path = storage.open_local(storage.join(bundle.url, KERAS))
             _check_digest(bundle, path, storage.sha256_file(path), bundle.digest)
-            _loaded[key] = scorers.by_tensorflow(_load_keras(path), second=second)
+            _loaded[key] = scorers.by_tensorflow(load_keras(path), second=second)
     return _loaded[key]
 
 

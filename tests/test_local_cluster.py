@@ -1,13 +1,20 @@
-"""Law 6 on executors of their own: N barrier tasks train to the weights of one worker."""
+"""Law 6 on executors of their own: N barrier tasks train to the weights of one worker, also if one is killed."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+from tiles_for_tests import make_tile, write_dataset
+
+HOW = {"indices": "none", "epochs": 3, "batch_size": 12}
 
 SCRIPT = """
 import sys
@@ -15,10 +22,33 @@ from sattile import engine
 from sattile.training import train
 
 if __name__ == "__main__":
-    spark = engine.session("local-cluster[2,1,1024]", conf={"spark.executor.memory": "512m"})
-    assert spark.sparkContext.master.startswith("local-cluster")
-    train(spark, dataset=sys.argv[1], out=sys.argv[2], workers=2, arch="unet-tiny", epochs=2, batch_size=12)
+    dataset, out, workers, arch = sys.argv[1:]
+    conf = {"spark.executor.memory": "512m", "spark.executorEnv.PYTHONPATH": sys.path[0]}
+    spark = engine.session(f"local-cluster[{workers},1,1024]", conf=conf)
+    train(spark, dataset=dataset, out=out, workers=int(workers), arch=arch, indices="none", epochs=3, batch_size=12)
     spark.stop()
+"""
+
+MORTAL = """
+import json, os, signal, threading, time
+from pathlib import Path
+from sattile.training import networks
+
+HERE = Path(__file__).parent
+
+def build(bands, classes, statistics):
+    if json.loads(os.environ.get("TF_CONFIG") or "{}").get("task", {}).get("index") == 1:
+        threading.Thread(target=die, daemon=True).start()
+    return networks.build("unet-tiny", bands=bands, classes=classes, statistics=statistics, size=16)
+
+def die():
+    "In the middle of the second epoch, once."
+    progress = HERE / "model" / ".training" / "progress.json"
+    while not progress.exists():
+        time.sleep(0.01)
+    if not (HERE / "died").exists():
+        (HERE / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -33,25 +63,49 @@ def weights(model: Path) -> list[np.ndarray]:
     return found
 
 
-def test_two_executors_train_to_the_weights_of_one_worker(spark, tmp_path):
-    from scenes_for_tests import position_image, write_scene
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """41 tiles: the 12 shards, and what is left for the last batch, are uneven."""
+    tiles = {"train": [make_tile(n, "train") for n in range(41)], "val": [make_tile(n, "val") for n in range(5)]}
+    return write_dataset(tmp_path_factory.mktemp("tiles") / "set", tiles)
 
-    from sattile.tiles import tile
+
+@pytest.fixture(scope="module")
+def alone(spark: Any, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
     from sattile.training import train
 
-    write_scene(tmp_path / "a.tif", position_image(160, 224, 3))
-    write_scene(tmp_path / "l.tif", (np.indices((160, 224)).sum(0) // 24 % 2).astype(np.uint8)[None])
-    dataset = tile(spark, scenes=[str(tmp_path / "a.tif")], labels=str(tmp_path / "l.tif"), size=32,
-                   fractions="1,0,0", out=str(tmp_path / "tiles"))  # fmt: skip
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    out = tmp_path_factory.mktemp("alone") / "model"
+    train(spark, dataset=dataset, out=str(out), arch="unet-tiny", **HOW)  # type: ignore[arg-type]
+    return weights(out)
+
+
+def train_on_executors(folder: Path, dataset: str, workers: int, arch: str) -> dict[str, Any]:
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "mortal.py").write_text(MORTAL)
     done = subprocess.run(
-        [sys.executable, str(script), dataset, str(tmp_path / "two")], capture_output=True, text=True, check=False,
-        timeout=400,
+        [sys.executable, str(folder / "script.py"), dataset, str(folder / "model"), str(workers), arch],
+        capture_output=True, text=True, check=False, timeout=400,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    train(spark, dataset=dataset, out=str(tmp_path / "one"), arch="unet-tiny", epochs=2, batch_size=12)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert len(one) == len(two) > 20
-    for first, second in zip(one, two, strict=True):
-        np.testing.assert_allclose(first, second, atol=1e-4)
+    found: dict[str, Any] = json.loads((folder / "model" / "_run.json").read_text())
+    return found
+
+
+def test_three_executors_train_to_the_weights_of_one_worker(dataset: str, alone: list[Any], tmp_path: Path) -> None:
+    run = train_on_executors(tmp_path, dataset, 3, "unet-tiny")
+    assert (run["workers"], run["restarts"]) == (3, 0)
+    assert_same(weights(tmp_path / "model"), alone)
+
+
+def test_a_worker_killed_in_mid_epoch_changes_nothing(dataset: str, alone: list[Any], tmp_path: Path) -> None:
+    run = train_on_executors(tmp_path, dataset, 2, "mortal:build")
+    assert (tmp_path / "died").exists()
+    assert (run["workers"], run["restarts"]) == (2, 1)
+    assert_same(weights(tmp_path / "model"), alone)
+
+
+def assert_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    assert len(found) == len(expected) > 20
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)

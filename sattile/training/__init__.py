@@ -1,9 +1,10 @@
 """Training: tiles in, a model bundle out. The driver's side; TensorFlow runs in other processes.
 
-networks   U-Nets by size, or a user's builder
-data       the tiles as batches, the same for any number of workers
-loop       `fit`: one worker's part, under the current `tf.distribute` strategy
-__main__   the child process of the driver: the runner's `local_mode`, and assembling the bundle
+networks      by name, or a user's builder; with their indices, and weights from an earlier one (transfer)
+reader        the tiles of a split
+batches       the same global batches for any number of workers, varied by augmentation
+loop          `fit`: one worker's part, under the current `tf.distribute` strategy; what it makes small is in losses
+__main__      the child process of the driver: the runner's `local_mode`, and assembling the bundle
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from typing import TYPE_CHECKING, Any
 from sattile import engine, storage
 from sattile.errors import SattileError, UsageError
 from sattile.record import Run
-from sattile.training.data import SHARDS, Dataset, load_dataset
-from sattile.training.loop import PROGRESS, Settings, describe
+from sattile.training import indices as index_module
+from sattile.training import transfer
+from sattile.training.batches import SHARDS
+from sattile.training.loop import PRECISIONS, PROGRESS, Settings, describe
+from sattile.training.networks import check_name
+from sattile.training.reader import Dataset, load_dataset
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -40,6 +45,14 @@ WORK = ".training"
 
 PORT_TRIES = 3
 
+READERS = ("pyarrow", "petastorm")
+CHOICES = {
+    "precision": tuple(PRECISIONS),
+    "class_weights": ("none", "balanced"),
+    "sampling": ("uniform", "balanced"),
+}
+"""Settings that are one of some words."""
+
 
 def train(
     spark: SparkSession,
@@ -47,17 +60,26 @@ def train(
     dataset: str,
     out: str,
     arch: str = "unet-small",
+    indices: str = "auto",
+    start_from: str | None = None,
     epochs: int = 30,
     batch_size: int = 16,
+    accumulate: int = 1,
     workers: int = 1,
     learning_rate: float = 2e-3,
     weight_decay: float = 1e-3,
+    precision: str = "float32",
     dice: float = 1.0,
+    label_smoothing: float = 0.0,
+    hard_share: float = 1.0,
     class_weights: str = "none",
+    sampling: str = "uniform",
     augment: bool = True,
     patience: int = 0,
     seed: int = 0,
     max_restarts: int = 3,
+    reader: str = "pyarrow",
+    trust: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Train a segmentation model on a tiles dataset.
@@ -70,20 +92,33 @@ def train(
         spark: the caller's session; its tasks do the work if there is more than one worker.
         dataset: folder that `sattile tile` wrote.
         out: folder for the model bundle.
-        arch: unet-tiny, unet-small, unet-medium, unet-large, or package.module:function, which is called with the
-            keywords bands, classes and statistics and returns a Keras model (stored values in, softmax scores out).
+        arch: unet-tiny, unet-small, unet-medium, unet-large; residual: resunet-small, resunet-medium; of depthwise
+            convolutions, for CPUs: light-small, light-medium; deeplab-small, deeplab-medium; pixel-mlp (a baseline
+            that sees each pixel by itself), tile-classifier (one label a tile); or package.module:function, which
+            is called with the keywords bands, classes and statistics and returns a Keras model (stored values in,
+            softmax scores out).
+        indices: spectral indices that the network sees beside the bands: 'ndwi,mndwi,ndvi,ndmi,nbr,ndbi', or a~b for
+            two bands by name; auto is ndwi, mndwi and ndvi where the bands' names say which they are; or none.
+        start_from: bundle or .keras file whose weights to begin with; bands and classes may differ.
         epochs: passes over the training tiles.
         batch_size: tiles of a step, over all workers together.
+        accumulate: send a batch through the network in so many parts, if memory is short.
         workers: a divisor of 12 and of batch_size; each takes one slot of the cluster.
         learning_rate: its peak; warm-up of one epoch, then a cosine down to 0.
         weight_decay: of AdamW.
+        precision: float32, or bfloat16 for faster arithmetic where the hardware has it (weights stay float32).
         dice: weight of the Dice term beside cross-entropy; 0 leaves it out.
+        label_smoothing: share of a label spread over all classes: 0.1 where labels are often wrong.
+        hard_share: cross-entropy counts this share of a tile's pixels only, those with the largest losses.
         class_weights: 'none', or 'balanced' to weigh rare classes more (by the root of their inverse share).
+        sampling: 'uniform', each tile once an epoch, or 'balanced': tiles of rare classes more often.
         augment: flips, quarter turns, brightness and band jitter.
         patience: stop after so many epochs without a better validation mIoU; 0 never does.
         seed: of weights, order and augmentation.
         max_restarts: how often several workers begin again from the last epoch when one of them is lost.
-        overwrite: replace a model made with other settings or other tiles.
+        reader: pyarrow, or petastorm, which gives the same tiles more slowly and runs code out of its pickled schema.
+        trust: allow that, for a dataset that you trust.
+        overwrite: replace a model made with other settings.
 
     Returns:
         URL of `out`.
@@ -92,22 +127,37 @@ def train(
         UsageError: for settings that cannot be, before anything runs.
         SattileError: if the training fails; it says why.
     """
-    settings = Settings(
-        arch=arch, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=weight_decay,
-        dice=dice, class_weights=class_weights, augment=augment, patience=patience, seed=seed,
-    )  # fmt: skip
     described = load_dataset(dataset)
-    _check(settings, described, workers)
+    if ":" in arch and indices == "auto":
+        indices = "none"
+    settings = Settings(
+        arch=arch, indices=index_module.choose(indices, described.bands),
+        start_from=storage.absolute(start_from) if start_from else None,
+        epochs=epochs, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,
+        weight_decay=weight_decay, precision=precision, dice=dice, label_smoothing=label_smoothing,
+        hard_share=hard_share, class_weights=class_weights, sampling=sampling, augment=augment, patience=patience,
+        seed=seed,
+    )  # fmt: skip
+    gpus = engine.gpus_a_task(spark)
+    _check(settings, described, workers, max(gpus, 1))
+    if reader not in READERS:
+        raise UsageError(f"reader {reader!r}: use {' or '.join(READERS)}")
+    if reader == "petastorm" and not trust:
+        raise UsageError(
+            f"reader petastorm runs code out of the pickled schema in {dataset}: add --trust if you know who wrote it, "
+            f"or leave --reader out: the tiles are the same"
+        )
     # On a cluster a single worker is an executor's, too: the driver's container is small, and has no Spark to start.
     on_cluster = workers > 1 or not re.fullmatch(r"local(\[.*\])?", spark.sparkContext.master or "")
     if on_cluster:
         _check_slots(spark, workers)
-        if engine.gpus_a_task(spark) > 1:
-            raise UsageError("a worker trains on one GPU: --conf spark.task.resource.gpu.amount=1, and more --workers")
     dataset, out = storage.absolute(dataset), storage.absolute(out)
     work = storage.join(out, WORK)
-    job = {"dataset": dataset, "work": work, "settings": settings.to_dict()}
-    with Run("train", out, {**settings.to_dict(), "dataset": described.digest}, overwrite) as run:
+    job = {"dataset": dataset, "work": work, "settings": settings.to_dict(), "petastorm": reader == "petastorm"}
+    said = {**settings.to_dict(), "dataset": described.digest}
+    if settings.start_from:
+        said["start_from"] = transfer.digest(settings.start_from)
+    with Run("train", out, said, overwrite) as run:
         run.inputs = [{"url": storage.join(dataset, "dataset.json"), "digest": described.digest}]
         run.extra["workers"] = workers
         run.given = 1
@@ -135,7 +185,7 @@ def train(
     return out
 
 
-def _check(settings: Settings, dataset: Dataset, workers: int) -> None:
+def _check(settings: Settings, dataset: Dataset, workers: int, devices: int) -> None:
     if not dataset.tiles("train"):
         raise UsageError(f"dataset {dataset.url} has no training tiles; see its split_rule in dataset.json")
     if not dataset.class_pixels("train").any():
@@ -146,19 +196,27 @@ def _check(settings: Settings, dataset: Dataset, workers: int) -> None:
         raise UsageError(f"epochs {settings.epochs}, batch_size {settings.batch_size}: give at least 1")
     if settings.learning_rate <= 0:
         raise UsageError(f"learning_rate {settings.learning_rate:g}: give a positive number")
-    if settings.class_weights not in ("none", "balanced"):
-        raise UsageError(f"class_weights {settings.class_weights!r}: use none or balanced")
-    good = [n for n in range(1, SHARDS + 1) if SHARDS % n == 0 and settings.batch_size % n == 0]
+    for name, known in CHOICES.items():
+        if getattr(settings, name) not in known:
+            raise UsageError(f"{name} {getattr(settings, name)!r}: use {' or '.join(known)}")
+    if not 0 <= settings.label_smoothing < 1:
+        raise UsageError(f"label_smoothing {settings.label_smoothing:g}: give a share below 1, such as 0.1")
+    if not 0 < settings.hard_share <= 1:
+        raise UsageError(f"hard_share {settings.hard_share:g}: give a share above 0, such as 0.25; 1 counts all pixels")
+    parts = devices * settings.accumulate
+    if settings.accumulate < 1 or settings.batch_size % parts:
+        raise UsageError(
+            f"batch_size {settings.batch_size}: give a multiple of {max(parts, 1)} (accumulate {settings.accumulate} x "
+            f"{devices} device(s) a worker)"
+        )
+    good = [n for n in range(1, SHARDS + 1) if SHARDS % n == 0 and settings.batch_size % (n * parts) == 0]
     if workers not in good:
         raise UsageError(
             f"workers {workers} with batch_size {settings.batch_size}: the weights must not depend on the "
             f"number of workers, so it has to divide {SHARDS} and the batch; use {', '.join(map(str, good))}"
         )
     if ":" not in settings.arch:
-        from sattile.training.networks import UNETS
-
-        if settings.arch not in UNETS:
-            raise UsageError(f"arch {settings.arch!r}: use {', '.join(UNETS)}, or package.module:function")
+        check_name(settings.arch)
 
 
 def _check_slots(spark: SparkSession, workers: int) -> None:
@@ -235,7 +293,12 @@ def fit_worker(job: Mapping[str, Any], access: storage.Access | None = None, gpu
     storage.use(access)
     if gpu:
         _check_gpu()
-    fit(dataset=job["dataset"], work=job["work"], settings=Settings(**job["settings"]))
+    fit(
+        dataset=job["dataset"],
+        work=job["work"],
+        settings=Settings.from_dict(job["settings"]),
+        petastorm=job.get("petastorm", False),
+    )
 
 
 def _check_gpu() -> None:

@@ -21,7 +21,8 @@ import numpy as np
 
 from sattile import storage
 from sattile.errors import SattileError, UsageError
-from sattile.training import data, fit_worker, loop, networks
+from sattile.training import fit_worker, loop
+from sattile.training.reader import Dataset, Split, load_dataset
 
 
 def main(text: str) -> int:
@@ -62,13 +63,7 @@ def _end_with_parent() -> None:
 
 def build(job: Mapping[str, Any]) -> Any:
     """The network of a job, with its first weights."""
-    described = data.load_dataset(job["dataset"])
-    return networks.build(
-        job["settings"]["arch"],
-        bands=described.bands,
-        classes=[one.name for one in described.classes],
-        statistics=described.description["statistics"],
-    )
+    return loop.make_network(load_dataset(job["dataset"]), loop.Settings.from_dict(job["settings"]))
 
 
 def fit(job: Mapping[str, Any]) -> None:
@@ -88,7 +83,7 @@ def fit(job: Mapping[str, Any]) -> None:
 def assemble(job: Mapping[str, Any]) -> None:
     from sattile.model import save_bundle
 
-    described = data.load_dataset(job["dataset"])
+    described = load_dataset(job["dataset"])
     network = build(job)
     state = loop.read_best(job["work"])
     network.set_weights(state.weights)
@@ -116,9 +111,9 @@ def assemble(job: Mapping[str, Any]) -> None:
 COMPARED_PIXELS = 4_000_000
 
 
-def _tiles_to_compare(described: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def _tiles_to_compare(described: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Validation tiles, as the network takes them, from all over the split; and which of their pixels count."""
-    split = data.Split(described, "val" if described.tiles("val") else "train")
+    split = Split(described, "val" if described.tiles("val") else "train")
     count = min(len(split), max(COMPARED_PIXELS // described.size**2, 1))
     images, valids = [], []
     for row in np.linspace(0, len(split) - 1, count).astype(int):

@@ -13,6 +13,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ import numpy as np
 
 from sattile import metrics, storage
 from sattile.errors import SattileError
-from sattile.training import data, networks
+from sattile.training import losses, networks, transfer
+from sattile.training.augmentation import Augmentation
+from sattile.training.batches import Batches, draw_weights, plan
+from sattile.training.reader import Dataset, Split, load_dataset, seen_before
 
 log = logging.getLogger("sattile")
 
@@ -34,46 +38,100 @@ class Settings:
 
     Attributes:
         arch: as `networks.build` takes it.
+        indices: spectral indices beside the bands, see `indices`.
+        start_from: bundle or Keras file to take the first weights from; None starts from the seed.
         epochs: passes over the training tiles.
         batch_size: of the global batch, over all workers.
+        accumulate: parts that a batch goes through the network in; its gradients are added up.
         learning_rate: its peak; it warms up over `warmup` epochs and falls to 0 along a cosine.
         weight_decay: AdamW's.
-        dice: weight of the Dice term beside cross-entropy.
+        precision: `float32`, or `bfloat16` for activations and their gradients.
+        dice, label_smoothing, hard_share: see `losses.Loss`.
         class_weights: `none`, or `balanced`: (1 / share of a class) ** 0.5, mean 1 over the labelled pixels.
+        sampling: `uniform`, each tile once an epoch, or `balanced`: see `batches.draw_weights`.
         patience: epochs without a better validation mIoU after which it ends; 0 is never.
-        augment: flips, quarter turns, brightness and band jitter.
+        augment: see `augmentation`.
         seed: of weights, order and augmentation.
     """
 
     arch: str = "unet-small"
+    indices: tuple[str, ...] = ()
+    start_from: str | None = None
     epochs: int = 30
     batch_size: int = 16
+    accumulate: int = 1
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3
+    precision: str = "float32"
     warmup: float = 1.0
     dice: float = 1.0
+    label_smoothing: float = 0.0
+    hard_share: float = 1.0
     class_weights: str = "none"
+    sampling: str = "uniform"
     patience: int = 0
     augment: bool = True
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"indices": list(self.indices)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        return cls(**{**values, "indices": tuple(values.get("indices", ()))})
 
 
-def fit(*, dataset: str, work: str, settings: Settings, stop_after: int | None = None) -> dict[str, Any]:
+PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+
+
+def make_network(described: Dataset, settings: Settings, *, precision: str = "float32") -> Any:
+    """The network of a training, with its first weights.
+
+    Args:
+        precision: the weights are float32 in any case.
+    """
+    import keras
+
+    names: dict[str, Any] = {"bands": described.bands, "classes": [one.name for one in described.classes]}
+    statistics = described.description["statistics"]
+    source = None
+    if settings.start_from:
+        source = transfer.load(settings.start_from, indices=settings.indices, **names)
+        statistics = transfer.statistics(source, described.bands, statistics)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(PRECISIONS[precision])
+    try:
+        network = networks.build(
+            settings.arch, statistics=statistics, size=described.size, index_names=settings.indices, **names
+        )
+    finally:
+        keras.config.set_dtype_policy(before)
+    if source:
+        transfer.start(network, source, indices=settings.indices, **names)
+    return network
+
+
+def fit(
+    *,
+    dataset: str,
+    work: str,
+    settings: Settings,
+    petastorm: bool = False,
+    stop_after: int | None = None,
+) -> dict[str, Any]:
     """Train, or go on where the last checkpoint ends. Called alike by every worker of the current strategy.
 
     Args:
         dataset: URL of the tiles dataset.
         work: URL of a folder that all workers see; the checkpoint of each epoch and TensorBoard's logs go there.
         settings: what to do.
+        petastorm: read the tiles through petastorm, which runs what its pickled schema says.
         stop_after: end after this epoch as if killed (for tests).
 
     Returns:
-        `history`: per epoch `epoch, loss, val_loss, val_miou, learning_rate, seconds, tiles_per_s, best`; `best`: the
-        epoch that was kept; `metrics`: of that epoch, over the validation split (`split` says which it was).
-        The weights are in the checkpoint: `read_best`.
+        `history`: per epoch `epoch, loss, val_loss, val_miou, learning_rate, seconds, tiles_per_s, waiting, best`;
+        `best`: the epoch that was kept; `metrics`: of that epoch, over the validation split (`split` says which it
+        was). The weights are in the checkpoint: `read_best`.
 
     Raises:
         SattileError: if workers see different checkpoints.
@@ -83,28 +141,31 @@ def fit(*, dataset: str, work: str, settings: Settings, stop_after: int | None =
 
     strategy = tf.distribute.get_strategy()
     worker, workers = _place(strategy)
-    described = data.load_dataset(dataset)
-    classes = len(described.classes)
-    split = data.Split(described, "train")
-    held_out = data.Split(described, "val") if described.tiles("val") else split
+    described = load_dataset(dataset)
+    split = Split(described, "train", petastorm=petastorm)
+    held_out = Split(described, "val", petastorm=petastorm) if described.tiles("val") else split
     if worker == 0 and held_out is split:
         log.warning("train: the dataset has no validation tiles; the best epoch is chosen on the training tiles")
-    hidden = data.seen_before(held_out)
+    shared: dict[str, Any] = {"batch_size": settings.batch_size, "worker": worker, "workers": workers}
+    training = shared | {
+        "seed": settings.seed,
+        "augmentation": Augmentation() if settings.augment else None,
+        "weights": draw_weights(split.class_pixels()) if settings.sampling == "balanced" else None,
+    }
+    validating = shared | {"shuffle": False, "hidden": seen_before(held_out)}
 
     keras.utils.set_random_seed(settings.seed)
     with strategy.scope():
-        network = networks.build(
-            settings.arch,
-            bands=described.bands,
-            classes=[one.name for one in described.classes],
-            statistics=described.description["statistics"],
-        )
-        steps = len(data.plan(len(split), settings.batch_size, seed=0, epoch=0)[0])
+        network = make_network(described, settings, precision=settings.precision)
+        steps = len(plan(len(split), settings.batch_size, seed=0, epoch=0)[0])
         optimizer = keras.optimizers.AdamW(_schedule(settings, steps), weight_decay=settings.weight_decay)
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
         optimizer.build(network.trainable_variables)
-    weights = _class_weights(settings.class_weights, described.class_pixels("train"))
-    train_step, validate_step = _steps(strategy, network, optimizer, weights, classes, settings.dice)
+    loss = losses.Loss(
+        losses.class_weights(settings.class_weights, described.class_pixels("train")),
+        dice=settings.dice, smoothing=settings.label_smoothing, hard_share=settings.hard_share,
+    )  # fmt: skip
+    train_step, validate_step = _steps(strategy, network, optimizer, loss, settings.accumulate)
 
     url = storage.join(work, CHECKPOINT)
     key = storage.digest([settings.to_dict(), described.digest])
@@ -112,52 +173,32 @@ def fit(*, dataset: str, work: str, settings: Settings, stop_after: int | None =
     _agree(strategy, len(state.history))
     callbacks = keras.callbacks.CallbackList([_tensorboard(work)] if worker == 0 else [], model=network)
     callbacks.on_train_begin()
-    augmentation = data.Augmentation() if settings.augment else None
     for epoch in range(len(state.history), settings.epochs):
         if state.stale >= settings.patience > 0:
             break
         callbacks.on_epoch_begin(epoch)
         start = time.monotonic()
-        losses = [
-            train_step(*_spread(strategy, workers, batch))
-            for batch in data.batches(
-                split,
-                batch_size=settings.batch_size,
-                worker=worker,
-                workers=workers,
-                seed=settings.seed,
-                epoch=epoch,
-                augmentation=augmentation,
-            )
-        ]
-        loss = float(np.mean([float(one) for one in losses]))
-        if not np.isfinite(loss):
+        batches = Batches(split, epoch=epoch, **training)
+        found = [train_step(*_spread(strategy, workers, batch)) for batch in batches]
+        mean_loss = float(np.mean([float(one) for one in found]))
+        if not np.isfinite(mean_loss):
             raise SattileError(
-                f"the loss of epoch {epoch + 1} is {loss}: lower --learning-rate (it was {settings.learning_rate:g})"
+                f"the loss of epoch {epoch + 1} is {mean_loss}: lower --learning-rate (it was "
+                f"{settings.learning_rate:g})"
             )
         seconds = time.monotonic() - start
-        parts = [
-            validate_step(*_spread(strategy, workers, batch))
-            for batch in data.batches(
-                held_out,
-                batch_size=settings.batch_size,
-                worker=worker,
-                workers=workers,
-                shuffle=False,
-                hidden=hidden,
-            )
-        ]
+        parts = [validate_step(*_spread(strategy, workers, batch)) for batch in Batches(held_out, **validating)]
         confusion = np.sum([np.asarray(part[0], np.int64) for part in parts], axis=0)
-        val_loss = float(sum(float(part[1]) for part in parts) / max(confusion.sum(), 1))
         measured = metrics.summarize(confusion, described.classes)
         logs = {
             "epoch": epoch + 1,
-            "loss": loss,
-            "val_loss": val_loss,
+            "loss": mean_loss,
+            "val_loss": float(sum(float(part[1]) for part in parts) / max(confusion.sum(), 1)),
             "val_miou": measured["miou"],
             "learning_rate": float(optimizer.learning_rate),
             "seconds": round(time.monotonic() - start, 2),
             "tiles_per_s": round(len(split) / seconds, 1),
+            "waiting": round(batches.waited / seconds, 4),
         }
         state.add(logs, {**measured, "split": held_out.name}, network)
         # Every worker reads the weights (that may take all of them), one writes.
@@ -181,54 +222,44 @@ def describe(logs: dict[str, Any], epochs: int) -> str:
     miou = "  --  " if logs["val_miou"] is None else f"{logs['val_miou']:.4f}"
     return (
         f"epoch {logs['epoch']:3d}/{epochs}  loss {logs['loss']:.4f}  val loss {logs['val_loss']:.4f}  "
-        f"val mIoU {miou}  {logs['seconds']:.1f} s  {logs['tiles_per_s']:.0f} tiles/s{' *' if logs['best'] else ''}"
+        f"val mIoU {miou}  {logs['seconds']:.1f} s  {logs['tiles_per_s']:.0f} tiles/s  "
+        f"waited {logs['waiting']:.1%}{' *' if logs['best'] else ''}"
     )
 
 
-def _steps(
-    strategy: Any, network: Any, optimizer: Any, weights: np.ndarray, classes: int, dice: float
-) -> tuple[Any, Any]:
+def _steps(strategy: Any, network: Any, optimizer: Any, loss: losses.Loss, accumulate: int) -> tuple[Any, Any]:
     """The two compiled functions over one distributed batch: train -> loss; validate -> (confusion, summed loss)."""
     import tensorflow as tf
 
-    # 256 entries: a label is looked up as it is, IGNORE weighs nothing.
-    table = np.zeros(256, np.float32)
-    table[:classes] = weights
-    forward, is_logits = _logits(network)
-
-    def log_probabilities(images: Any, training: bool) -> Any:
-        out = forward(images, training=training)
-        return tf.nn.log_softmax(out) if is_logits else tf.math.log(tf.clip_by_value(out, 1e-7, 1.0))
-
-    def cross_entropy(logp: Any, labels: Any) -> tuple[Any, Any]:
-        index = tf.cast(labels, tf.int32)
-        weight = tf.gather(table, index)
-        truth = tf.one_hot(index, classes)  # IGNORE: all zero
-        return -tf.reduce_sum(weight * tf.reduce_sum(truth * logp, -1)), weight
+    classes = len(loss.weights)
+    log_probabilities = losses.log_probabilities(network)
 
     def train(images: Any, labels: Any) -> Any:
         context = tf.distribute.get_replica_context()
-        labelled = tf.reduce_any(labels < classes, axis=[1, 2])
-        weight = tf.gather(table, tf.cast(labels, tf.int32))
-        local = tf.stack([tf.reduce_sum(weight), tf.reduce_sum(tf.cast(labelled, tf.float32))])
-        total = tf.maximum(context.all_reduce(tf.distribute.ReduceOp.SUM, local), 1e-6)
-        with tf.GradientTape() as tape:
-            logp = log_probabilities(images, training=True)
-            loss = cross_entropy(logp, labels)[0] / total[0]
-            loss += dice * tf.reduce_sum(dice_loss(tf.exp(logp), labels)) / total[1]
-            if network.losses:
-                loss += tf.add_n(network.losses) / context.num_replicas_in_sync
-        gradients = tape.gradient(loss, network.trainable_variables)
-        optimizer.apply([_value(one) for one in gradients], network.trainable_variables)  # sums over the replicas
-        return loss
+        totals = tf.maximum(context.all_reduce(tf.distribute.ReduceOp.SUM, loss.totals(labels)), 1e-6)
+        # Contiguous parts: slot by slot the same ones for any number of workers.
+        parts = list(zip(tf.split(images, accumulate), tf.split(labels, accumulate), strict=True))
+        whole, gradients = tf.constant(0.0), None
+        for some_images, some_labels in parts:
+            # One after the other: their activations must not be alive together.
+            with tf.control_dependencies([whole]), tf.GradientTape() as tape:
+                logp = log_probabilities(tf.identity(some_images), training=True)
+                value = tf.reduce_sum(loss.sums(logp, some_labels) / totals)
+                if network.losses:
+                    value += tf.add_n(network.losses) / (context.num_replicas_in_sync * accumulate)
+            found = [_value(one) for one in tape.gradient(value, network.trainable_variables)]
+            gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
+            with tf.control_dependencies(gradients):
+                whole += value
+        optimizer.apply(gradients, network.trainable_variables)  # sums over the replicas
+        return whole
 
     def validate(images: Any, labels: Any) -> tuple[Any, Any]:
         logp = log_probabilities(images, training=False)
         index = tf.cast(labels, tf.int32)
         counts = tf.boolean_mask(index * classes + tf.argmax(logp, -1, tf.int32), index < classes)
         confusion = tf.math.bincount(counts, minlength=classes * classes, maxlength=classes * classes)
-        truth = tf.one_hot(index, classes)
-        return tf.reshape(confusion, (classes, classes)), -tf.reduce_sum(truth * logp)
+        return tf.reshape(confusion, (classes, classes)), losses.cross_entropy_sum(logp, labels)
 
     @tf.function
     def train_step(images: Any, labels: Any) -> Any:
@@ -246,50 +277,6 @@ def _value(gradient: Any) -> Any:
     import tensorflow as tf
 
     return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
-
-
-def dice_loss(probabilities: Any, labels: Any) -> Any:
-    """1 - soft Dice per tile, (N,): the mean over the classes that a tile's labelled pixels show; 0 for none.
-
-    Args:
-        probabilities: (N, H, W, K) float32.
-        labels: (N, H, W) class index; others (`IGNORE`) do not count.
-    """
-    import tensorflow as tf
-
-    classes = probabilities.shape[-1]
-    index = tf.cast(labels, tf.int32)
-    truth = tf.one_hot(index, classes)
-    probabilities *= tf.cast(index < classes, tf.float32)[..., None]
-    both = tf.reduce_sum(truth * probabilities, [1, 2])
-    area = tf.reduce_sum(truth, [1, 2])
-    present = tf.cast(area > 0, tf.float32)
-    # Smoothing by one pixel: a class of a few pixels has a gradient, too.
-    score = (2 * both + 1) / (area + tf.reduce_sum(probabilities, [1, 2]) + 1)
-    return tf.math.divide_no_nan(tf.reduce_sum(present * (1 - score), -1), tf.reduce_sum(present, -1))
-
-
-def _logits(network: Any) -> tuple[Any, bool]:
-    """The network without its last softmax where that is a layer of its own: more exact than log(softmax)."""
-    import keras
-
-    last = network.layers[-1]
-    is_softmax = isinstance(last, keras.layers.Softmax) or (
-        isinstance(last, keras.layers.Activation) and last.activation is keras.activations.softmax
-    )
-    if is_softmax and last.output is network.output and len(last._inbound_nodes) == 1:
-        return keras.Model(network.inputs, last.input), True
-    return network, False
-
-
-def _class_weights(how: str, pixels: np.ndarray) -> np.ndarray:
-    """A weight per class, (K,) float32."""
-    if how == "none" or not pixels.any():
-        return np.ones(len(pixels), np.float32)
-    # Tempered by a square root: full balance makes a network shout about rare classes.
-    share = np.maximum(pixels, 1) / max(pixels.sum(), 1)
-    weights = share**-0.5
-    return (weights / (weights * share).sum()).astype(np.float32)
 
 
 def _schedule(settings: Settings, steps: int) -> Any:

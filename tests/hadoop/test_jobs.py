@@ -27,7 +27,8 @@ from hadoop.conftest import SMALL
 from sattile import storage
 from sattile.dataset import petastorm_reader
 from sattile.storage import elsewhere, hdfs
-from sattile.training import data
+from sattile.training.batches import Batches
+from sattile.training.reader import Split, load_dataset
 
 HERE = Path(__file__).resolve().parents[2]
 STEPS = str(Path(__file__).with_name("steps.py"))
@@ -130,10 +131,10 @@ def test_the_loop_on_yarn_gives_what_one_machine_gives(water: Path, tmp_path: Pa
     assert read[0]
     assert read[0] == read[1]
 
-    splits = [data.Split(data.load_dataset(url), "train") for url in (str(tmp_path / "tiles"), "hdfs:///loop/tiles")]
+    splits = [Split(load_dataset(url), "train") for url in (str(tmp_path / "tiles"), "hdfs:///loop/tiles")]
     for epoch in range(2):
         before = elsewhere.bytes_fetched
-        mine, theirs = (list(data.batches(one, batch_size=6, worker=1, workers=2, epoch=epoch)) for one in splits)
+        mine, theirs = (list(Batches(one, batch_size=6, worker=1, workers=2, epoch=epoch)) for one in splits)
         assert (elsewhere.bytes_fetched > before) == (epoch == 0)  # its share stays on scratch
         for ours, remote in zip(mine, theirs, strict=True):
             assert all(map(np.array_equal, ours, remote))

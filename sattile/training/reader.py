@@ -1,0 +1,248 @@
+"""The tiles of a dataset's split, each read when it is asked for, in an order that follows from the tiles alone."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sattile import storage
+from sattile.dataset import npy, petastorm_reader, read_dataset
+from sattile.schema import IGNORE, TILE, SegmentClass, read_classes
+
+GROUND = 2048
+"""Pixels; tiles of a square of this edge follow each other."""
+
+RUN = 16
+"""Tiles that are kept together where they come one by one."""
+
+PLACE = ["tile_id", "scene_id", "row", "col"]
+ARRAYS = ["image", "labels", "valid"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `dataset.json` says.
+
+    Attributes:
+        url: the folder.
+        bands: names, in channel order.
+        classes: in the order of the scores.
+        size: edge of a tile, in pixels.
+        mean, std: of the training split, float32 (bands,), stored values.
+        description: the whole JSON.
+    """
+
+    url: str
+    bands: tuple[str, ...]
+    classes: tuple[SegmentClass, ...]
+    size: int
+    mean: np.ndarray
+    std: np.ndarray
+    description: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return self.description["digest"]
+
+    def tiles(self, split: str) -> int:
+        return self.description["splits"].get(split, {}).get("tiles", 0)
+
+    def class_pixels(self, split: str) -> np.ndarray:
+        """Labelled pixels of each class, in the order of `classes`, int64."""
+        counted = self.description["splits"].get(split, {}).get("class_pixels", {})
+        return np.array([counted.get(str(one.id), 0) for one in self.classes], np.int64)
+
+
+def load_dataset(url: str) -> Dataset:
+    """Read `dataset.json`.
+
+    Raises:
+        UsageError: if the folder is missing, is no tiles dataset, or is of a newer format.
+    """
+    description = read_dataset(url)
+    bands = tuple(description["bands"])
+    statistics = [description["statistics"][band] for band in bands]
+    return Dataset(
+        url=url,
+        bands=bands,
+        classes=read_classes(description["classes"]),
+        size=description["size"],
+        mean=np.array([one["mean"] for one in statistics], np.float32),
+        std=np.array([one["std"] for one in statistics], np.float32),
+        description=description,
+    )
+
+
+class Split:
+    """The tiles of one split, by scene and place. Reads row groups when asked for; threads may share it.
+
+    Row groups are unpacked once: into memory, and beyond `memory_bytes` into files on local scratch that are mapped,
+    where there is room; of a dataset elsewhere only a worker's share travels.
+
+    Args:
+        dataset: its description.
+        name: `train`, `val` or `test`.
+        memory_bytes: how much of it may stay in memory.
+        petastorm: read through petastorm's `make_reader`, which loads the pickled schema beside the tiles.
+    """
+
+    def __init__(self, dataset: Dataset, name: str, *, memory_bytes: int = 1 << 29, petastorm: bool = False):
+        self.dataset = dataset
+        self.name = name
+        self.memory_bytes = memory_bytes
+        self._lock = threading.Lock()
+        self._scratch: str | None = None
+        self._mapped: dict[int, pa.Table] = {}
+        self._memory: OrderedDict[int, pa.Table] = OrderedDict()
+        self._held = 0
+        files = dataset.description["splits"].get(name, {}).get("files", [])
+        if petastorm and files:
+            places, sizes = self._read_all_through_petastorm()
+        else:
+            self._files = [pq.ParquetFile(storage.open_file(storage.join(dataset.url, name, file))) for file in files]
+            self._groups = [(file, group) for file in self._files for group in range(file.metadata.num_row_groups)]
+            sizes = [file.metadata.row_group(group).num_rows for file, group in self._groups]
+            empty = pa.schema([TILE.field(column) for column in PLACE]).empty_table()
+            places = pa.concat_tables([empty, *(file.read(columns=PLACE) for file in self._files)])
+        self._firsts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[:-1]
+        # How tiles are spread over files is chance: the same tiles in the same order train the same network. Tiles of
+        # the same ground lie in the same files, so that it is read in pieces.
+        row, col = (places[column].to_numpy() for column in ("row", "col"))
+        scene = np.unique(places["scene_id"].to_pylist(), return_inverse=True)[1]
+        self._order = np.lexsort([col, row, col // GROUND, row // GROUND, scene])
+        self.index = places.take(self._order)
+        self.tile_ids: list[str] = self.index["tile_id"].to_pylist()
+        self._class_index = np.full(256, IGNORE, np.uint8)
+        for position, one in enumerate(dataset.classes):
+            self._class_index[one.id] = position
+
+    def __len__(self) -> int:
+        return len(self.tile_ids)
+
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One tile: image (size, size, bands) as stored, class index (size, size) uint8 with `IGNORE`, valid bool.
+
+        Image and valid are views of what was read.
+        """
+        place = int(self._order[row])
+        number = int(np.searchsorted(self._firsts, place, side="right")) - 1
+        table = self._read_group(number)
+        offset = place - int(self._firsts[number])
+        image, labels, valid = (decode(table[name][offset].as_buffer()) for name in ARRAYS)
+        return image, self._class_index[labels], valid
+
+    def class_pixels(self) -> np.ndarray:
+        """Labelled pixels of each class by tile, (tiles, classes) int64."""
+        classes = len(self.dataset.classes)
+        counts = np.zeros((len(self), classes), np.int64)
+        for row in range(len(self)):
+            _, labels, valid = self.read(row)
+            counts[row] = np.bincount(labels[valid & (labels < classes)], minlength=classes)
+        return counts
+
+    def _read_group(self, number: int) -> pa.Table:
+        if number in self._mapped:
+            return self._mapped[number]
+        with self._lock:
+            if number in self._mapped:
+                return self._mapped[number]
+            if number in self._memory:
+                self._memory.move_to_end(number)
+                return self._memory[number]
+            file, group = self._groups[number]
+            table = file.read_row_group(group, columns=ARRAYS)
+            if self._held + table.nbytes > self.memory_bytes and self._has_room(table.nbytes):
+                self._mapped[number] = self._map(table, number)
+                return self._mapped[number]
+            self._memory[number] = table
+            self._held += table.nbytes
+            while self._held > self.memory_bytes and len(self._memory) > 1:
+                self._held -= self._memory.popitem(last=False)[1].nbytes
+            return table
+
+    def _read_all_through_petastorm(self) -> tuple[pa.Table, list[int]]:
+        """All tiles, once: petastorm gives them in an order of its own."""
+        places: list[dict[str, Any]] = []
+        arrays: list[dict[str, bytes]] = []
+        sizes: list[int] = []
+
+        def flush() -> None:
+            table = pa.Table.from_pylist(arrays, pa.schema([TILE.field(column) for column in ARRAYS]))
+            self._mapped[len(sizes)] = self._map(table, len(sizes))
+            sizes.append(len(arrays))
+            arrays.clear()
+
+        with petastorm_reader(self.dataset.url, self.name, num_epochs=1, shuffle_row_groups=False) as rows:
+            for one in rows:
+                places.append({column: getattr(one, column) for column in PLACE})
+                arrays.append({column: npy(getattr(one, column)) for column in ARRAYS})
+                if len(arrays) == RUN:
+                    flush()
+        if arrays:
+            flush()
+        return pa.Table.from_pylist(places, pa.schema([TILE.field(column) for column in PLACE])), sizes
+
+    def _has_room(self, size: int) -> bool:
+        return shutil.disk_usage(storage.own_folder()).free > 2 * size + (1 << 28)
+
+    def _map(self, table: pa.Table, number: int) -> pa.Table:
+        """The same table, in a file on scratch."""
+        self._scratch = self._scratch or tempfile.mkdtemp(dir=storage.own_folder())
+        path = os.path.join(self._scratch, str(number))
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return pa.ipc.open_file(pa.memory_map(path)).read_all()
+
+
+def decode(data: Any) -> np.ndarray:
+    """The array in `.npy` bytes, without copying them (read-only)."""
+    view = memoryview(data)
+    if bytes(view[6:8]) != b"\x01\x00":
+        return np.load(io.BytesIO(view), allow_pickle=False)
+    start = 10 + int.from_bytes(view[8:10], "little")
+    shape, fortran, dtype = _read_header(bytes(view[:start]))
+    return np.frombuffer(view, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+
+
+@functools.lru_cache(maxsize=64)
+def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("object arrays are not read")
+    return shape, fortran, dtype
+
+
+def seen_before(split: Split) -> list[list[tuple[slice, slice]]]:
+    """Per tile, the parts that an earlier tile of its scene covers: so overlapping tiles count a pixel once."""
+    size = split.dataset.size
+    by_scene: dict[str, list[tuple[int, int, int]]] = {}
+    for number, (scene, row, col) in enumerate(
+        zip(*(split.index[name].to_pylist() for name in ("scene_id", "row", "col")), strict=True)
+    ):
+        by_scene.setdefault(scene, []).append((row, col, number))
+    hidden: list[list[tuple[slice, slice]]] = [[] for _ in range(len(split))]
+    for tiles in by_scene.values():
+        tiles.sort()
+        first = 0
+        for later, (row, col, number) in enumerate(tiles):
+            while tiles[first][0] <= row - size:
+                first += 1
+            for other_row, other_col, _ in tiles[first:later]:
+                down, right = row - other_row, col - other_col
+                if abs(right) < size:
+                    across = slice(0, size - right) if right >= 0 else slice(-right, size)
+                    hidden[number].append((slice(0, size - down), across))
+    return hidden
