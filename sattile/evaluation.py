@@ -23,7 +23,7 @@ from sattile.dataset import read_dataset
 from sattile.errors import UsageError
 from sattile.grid import Geometry, Window, ceil_to
 from sattile.inference import BlockRead, Inference, Labelled, Piece
-from sattile.model import Bundle, load_bundle, load_scorer
+from sattile.model import Bundle, load_models
 from sattile.record import Run
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
 from sattile.scorers import Scorer
@@ -74,6 +74,7 @@ def evaluate(
     aoi: str | None = None,
     fill: float | str | Sequence[float] | None = None,
     engine: str = "auto",
+    tta: str = "none",
     worker_memory: int | str = "3g",
     max_gsd_ratio: float = 1.5,
     samples: int = SAMPLES,
@@ -84,7 +85,7 @@ def evaluate(
 
     Args:
         spark: the caller's session.
-        model: a bundle.
+        model: a bundle; or several, a,b,c, whose scores are averaged.
         out: folder for the metrics.
         dataset: a tiles dataset; each tile is inferred by itself, and pixels that tiles share are counted once.
         split: which part of it: train, val or test.
@@ -102,6 +103,7 @@ def evaluate(
         aoi: vector file; pixels of scenes outside are not counted.
         fill: what the model sees for missing pixels; the bundle's own if not given.
         engine: as for predict.
+        tta: as for predict.
         worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
         max_gsd_ratio: scenes whose pixel size differs by more than this factor from the model's are refused.
         samples: pictures to keep.
@@ -117,12 +119,12 @@ def evaluate(
     """
     if (dataset is None) == (scenes is None or labels is None) or (dataset is not None and (scenes or labels)):
         raise UsageError("give either --dataset, or --scenes and --labels")
-    bundle = load_bundle(model)
+    bundle = load_models(model)
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
     shared: dict[str, Any] = {
         "engine": engine, "gpu": engines.gpus_a_task(spark) > 0,
         "threads": int(spark.conf.get("spark.task.cpus", "1") or 1), "fill": fill, "threshold": threshold,
-        "nodata": nodata, "worker_memory": worker_memory,
+        "nodata": nodata, "worker_memory": worker_memory, "tta": tta,
     }  # fmt: skip
     settings: dict[str, Any] = {"samples": samples}
     if dataset is not None:
@@ -472,7 +474,7 @@ def count_tiles(
     import pandas as pd
     import pyarrow.parquet as pq
 
-    scorer = load_scorer(job.bundle, engine=job.engine, threads=job.threads)
+    scorer = job.scorer
     for number in (int(number) for frame in frames for number in frame["id"]):
         group = tasks.value[number]
         with pq.ParquetFile(storage.open_file(group.url)) as file:
@@ -530,7 +532,7 @@ def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: Scorer) -> Iter
             done = Labelled(
                 Piece(scene, window), labels=labels, truth=one.truth, wanted=one.valid,
                 image=one.image if job.image else None,
-                evaluated=batch[0, ..., 0].size * job.batch if index == 0 else 0, memory_mb=inference.own_peak_mb(),
+                evaluated=batch[..., 0].size * job.passes if index == 0 else 0, memory_mb=inference.own_peak_mb(),
             )  # fmt: skip
         else:
             region = job.geometry.region(height, width, window)

@@ -25,7 +25,7 @@ from sattile.grid import Geometry, Placement, Window, ceil_to, choose_geometry
 from sattile.labels import LabelSource
 from sattile.model import Bundle, choose_engine, load_scorer
 from sattile.schema import Scene
-from sattile.scorers import Scorer
+from sattile.scorers import TURNS, Scorer
 from sattile.stitch import NODATA, Stitcher, blend_weights, to_labels
 
 WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 600_000_000}
@@ -56,6 +56,7 @@ class Inference:
         aoi: (WKB, CRS); pixels outside are nodata.
         scores, coverage: whether these are wanted beside the labels.
         image: whether to hand out the pixels read, too.
+        tta: the turns that scores are averaged over: a name of `scorers.TURNS`.
     """
 
     bundle: Bundle
@@ -70,6 +71,16 @@ class Inference:
     scores: bool = False
     coverage: bool = False
     image: bool = False
+    tta: str = "none"
+
+    @property
+    def scorer(self) -> Scorer:
+        return load_scorer(self.bundle, engine=self.engine, threads=self.threads, tta=self.tta)
+
+    @property
+    def passes(self) -> int:
+        """How often a pixel goes through a network."""
+        return len(TURNS[self.tta]) * max(len(self.bundle.members), 1)
 
     @property
     def class_ids(self) -> np.ndarray:
@@ -105,6 +116,7 @@ def prepare(
     scores: bool = False,
     coverage: bool = False,
     worker_memory: int | str = "3g",
+    tta: str = "none",
 ) -> Inference:
     """Everything about a run that does not depend on the scenes, checked.
 
@@ -112,6 +124,8 @@ def prepare(
         UsageError: for a geometry, engine, fill or threshold that cannot be.
     """
     chosen = choose_engine(bundle, engine, gpu=gpu)
+    if tta not in TURNS:
+        raise UsageError(f"tta {tta!r}: use {', '.join(TURNS)}")
     if threshold is not None and not math.isfinite(threshold):
         raise UsageError(f"threshold {threshold}: give a score")
     given = _fill(bundle, fill)
@@ -127,7 +141,7 @@ def prepare(
     batch = max(min(BATCH_PIXELS // geometry.input_size**2, 16), 1)
     return Inference(
         bundle, geometry, batch, chosen, threads, given,
-        threshold, nodata, aoi, scores, coverage,
+        threshold, nodata, aoi, scores, coverage, tta=tta,
     )  # fmt: skip
 
 
@@ -175,6 +189,7 @@ def describe_job(job: Inference) -> dict[str, Any]:
                 "model": storage.digest(network), **asdict(job.geometry), "batch": job.batch, "engine": job.engine,
                 "threads": job.threads, "fill": job.fill, "threshold": job.threshold, "nodata": job.nodata,
                 "aoi": storage.digest([job.aoi[0].hex(), job.aoi[1]]) if job.aoi else None,
+                **({"tta": job.tta} if job.tta != "none" else {}),
             }
         )
     )  # fmt: skip
@@ -253,7 +268,7 @@ def label_blocks(pieces: Iterable[Piece], job: Inference) -> Iterator[Labelled]:
                 following = read_ahead()
                 continue
             following = read_ahead()
-            yield label_block(piece, block, job, load_scorer(job.bundle, engine=job.engine, threads=job.threads))
+            yield label_block(piece, block, job, job.scorer)
     finally:
         if following is not None:  # the decoder serves other tasks of this process: leave nothing in it
             with suppress(Exception):
@@ -343,7 +358,7 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
         if coverage is not None:
             coverage[:] = stitcher.coverage
     if placements:
-        evaluated = ceil_to(len(placements), count) * placements[0].read.area
+        evaluated = ceil_to(len(placements), count) * placements[0].read.area * job.passes
     image = read.data[block.slices(read.region)] if job.image else None
     return Labelled(
         piece, labels=labels, scores=scores, coverage=coverage, truth=read.truth, image=image, wanted=read.wanted,

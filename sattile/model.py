@@ -17,7 +17,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class Bundle:
         versions: of the packages that made it.
         openvino: of its files for OpenVINO: `digest`, and, where it was compared with TensorFlow on tiles, `agreement`
             (share of pixels with the same label), `pixels`, `version` and `precision`; empty without them.
+        members: the bundles whose scores are averaged, if it stands for several.
     """
 
     url: str
@@ -82,6 +83,57 @@ class Bundle:
     network: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     openvino: dict[str, Any] = field(default_factory=dict)
+    members: tuple[Bundle, ...] = ()
+
+
+def load_models(model: str | Sequence[str]) -> Bundle:
+    """The bundle of a model, or one that stands for several, whose scores are averaged.
+
+    Args:
+        model: URL of a bundle, or several, 'a,b,c'.
+
+    Raises:
+        UsageError: see `load_bundle`; and where bands, values or classes of the models differ.
+    """
+    urls = [model] if isinstance(model, str) else list(model)
+    if len(urls) == 1 and "," in urls[0] and not storage.exists(urls[0]):
+        urls = [one.strip() for one in urls[0].split(",") if one.strip()]
+    bundles = tuple(load_bundle(url) for url in urls)
+    if len(bundles) == 1:
+        return bundles[0]
+    return _join(bundles)
+
+
+def _join(bundles: tuple[Bundle, ...]) -> Bundle:
+    first = bundles[0]
+    for one in bundles[1:]:
+        for name in ("bands", "values", "classes", "input_shape"):
+            mine, other = getattr(first, name), getattr(one, name)
+            if mine != other:
+                raise UsageError(
+                    f"models that are averaged must agree: {name} of {first.url} are {_words(mine)}, of {one.url} "
+                    f"{_words(other)}"
+                )
+    radii = [one.receptive_radius for one in bundles if one.receptive_radius is not None]
+    agreements = [one.openvino.get("agreement", 0) for one in bundles]
+    return replace(
+        first,
+        url=",".join(one.url for one in bundles),
+        total_stride=math.lcm(*(one.total_stride for one in bundles)),
+        receptive_radius=max(radii) if len(radii) == len(bundles) else None,
+        activation_bytes=sum(one.activation_bytes for one in bundles),
+        output="scores",
+        digest=storage.digest([one.digest for one in bundles]),
+        dataset_digest=None,
+        metrics={},
+        network={"models": [storage.name(one.url) for one in bundles]},
+        openvino={"agreement": min(agreements)} if all(one.openvino for one in bundles) else {},
+        members=bundles,
+    )
+
+
+def _words(value: Any) -> str:
+    return ", ".join(str(getattr(one, "name", one)) for one in value) if isinstance(value, tuple) else str(value)
 
 
 def load_bundle(url: str) -> Bundle:
@@ -465,13 +517,14 @@ def choose_engine(bundle: Bundle, engine: str = "auto", *, gpu: bool = False) ->
     return "openvino" if fast else "tensorflow"
 
 
-def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1) -> Scorer:
+def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1, tta: str = "none") -> Scorer:
     """The function that gives scores; one per process and bundle.
 
     Args:
-        bundle: as `load_bundle` gives it.
+        bundle: as `load_bundle` or `load_models` gives it.
         engine: see `choose_engine`.
         threads: that an evaluation may use.
+        tta: the turns that scores are averaged over: a name of `scorers.TURNS`.
 
     Raises:
         UsageError: see `choose_engine`.
@@ -479,6 +532,11 @@ def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1) -> Sc
             process with other threads.
     """
     engine = choose_engine(bundle, engine)
+    members = bundle.members or (bundle,)
+    return scorers.turned(scorers.averaged([_load_one(one, engine, threads) for one in members]), tta)
+
+
+def _load_one(bundle: Bundle, engine: str, threads: int) -> Scorer:
     key = (bundle.digest, engine, threads)
     if key not in _loaded:
         second = bundle.output == "second"

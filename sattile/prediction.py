@@ -30,7 +30,7 @@ from sattile.inference import (
     prepare,
 )
 from sattile.mapreduce import INFERRED, columns, deal, refused, rows_of, task_numbers, write_maps
-from sattile.model import Bundle, load_bundle
+from sattile.model import Bundle, load_models
 from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
 from sattile.schema import Refusal, Scene
@@ -118,6 +118,7 @@ def plan(job: Inference, scenes: Sequence[Scene], *, worker_memory: int | str = 
         area = math.prod(job.geometry.input_shape(scene.height, scene.width))
         # Windows of a block differ little from block to block.
         evaluated += round(job.geometry.count(scene.height, scene.width, edge) * area * len(found) / len(every))
+    evaluated *= job.passes
     delivered = sum(piece.block.area for piece in pieces)
     estimate = block_memory(job, edge)
     if estimate > memory:
@@ -291,6 +292,7 @@ def predict(
     aoi: str | None = None,
     fill: float | str | Sequence[float] | None = None,
     engine: str = "auto",
+    tta: str = "none",
     grid: str | None = None,
     like: str | None = None,
     sheet: int = sheets.SHEET,
@@ -312,7 +314,7 @@ def predict(
 
     Args:
         spark: the caller's session.
-        model: a bundle.
+        model: a bundle; or several, a,b,c (seeds of one training, say), whose scores are averaged.
         scenes: files, globs, folders, STAC items, or a catalogue.
         out: folder for the maps.
         bands: names of the files' bands, see the README.
@@ -327,6 +329,7 @@ def predict(
         fill: what the model sees for missing pixels; one value or one a band; the bundle's own if not given.
         engine: `tensorflow`, `openvino` (faster on CPUs), or `auto`: OpenVINO where it is installed and gave 99.9 % of
             the pixels of validation tiles the label that TensorFlow gives them.
+        tta: test-time augmentation: `flips` (4) or `turns` (8) of each window, whose scores are averaged; or `none`.
         grid: one mosaic of all scenes, `EPSG:N@RES`, with pixels of RES units of that CRS.
         like: the same on the grid of this raster.
         sheet: edge of the files of such a mosaic, in pixels.
@@ -351,12 +354,12 @@ def predict(
     """
     from sattile.scenes import resolve
 
-    bundle = load_bundle(model)
+    bundle = load_models(model)
     area = read_aoi(aoi)
     job = prepare(
         bundle, merge=merge, size=size, stride=stride, halo=halo, engine=engine, gpu=engines.gpus_a_task(spark) > 0,
         threads=int(spark.conf.get("spark.task.cpus", "1") or 1), fill=fill, threshold=threshold, nodata=nodata,
-        aoi=area, scores=scores, coverage=coverage, worker_memory=worker_memory,
+        aoi=area, scores=scores, coverage=coverage, worker_memory=worker_memory, tta=tta,
     )  # fmt: skip
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
     settings = describe_job(job) | {

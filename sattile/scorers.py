@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -255,6 +255,54 @@ def _cut_head(network: Any) -> tuple[Any, Any]:
                     user.replace_source_output(inputs[-1].output(0))
     # A clone: nodes belong to one model each.
     return openvino.Model(outputs, [given]), openvino.Model(network.get_results(), inputs).clone()
+
+
+# --- several evaluations of one window ---------------------------------------------------------------------------
+
+
+TURNS: dict[str, tuple[tuple[int, bool], ...]] = {
+    "none": ((0, False),),
+    "flips": ((0, False), (0, True), (2, False), (2, True)),
+    "turns": tuple((quarters, mirrored) for quarters in range(4) for mirrored in (False, True)),
+}
+"""Test-time augmentation: the quarter turns, each then mirrored or not, that a window is looked at in."""
+
+
+def turned(scorer: Scorer, how: str) -> Scorer:
+    """The mean of a network's scores over the turns of a window, each turned back.
+
+    What a network says of a pixel follows from its surroundings, however they lie; the mean over all 8 ways makes its
+    maps the same, too. Windows begin and end on multiples of the total stride, so pooling grids turn with them.
+    """
+    turns = TURNS[how]
+    if len(turns) == 1:
+        return scorer
+
+    def score(images: np.ndarray) -> np.ndarray:
+        total: np.ndarray | None = None
+        for quarters, mirrored in turns:
+            given = np.rot90(images, quarters, (1, 2))
+            found = scorer(np.ascontiguousarray(given[:, :, ::-1] if mirrored else given))
+            back = np.rot90(found[:, :, ::-1] if mirrored else found, -quarters, (1, 2))
+            total = np.array(back) if total is None else np.add(total, back, out=total)
+        assert total is not None
+        return np.divide(total, np.float32(len(turns)), out=total)
+
+    return score
+
+
+def averaged(scorers: Sequence[Scorer]) -> Scorer:
+    """The mean of several networks' scores."""
+    if len(scorers) == 1:
+        return scorers[0]
+
+    def score(images: np.ndarray) -> np.ndarray:
+        total = scorers[0](images).copy()
+        for one in scorers[1:]:
+            total += one(images)
+        return np.divide(total, np.float32(len(scorers)), out=total)
+
+    return score
 
 
 def agreement(one: Scorer, other: Scorer, images: np.ndarray, valid: np.ndarray) -> tuple[float, int]:

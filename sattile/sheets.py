@@ -34,7 +34,6 @@ from sattile.inference import (
     run_windows,
 )
 from sattile.mapreduce import INFERRED, ROW_BYTES, columns, deal, refused, rows_of, task_numbers, write_maps
-from sattile.model import load_scorer
 from sattile.mosaic import Part, Product, Target
 from sattile.schema import Refusal, Scene, SegmentClass
 from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
@@ -502,7 +501,7 @@ def score_step(
     placements = [one for one in step.placements if read.wanted[one.keep.slices(need)].any()]
     if not placements:
         return scores, weights * 0, 0
-    scorer = load_scorer(job.bundle, engine=job.engine, threads=job.threads)
+    scorer = job.scorer
     count = min(job.batch, len(step.placements))
     if job.geometry.merge == "crop":
         for place, window in run_windows(placements, read, job, scorer, count):
@@ -522,7 +521,7 @@ def score_step(
         weights *= edge_weights(step.scene, need)
     if clouds is not None:
         weights *= 100 - clouds.astype(np.int64)
-    evaluated = -(-len(placements) // count) * count * placements[0].read.area
+    evaluated = -(-len(placements) // count) * count * placements[0].read.area * job.passes
     return scores, weights, evaluated
 
 
@@ -838,7 +837,7 @@ def describe_plan(
             scene.height, scene.width, Window(0, 0, *(max(min(round(need), one), 1) for one in warp.shape))
         )
         price = sum(one.read.area for one in shape) / max(sum(one.keep.area for one in shape), 1)
-        evaluated += scene.height * scene.width * price
+        evaluated += scene.height * scene.width * price * job.passes
     return {
         "sheets": len(sheets),
         "blocks": len(works),

@@ -91,9 +91,8 @@ def backbone_network() -> Any:
 
 
 def small_unet(poolings: int) -> Any:
-    bands = ["b1", "b2"]
-    statistics = {band: {"mean": 0.0, "std": 1.0} for band in bands}
-    return networks.unet(poolings, 2, bands=bands, classes=["land", "water"], statistics=statistics)
+    values = keras.Input((None, None, 2))
+    return keras.Model(values, L.Conv2D(2, 1)(networks.unet(values, poolings, 2, networks.plain)))
 
 
 NETWORKS = {

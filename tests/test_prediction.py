@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes_for_tests import write_scene
 
-from sattile import inference, mosaic, prediction
+from sattile import inference, mosaic, prediction, scorers
 from sattile.errors import TooManyRefused, UsageError
 from sattile.grid import Geometry, Window, blocks, ceil_to
 from sattile.inference import BlockRead, Inference, Piece, label_block
-from sattile.model import Bundle, load_bundle
+from sattile.model import Bundle, load_bundle, load_models
 from sattile.prediction import predict
 from sattile.schema import Band, Scene, SegmentClass
 
@@ -136,6 +136,31 @@ def test_crop_equals_whole_image_inference(
     np.testing.assert_array_equal(found["coverage"], valid)
     ids = np.where(expected[..., 1] > expected[..., 0], 7, 0)
     np.testing.assert_array_equal(found["labels"], np.where(valid, ids, 255))
+
+
+@given(images(), st.integers(1, 8), st.sampled_from(sorted(scorers.TURNS)), st.integers(1, 70))
+@quick
+def test_turns_and_several_networks_are_means_of_whole_image_inference(
+    image: tuple[np.ndarray, np.ndarray], cells: int, how: str, edge: int
+) -> None:
+    """Of networks for which up is not down: whole numbers, halved once more than there are passes."""
+    shear = lambda images: box(images, 1) + np.pad(images, ((0, 0), (0, 1), (0, 0), (0, 0)))[:, 1:]  # noqa: E731
+    both = [pooling_network, shear]
+    data, valid = image
+    job = job_of(Geometry("crop", 2 * cells, 2 * cells, 4, 2))
+    found = run(job, scorers.turned(scorers.averaged(both), how), data, valid, edge)
+    total = np.zeros((*valid.shape, 2))
+    for quarters, mirrored in scorers.TURNS[how]:
+        for network in both:
+
+            def turn_and_back(images: np.ndarray, network: Any = network, q: int = quarters, m: bool = mirrored) -> Any:
+                given = np.rot90(images, q, (1, 2))
+                scores = network(given[:, :, ::-1] if m else given)
+                return np.rot90(scores[:, :, ::-1] if m else scores, -q, (1, 2))
+
+            total += whole(job, turn_and_back, data, valid)
+    expected = (total / (2 * len(scorers.TURNS[how]))).astype(np.float32)
+    np.testing.assert_array_equal(found["scores"][valid], expected[valid])
 
 
 def test_a_halo_below_the_radius_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +400,45 @@ def test_a_mosaic_is_whole_image_inference(spark: Any, models: Path, archive: Pa
         best = np.where(scores[..., 1] > scores[..., 0], 7, 0)
         np.testing.assert_array_equal(labels, np.where(valid, best, 255))
         np.testing.assert_array_equal(read(out / scene / "coverage.tif")[..., 0], valid)
+
+
+def test_several_models_are_averaged_and_turns_taken(spark: Any, models: Path, archive: Path, tmp_path: Path) -> None:
+    names = ["convolutions", "pooling"]
+    model = ",".join(str(models / name) for name in names)
+    out = tmp_path / "out"
+    predict(spark, model=model, scenes=[str(archive)], out=str(out), size=64, scores=True, tta="flips")
+    for seed, (scene, shape) in enumerate(SHAPES.items()):
+        if shape[0] % 2 or shape[1] % 2:
+            continue  # keras_scores extends an image before it is flipped
+        image = noise(seed, *shape)
+        expected = np.mean(
+            [
+                keras_scores(models, name, image[:, ::down, ::right])[::down, ::right]
+                for name in names
+                for down in (1, -1)
+                for right in (1, -1)
+            ],
+            axis=0,
+        )
+        valid = image[0] != 0
+        np.testing.assert_allclose(read(out / scene / "scores.tif")[valid], expected[valid], rtol=2e-5, atol=2e-3)
+    record = record_of(out)
+    assert record["settings"]["tta"] == "flips"
+    assert record["evaluated_pixels"] >= 8 * sum(height * width for height, width in SHAPES.values()) * 0.8
+    with pytest.raises(UsageError, match="tta"):
+        predict(spark, model=model, scenes=[str(archive)], out=str(out), size=64, scores=True, tta="none")
+    with pytest.raises(UsageError, match="use none, flips, turns"):
+        predict(spark, model=model, scenes=[str(archive)], out=str(tmp_path / "x"), tta="spin")
+
+
+def test_models_that_do_not_agree_are_not_averaged(models: Path, tmp_path: Path) -> None:
+    from sattile.model import bundle
+
+    bundle(str(models / "pooling.keras"), bands="x,z", classes="land=0,water=7", out=str(tmp_path / "other"))
+    with pytest.raises(UsageError, match="bands of"):
+        load_models(f"{models / 'pooling'},{tmp_path / 'other'}")
+    joined = load_models([str(models / "pooling"), str(models / "convolutions")])
+    assert (joined.total_stride, joined.receptive_radius) == (2, load_models(str(models / "pooling")).receptive_radius)
 
 
 @pytest.mark.parametrize("merge", ["crop", "blend"])

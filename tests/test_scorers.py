@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     import keras
 
     keras.utils.set_random_seed(0)
-    network = networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=STATISTICS)
+    network = networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=STATISTICS, size=64)
     rng = np.random.default_rng(0)
     images = rng.integers(1, 3000, (3, 64, 96, 3)).astype(np.float32)
     return save_bundle(
@@ -102,7 +102,7 @@ def test_what_is_written_for_speed_gives_the_same_scores(
 def as_is(offset: float) -> object:
     """The U-Net, made for stored values that are this much larger."""
     shifted = {band: {"mean": 1000.0 + offset, "std": 300.0} for band in BANDS}
-    return networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=shifted)
+    return networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=shifted, size=64)
 
 
 def foreign(offset: float) -> object:
@@ -168,7 +168,7 @@ def test_a_network_openvino_cannot_take_is_still_a_bundle(
         raise RuntimeError("No conversion rule found for operations: Strange")
 
     monkeypatch.setattr(scorers, "convert", refuse)
-    network = networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=STATISTICS)
+    network = networks.build("unet-tiny", bands=BANDS, classes=["land", "water"], statistics=STATISTICS, size=64)
     found = save_bundle(str(tmp_path / "model"), network, bands=BANDS, classes=CLASSES, fill=[0] * 3)
     assert found.openvino == {}
     assert choose_engine(found) == "tensorflow"

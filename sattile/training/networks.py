@@ -34,7 +34,7 @@ FIRST, NORMALISE, LOGITS = "first", "normalise", "logits"
 # --- bodies: features (N, H, W, C) in, features of the same height and width out ----------------------------------
 
 
-def _unet(x: Any, poolings: int, filters: int, block: Callable[..., Any]) -> Any:
+def unet(x: Any, poolings: int, filters: int, block: Callable[..., Any]) -> Any:
     """A U-Net after Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597), same padding, nearest upsampling."""
     import keras
 
@@ -64,7 +64,7 @@ def _deeplab(x: Any, filters: int) -> Any:
     parts += [_step(x, filters * 2, f"aspp{rate}", dilation=rate) for rate in (2, 4, 8)]
     x = _step(keras.layers.Concatenate(name="aspp_join")(parts), filters * 4, "aspp", size=1)
     x = keras.layers.UpSampling2D(4, interpolation="bilinear", name="grow")(x)
-    return _plain(keras.layers.Concatenate(name="join")([fine, x]), filters * 2, "up")
+    return plain(keras.layers.Concatenate(name="join")([fine, x]), filters * 2, "up")
 
 
 def _pixels(x: Any, widths: Sequence[int]) -> Any:
@@ -74,7 +74,7 @@ def _pixels(x: Any, widths: Sequence[int]) -> Any:
     return x
 
 
-def _plain(x: Any, filters: int, name: str) -> Any:
+def plain(x: Any, filters: int, name: str) -> Any:
     return _step(_step(x, filters, f"{name}a"), filters, f"{name}b")
 
 
@@ -126,14 +126,14 @@ def _encoder(x: Any, filters: int, size: int) -> Any:
 CLASSIFIER = "tile-classifier"
 
 BODIES: dict[str, Callable[..., Any]] = {
-    "unet-tiny": partial(_unet, poolings=2, filters=8, block=_plain),
-    "unet-small": partial(_unet, poolings=3, filters=16, block=_plain),
-    "unet-medium": partial(_unet, poolings=4, filters=24, block=_plain),
-    "unet-large": partial(_unet, poolings=4, filters=48, block=_plain),
-    "resunet-small": partial(_unet, poolings=3, filters=16, block=_residual),
-    "resunet-medium": partial(_unet, poolings=4, filters=32, block=_residual),
-    "light-small": partial(_unet, poolings=3, filters=16, block=_separable),
-    "light-medium": partial(_unet, poolings=4, filters=32, block=_separable),
+    "unet-tiny": partial(unet, poolings=2, filters=8, block=plain),
+    "unet-small": partial(unet, poolings=3, filters=16, block=plain),
+    "unet-medium": partial(unet, poolings=4, filters=24, block=plain),
+    "unet-large": partial(unet, poolings=4, filters=48, block=plain),
+    "resunet-small": partial(unet, poolings=3, filters=16, block=_residual),
+    "resunet-medium": partial(unet, poolings=4, filters=32, block=_residual),
+    "light-small": partial(unet, poolings=3, filters=16, block=_separable),
+    "light-medium": partial(unet, poolings=4, filters=32, block=_separable),
     "deeplab-small": partial(_deeplab, filters=16),
     "deeplab-medium": partial(_deeplab, filters=32),
     "pixel-mlp": partial(_pixels, widths=(64, 64, 32)),
