@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,63 @@ def test_unlabelled_tiles_and_no_validation_tiles_give_no_nan(tmp_path: Path) ->
     assert all(np.isfinite([row["loss"], row["val_loss"]]).all() for row in result["history"])
 
 
+def no_norm(bands: list[str], classes: list[str], statistics: dict[str, Any]) -> Any:
+    """A builder without batch statistics: then parts of a batch are the batch."""
+    import keras
+
+    values = keras.Input((None, None, len(bands)))
+    x = keras.layers.Rescaling(1e-3)(values)
+    x = keras.layers.Conv2D(6, 3, padding="same", activation="relu")(x)
+    return keras.Model(values, keras.layers.Conv2D(len(classes), 1, activation="softmax")(x))
+
+
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(dataset: str, tmp_path: Path) -> None:
+    how = {"arch": f"{__name__}:no_norm", "epochs": 2, "batch_size": 12, "hard_share": 0.4, "label_smoothing": 0.1}
+    (whole, one), (parts, other) = (
+        weights_of(dataset, tmp_path / str(n), Settings(**how, accumulate=n))  # type: ignore[arg-type]
+        for n in (1, 3)
+    )
+    assert whole["history"][1]["loss"] == pytest.approx(parts["history"][1]["loss"], rel=1e-5)
+    for mine, theirs in zip(one, other, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_two_devices_of_one_worker_train_to_the_weights_of_one(dataset: str, undisturbed: Any, tmp_path: Path) -> None:
+    """As several GPUs would; a process of its own, for devices are cut before TensorFlow starts."""
+    script = f"""
+import os
+os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
+import tensorflow as tf
+from sattile.training import loop
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+assert strategy.num_replicas_in_sync == 2
+with strategy.scope():
+    loop.fit(dataset={dataset!r}, work={str(tmp_path)!r}, settings=loop.Settings(**{SMALL.to_dict()!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mine, theirs in zip(loop.read_best(str(tmp_path)).weights, undisturbed[1], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+
+
+def test_bfloat16_learns_and_keeps_weights_in_float32(dataset: str, undisturbed: Any, tmp_path: Path) -> None:
+    result, weights = weights_of(dataset, tmp_path, Settings(**{**SMALL.to_dict(), "precision": "bfloat16"}))
+    assert all(one.dtype == np.float32 for one in weights)
+    losses = [result["history"][-1]["loss"], undisturbed[0]["history"][-1]["loss"]]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_balanced_draws_and_hard_pixels_learn(dataset: str, tmp_path: Path) -> None:
+    how = {"sampling": "balanced", "class_weights": "balanced", "hard_share": 0.25, "label_smoothing": 0.05}
+    result, _ = weights_of(dataset, tmp_path, Settings(**{**SMALL.to_dict(), **how}))
+    assert result["history"][-1]["loss"] < 0.8 * result["history"][0]["loss"]
+    assert result["metrics"]["miou"] > 0.5
+    assert all(0 <= row["waiting"] < 1 for row in result["history"])
+
+
 # --- The command ---------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +170,18 @@ def test_one_worker_and_two_train_the_same_weights(spark: Any, dataset: str, tmp
         train(spark, out=alone, **(how | {"learning_rate": 0.01}))
 
 
+def test_training_goes_on_from_an_earlier_bundle(spark: Any, dataset: str, tmp_path: Path) -> None:
+    how = {"arch": "unet-tiny", "batch_size": 12, "learning_rate": 5e-3}
+    first = train(spark, dataset=dataset, out=str(tmp_path / "first"), indices="nir~swir", epochs=3, **how)
+    how |= {"indices": "nir~swir,ndwi", "epochs": 1, "learning_rate": 1e-6, "start_from": first}
+    second = train(spark, dataset=dataset, out=str(tmp_path / "second"), **how)
+    before, after = (load_bundle(url) for url in (first, second))
+    assert after.network["indices"] == ["nir~swir", "ndwi"]
+    assert after.metrics["miou"] > before.metrics["miou"] - 0.02  # with a learning rate that learns nothing
+    with pytest.raises(UsageError, match="--arch"):
+        train(spark, dataset=dataset, out=str(tmp_path / "third"), **(how | {"arch": "resunet-small"}))
+
+
 def test_a_builder_that_fails_is_a_usage_error(spark: Any, dataset: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no_such_module can't be imported"):
         train(spark, dataset=dataset, out=str(tmp_path / "model"), arch="no_such_module:build")
@@ -126,6 +196,14 @@ def test_a_builder_that_fails_is_a_usage_error(spark: Any, dataset: str, tmp_pat
         ({"arch": "unet-enormous"}, "unet-small"),
         ({"epochs": 0}, "at least 1"),
         ({"class_weights": "some"}, "none or balanced"),
+        ({"sampling": "some"}, "uniform or balanced"),
+        ({"precision": "int8"}, "float32 or bfloat16"),
+        ({"accumulate": 3}, "give a multiple of 3"),
+        ({"hard_share": 0.0}, "above 0"),
+        ({"label_smoothing": 1.0}, "below 1"),
+        ({"indices": "nbr"}, "swir2"),
+        ({"reader": "petastorm"}, "--trust"),
+        ({"start_from": "/nowhere/model"}, "does not exist"),
         ({"dataset": "/nowhere/tiles"}, "no tiles dataset"),
     ],
 )
