@@ -1,4 +1,4 @@
-"""`python -m benchmarks [tiling] [cheap] [networks] [--megapixels 64] [--repeats 3] ...`, the default, and
+"""`python -m benchmarks [tiling] [cheap] [networks] [reading] [--megapixels 64] [--repeats 3] ...`, the default, and
 `python -m benchmarks [peers --peers PYTHON] [growth --sizes 64,256] [water --data DIR]`, which need more time or more.
 """
 
@@ -8,9 +8,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import growth, peers, predicting, tiling, water
+from benchmarks import growth, peers, predicting, reading, tiling, water
 
-ALL = {"tiling": tiling.main, "cheap": predicting.cheap, "networks": predicting.networks}
+ALL = {"tiling": tiling.main, "cheap": predicting.cheap, "networks": predicting.networks, "reading": reading.main}
 ASKED = ("peers", "growth", "water")
 MEGAPIXELS, PEERS_MEGAPIXELS = 64, 16
 

@@ -102,6 +102,8 @@ class Split:
         self.name = name
         self.memory_bytes = memory_bytes
         self._lock = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}
+        self._opened = threading.local()
         self._scratch: str | None = None
         self._mapped: dict[int, pa.Table] = {}
         self._memory: OrderedDict[int, pa.Table] = OrderedDict()
@@ -110,11 +112,12 @@ class Split:
         if petastorm and files:
             places, sizes = self._read_all_through_petastorm()
         else:
-            self._files = [pq.ParquetFile(storage.open_file(storage.join(dataset.url, name, file))) for file in files]
-            self._groups = [(file, group) for file in self._files for group in range(file.metadata.num_row_groups)]
-            sizes = [file.metadata.row_group(group).num_rows for file, group in self._groups]
+            self._urls = [storage.join(dataset.url, name, file) for file in files]
+            opened = [self._file(number) for number in range(len(files))]
+            self._groups = [(number, k) for number, file in enumerate(opened) for k in range(file.num_row_groups)]
+            sizes = [opened[number].metadata.row_group(group).num_rows for number, group in self._groups]
             empty = pa.schema([TILE.field(column) for column in PLACE]).empty_table()
-            places = pa.concat_tables([empty, *(file.read(columns=PLACE) for file in self._files)])
+            places = pa.concat_tables([empty, *(file.read(columns=PLACE) for file in opened)])
         self._firsts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[:-1]
         # How tiles are spread over files is chance: the same tiles in the same order train the same network. Tiles of
         # the same ground lie in the same files, so that it is read in pieces.
@@ -155,21 +158,37 @@ class Split:
         if number in self._mapped:
             return self._mapped[number]
         with self._lock:
-            if number in self._mapped:
-                return self._mapped[number]
             if number in self._memory:
                 self._memory.move_to_end(number)
                 return self._memory[number]
+            own = self._locks.setdefault(number, threading.Lock())
+        with own:  # one thread unpacks a group, others unpack other ones
+            table = self._mapped.get(number, self._memory.get(number))
+            if table is not None:
+                return table
             file, group = self._groups[number]
-            table = file.read_row_group(group, columns=ARRAYS)
-            if self._held + table.nbytes > self.memory_bytes and self._has_room(table.nbytes):
-                self._mapped[number] = self._map(table, number)
-                return self._mapped[number]
+            table = self._file(file).read_row_group(group, columns=ARRAYS, use_threads=False)
+            return self._keep(number, table)
+
+    def _file(self, number: int) -> pq.ParquetFile:
+        """A file, opened for this thread."""
+        mine = self._opened.__dict__
+        if number not in mine:
+            mine[number] = pq.ParquetFile(storage.open_file(self._urls[number]))
+        return mine[number]
+
+    def _keep(self, number: int, table: pa.Table) -> pa.Table:
+        with self._lock:
+            full = self._held + table.nbytes > self.memory_bytes
+        if full and self._has_room(table.nbytes):
+            self._mapped[number] = self._map(table, number)
+            return self._mapped[number]
+        with self._lock:
             self._memory[number] = table
             self._held += table.nbytes
             while self._held > self.memory_bytes and len(self._memory) > 1:
                 self._held -= self._memory.popitem(last=False)[1].nbytes
-            return table
+        return table
 
     def _read_all_through_petastorm(self) -> tuple[pa.Table, list[int]]:
         """All tiles, once: petastorm gives them in an order of its own."""
@@ -198,7 +217,8 @@ class Split:
 
     def _map(self, table: pa.Table, number: int) -> pa.Table:
         """The same table, in a file on scratch."""
-        self._scratch = self._scratch or tempfile.mkdtemp(dir=storage.own_folder())
+        with self._lock:
+            self._scratch = self._scratch or tempfile.mkdtemp(dir=storage.own_folder())
         path = os.path.join(self._scratch, str(number))
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
