@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes_for_tests import write_scene
 
-from sattile import metrics, pictures, prediction
+from sattile import inference, metrics, pictures, prediction
 from sattile.errors import UsageError
 from sattile.evaluation import check_dataset, evaluate, owners
 from sattile.grid import Window
+from sattile.inference import BlockRead, Piece
 from sattile.model import load_bundle
+from sattile.schema import Scene
 
 # Pictures have no georeference.
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -268,6 +271,29 @@ def test_calibration_and_regions_of_scenes_are_those_of_a_dataset_and_of_numpy(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UsageError, match="was made with other settings \\(regions:"):
         evaluate(spark, **{**options, "region_attribute": None})
+
+
+@pytest.mark.parametrize("merge", ["crop", "blend"])
+def test_scores_are_counted_as_they_are_decided(model: str, merge: str) -> None:
+    """A block taller than a strip, of several windows, some without data: as from its finished scores."""
+    rng = np.random.default_rng(3)
+    height, width = 531, 150
+    job = replace(inference.prepare(load_bundle(model), merge=merge, size=64), scores=True)
+    whole = Window(0, 0, height, width)
+    scene = Scene("s", "s.tif", height, width, (), None, (1, 0, 0, 0, 1, 0))
+    first = rng.random((height, width), np.float32)
+    valid = rng.random((height, width)) < 0.9
+    valid[200:300] = False
+    truth = rng.choice(np.uint8([0, 7, 255]), (height, width))
+    region = job.geometry.region(height, width, whole)
+    assert region == whole
+    read = BlockRead(region, np.stack([first, 1 - first], -1), valid, valid, truth, 0.0)
+    done = inference.label_block(Piece(scene, whole), read, job, lambda images: images)
+    assert done.scores is not None
+    assert done.labels is not None
+    assert done.reliability is not None
+    assert done.reliability[:-1, 0].sum() == (valid & (truth != 255)).sum()
+    np.testing.assert_array_equal(done.reliability, metrics.reliability(done.scores, truth, done.labels, (0, 7)))
 
 
 def test_the_same_bytes_however_the_work_is_cut(

@@ -140,11 +140,11 @@ def test_regions_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         strata.read_regions(url, None)
 
 
-def test_tiles_without_places_have_no_regions() -> None:
-    tiles = [("s", 0, 0, "1_2"), ("s", 64, 32, "1_3")]
+def test_a_tile_is_in_the_region_of_its_middle() -> None:
+    tiles = [("s", 0, 0, "1_2"), ("s", 64, 28, "1_3")]  # the corner of the second lies in the west alone
     source = {"scene_id": "s", "url": "s.tif", "crs": "EPSG:32632", "transform": [10, 0, 600_500, 0, -10, 5_000_000]}
     found = strata.of_tiles(tiles, 32, [source], REGIONS)
-    assert found == {("s", 0, 0): ("1_2", "west"), ("s", 64, 32): ("1_3", "east")}
-    assert strata.of_tiles(tiles, 32, [source], None)[("s", 64, 32)] == ("1_3", None)
+    assert found == {("s", 0, 0): ("1_2", "west"), ("s", 64, 28): ("1_3", "east")}
+    assert strata.of_tiles(tiles, 32, [source], None)[("s", 64, 28)] == ("1_3", None)
     with pytest.raises(UsageError, match="tile it again"):
         strata.of_tiles(tiles, 32, [{"scene_id": "s"}], REGIONS)
