@@ -207,7 +207,8 @@ def paired_difference(one: np.ndarray, other: np.ndarray) -> tuple[float, list[f
 
 BINS = 20
 UNIT = 1 << 24
-"""Confidences are summed in whole parts of this: exact in any order (float32 has no finer steps from 1/2 to 1)."""
+"""Confidences are summed in whole parts of this: exact in any order (float32 has no finer steps from 1/2 to 1, and a
+product with a power of two is exact)."""
 
 TOLERANCE = 1e-3
 """How far the scores of a pixel may sum from 1."""
@@ -231,28 +232,34 @@ def reliability(
         (BINS + 1, 3) int64: of each bin pixels, those that are right, and the sum of scores in 1/UNIT. Bin i holds
         the scores above i / BINS up to (i + 1) / BINS; the last row those pixels whose scores are no probabilities.
     """
-    position = _positions(class_ids)
-    table = np.zeros((BINS + 1, 3), np.int64)
+    counts = np.zeros((BINS + 2, 2), np.int64)  # wrong and right; the last row is of pixels that do not count
+    units = np.zeros(BINS + 2, np.int64)
     for first in range(0, len(truth), _ROWS):
         rows = slice(first, first + _ROWS)
-        counted = (truth[rows] != ignore) & (predicted[rows] != ignore)
+        found = predicted[rows]
+        counted = (truth[rows] != ignore) & (found != ignore)
         if not counted.any():
             continue
-        chosen, found = scores[rows][counted], predicted[rows][counted]
-        likely = (
-            (np.abs(chosen.sum(-1, dtype=np.float64) - 1) <= TOLERANCE)
-            & (chosen.min(-1) >= -TOLERANCE)
-            & (chosen.max(-1) <= 1 + TOLERANCE)
-        )
-        confidence = np.take_along_axis(chosen, position[found][:, None], axis=-1)[:, 0]
-        units = np.rint(np.clip(np.where(likely, confidence, 0), 0, 1).astype(np.float64) * UNIT).astype(np.int64)
-        bins = np.where(likely, np.maximum((units * BINS - 1) // UNIT, 0), BINS)
-        right = truth[rows][counted] == found
-        table[:, 0] += np.bincount(bins, minlength=BINS + 1)
-        table[:, 1] += np.bincount(bins[right], minlength=BINS + 1)
+        # A class at a time: numpy is slow over a short last axis.
+        total, confidence = np.zeros(found.shape, np.float32), np.zeros(found.shape, np.float32)
+        likely = counted.copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            for index, class_id in enumerate(class_ids):
+                score = scores[rows, ..., index]
+                total += score
+                likely &= (score >= -TOLERANCE) & (score <= 1 + TOLERANCE)
+                np.copyto(confidence, score, where=found == class_id)
+            likely &= np.abs(total - 1) <= TOLERANCE
+        confidence[~likely] = 0
+        whole = np.rint(np.clip(confidence, 0, 1) * np.float32(UNIT)).astype(np.int32)
+        bins = np.maximum((whole * BINS - 1) // UNIT, 0)
+        bins[~likely] = BINS
+        bins[~counted] = BINS + 1
+        right = truth[rows] == found
+        counts += np.bincount((2 * bins + right).ravel(), minlength=2 * (BINS + 2)).reshape(counts.shape)
         # Weights are summed as float64: exact for the pixels of a few rows.
-        table[:, 2] += np.bincount(bins, weights=units, minlength=BINS + 1).astype(np.int64)
-    return table
+        units += np.bincount(bins.ravel(), weights=whole.ravel(), minlength=BINS + 2).astype(np.int64)
+    return np.column_stack([counts.sum(1), counts[:, 1], units])[: BINS + 1]
 
 
 def calibration(table: np.ndarray) -> dict[str, Any] | None:

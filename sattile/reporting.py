@@ -540,19 +540,22 @@ def _compare(folders: Sequence[Folder], evaluations: Sequence[dict[str, Any]]) -
                 "difference": differences[index],
             }
         )
-    models.sort(key=lambda one: (one["miou"][0] is None, -(one["miou"][0] or 0), one["name"]))
+    # Those that can't be compared come last, and into no figure: side by side they would be compared after all.
+    models.sort(
+        key=lambda one: (
+            not one["best"] and one["difference"] is None, one["miou"][0] is None, -(one["miou"][0] or 0), one["name"]
+        )
+    )  # fmt: skip
     names = list(dict.fromkeys(name for one in models for name in one["classes"]))
-    values = [
-        (one["name"], [one["miou"], *(one["classes"].get(name, (None, None)) for name in names)]) for one in models
-    ]
-    sure_of = [(one["name"], one["calibration"]) for one in models if one["calibration"]]
+    alike = [one for one in models if one["best"] or one["difference"]]
+    values = [(one["name"], [one["miou"], *(one["classes"][name] for name in one["classes"])]) for one in alike]
     return {
         "models": models,
         "names": names,
         "best": next((one["name"] for one in models if one["best"]), None),
-        "apart": [one["name"] for one in models if not one["best"] and one["difference"] is None],
-        "intervals": intervals_figure(["mIoU", *names], values),
-        "reliability": reliability_figure(sure_of),
+        "apart": [one["name"] for one in models if one not in alike],
+        "intervals": intervals_figure(["mIoU", *alike[0]["classes"]], values) if alike else None,
+        "reliability": reliability_figure([(one["name"], one["calibration"]) for one in alike if one["calibration"]]),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sattile import labels, raster, split, storage
-from sattile.errors import UsageError
+from sattile.errors import Refused, UsageError
 from sattile.grid import Window
 from sattile.schema import Scene
 
@@ -163,7 +163,10 @@ def _in(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates in another CRS of points of a grid; infinite where they have none there."""
     x, y = raster.apply(transform, cols, rows)
-    transformer = raster.transformer_between(crs, other)
+    try:
+        transformer = raster.transformer_between(crs, other)
+    except Refused:  # a drawing's CRS: on no ground
+        return np.full(x.shape, np.inf), np.full(y.shape, np.inf)
     # As lists: pyproj takes an array of one for a scalar.
     found = transformer.transform(x.tolist(), y.tolist()) if transformer else (x, y)
     return np.asarray(found[0], np.float64), np.asarray(found[1], np.float64)

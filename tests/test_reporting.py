@@ -500,10 +500,12 @@ def test_evaluations_of_other_pixels_are_not_compared(tmp_path: Path) -> None:
     moved["scene 0", "0_0", "north"][1][1] -= 1
     one_less = evaluation(tmp_path / "d", moved, model="d")
     assert "Not comparable: no two of these" in text_of(good, other)
+    assert "with intervals" not in page_of(good, other)
     assert "Not comparable: no two of these" in text_of(good, one_less)
     text = text_of(other, one_less, good, same)
     assert "Differences to a are paired" in text
     assert "Not comparable with a: c, d counted other pixels or classes" in text
+    assert "IoU of a, b with intervals" in page_of(other, one_less, good, same)
     # Other regions of the same pixels are no hindrance.
     renamed = {(scene, block, "all"): table for (scene, block, _), table in tables_of(12).items()}
     assert "Not comparable" not in text_of(good, evaluation(tmp_path / "e", renamed, model="e"))

@@ -90,8 +90,9 @@ def test_the_cell_of_a_point_is_the_one_it_touches(points: list[tuple[float, flo
     assert found == [split.cells(lon[i : i + 1], lat[i : i + 1], cell)[0] for i in range(len(points))]
 
 
-def test_a_scene_without_crs_is_one_block_outside_all_regions() -> None:
-    one = scene(100, 70, crs=None)
+@pytest.mark.parametrize("crs", [None, 'LOCAL_CS["a drawing",UNIT["metre",1]]'])
+def test_a_scene_that_lies_nowhere_is_one_block_outside_all_regions(crs: str | None) -> None:
+    one = scene(100, 70, crs=crs)
     whole = Window(0, 0, 100, 70)
     assert {stratum for _, stratum in strata.parts(one, whole, Strata(500.0, REGIONS))} == {("s", OUTSIDE)}
     assert {stratum for _, stratum in strata.parts(one, whole, Strata(500.0))} == {("s", None)}
