@@ -250,7 +250,6 @@ def reliability(
                 likely &= (score >= -TOLERANCE) & (score <= 1 + TOLERANCE)
                 np.copyto(confidence, score, where=found == class_id)
             likely &= np.abs(total - 1) <= TOLERANCE
-        confidence[~likely] = 0
         whole = np.rint(np.clip(confidence, 0, 1) * np.float32(UNIT)).astype(np.int32)
         bins = np.maximum((whole * BINS - 1) // UNIT, 0)
         bins[~likely] = BINS
