@@ -1,11 +1,11 @@
 """How well a model does: on a split of a tiles dataset, or on scenes with labels. Each pixel is counted once.
 
-Inference is that of `prediction`; only confusion matrices travel to the driver.
+Inference is that of `prediction`; only counts travel to the driver: by spatial block and region (`strata`), so that it
+can say how sure the metrics are.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import logging
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sattile import cog, inference, metrics, prediction, storage
+from sattile import comparison, inference, metrics, pictures, prediction, storage, strata
 from sattile import engine as engines
 from sattile import labels as label_module
+from sattile.comparison import BLOCKS
 from sattile.dataset import read_dataset
 from sattile.errors import UsageError
 from sattile.grid import Geometry, Window, ceil_to
@@ -28,6 +29,7 @@ from sattile.record import Run
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
 from sattile.scorers import Scorer
 from sattile.stitch import to_labels
+from sattile.strata import Regions, Strata, Stratum
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,18 +39,11 @@ log = logging.getLogger("sattile")
 
 METRICS = "metrics.json"
 
-SAMPLES = 6
-SAMPLE_EDGE = 512
-
 COUNTED = (
-    "scene_id string, row int, col int, height int, width int, confusion binary, undecided long, labelled long, "
-    "evaluated long, memory_mb double, pictures string, reason string"
+    "scene_id string, row int, col int, height int, width int, strata string, confusions binary, reliability binary, "
+    "undecided long, labelled long, evaluated long, memory_mb double, pictures string, reason string"
 )
 COLUMNS = [part.split()[0] for part in COUNTED.split(", ")]
-
-RIGHT, WRONG = (222, 222, 222), (204, 51, 17)
-
-RED_GREEN_BLUE = (("B04", "B03", "B02"), ("B4", "B3", "B2"), ("red", "green", "blue"), ("r", "g", "b"))
 
 
 def evaluate(
@@ -77,11 +72,16 @@ def evaluate(
     tta: str = "none",
     worker_memory: int | str = "3g",
     max_gsd_ratio: float = 1.5,
-    samples: int = SAMPLES,
+    regions: str | None = None,
+    region_attribute: str | None = None,
+    samples: int = pictures.SAMPLES,
     overwrite: bool = False,
     max_failed_fraction: float = 0.1,
 ) -> str:
     """Measure a model: `metrics.json`, and some pictures for the report.
+
+    Beside the metrics there are intervals that they lie in with 95 %: what they might have been on other ground of the
+    same kind, by resampling spatial blocks; and whether the scores are as often right as they say (`calibration`).
 
     Args:
         spark: the caller's session.
@@ -106,6 +106,9 @@ def evaluate(
         tta: as for predict.
         worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
         max_gsd_ratio: scenes whose pixel size differs by more than this factor from the model's are refused.
+        regions: vector file; metrics for each of its regions, too. A tile belongs to the region that holds its middle,
+            a scene is dealt out in squares of 32 pixels.
+        region_attribute: the attribute that names a region; its number in the file, from 1, if not given.
         samples: pictures to keep.
         overwrite: replace metrics made with other settings.
         max_failed_fraction: refused scenes / given ones above which the command fails (3).
@@ -126,7 +129,8 @@ def evaluate(
         "threads": int(spark.conf.get("spark.task.cpus", "1") or 1), "fill": fill, "threshold": threshold,
         "nodata": nodata, "worker_memory": worker_memory, "tta": tta,
     }  # fmt: skip
-    settings: dict[str, Any] = {"samples": samples}
+    areas = strata.read_regions(regions, region_attribute)
+    settings: dict[str, Any] = {"samples": samples, "regions": areas.digest if areas else None}
     if dataset is not None:
         description = read_dataset(dataset)
         check_dataset(bundle, description, dataset, split)
@@ -145,15 +149,19 @@ def evaluate(
         }  # fmt: skip
     out = storage.absolute(out)
     with Run("evaluate", out, json.loads(json.dumps(settings)), overwrite, max_failed_fraction) as run:
-        run.extra["model"] = model
+        run.extra |= {"model": model, "network": {name: bundle.network.get(name) for name in ("arch", "parameters")}}
+        if regions is not None:
+            entry = storage.stat(regions)
+            run.inputs = [{"url": storage.absolute(regions), "size": entry.size, "time": entry.mtime}] if entry else []
         if dataset is not None:
-            _on_tiles(spark, run, job, dataset, description, split, samples)
+            _on_tiles(spark, run, job, dataset, description, split, areas, samples)
         else:
             _on_scenes(
                 spark, run, job, list(scenes or ()), str(labels), bands=asked, pattern=pattern, attribute=attribute,
                 ignore=_numbers(ignore), background=background, max_gsd_ratio=max_gsd_ratio,
-                worker_memory=worker_memory, samples=samples,
+                worker_memory=worker_memory, regions=areas, samples=samples,
             )  # fmt: skip
+        log.info("evaluate: %s", metrics.headline(storage.read_json(storage.join(out, METRICS))))
         run.finish()
     return storage.join(out, METRICS)
 
@@ -212,6 +220,7 @@ def _on_scenes(
     background: str | None,
     max_gsd_ratio: float,
     worker_memory: int | str,
+    regions: Regions | None,
     samples: int,
 ) -> None:
     from sattile.scenes import resolve
@@ -237,7 +246,7 @@ def _on_scenes(
         run.refuse(matched.refused)
     found = [scene for scene in found if scene.scene_id in matched.sources]
     versions = [(scene.identity, matched.sources[scene.scene_id].identity()) for scene in found]
-    run.inputs = [
+    run.inputs += [
         {"url": url, "size": version[0], "time": version[1]}
         for scene, truth in versions
         for url, version in {**scene, **truth}.items()
@@ -249,7 +258,8 @@ def _on_scenes(
     todo = prediction.plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark))
     pieces = [replace(piece, truth=matched.sources[piece.scene.scene_id]) for piece in todo.pieces]
     urls = {scene.scene_id: scene.url for scene in found}
-    work = partial(_count_wave, spark, job=job)
+    dealt = strata.strata_of(found, regions)
+    work = partial(_count_wave, spark, job=job, dealt=dealt)
     rows: list[Any] = []
     with (
         run.stage("infer and compare") as stage,
@@ -268,10 +278,10 @@ def _on_scenes(
         if shown:
             pictured = replace(job, image=True)
             chosen = [Piece(scene, window, matched.sources[scene.scene_id]) for scene, window in shown]
-            drawn = _count_wave(spark, chosen, job=pictured)
-            _write_samples(run.out, [row for row in drawn if row.pictures])
+            drawn = _count_wave(spark, chosen, job=pictured, dealt=dealt)
+            pictures.write(run.out, [row for row in drawn if row.pictures])
         else:
-            _write_samples(run.out, [])
+            pictures.write(run.out, [])
     _write_metrics(run, job, rows, state, {scene.scene_id: scene.url for scene in found})
 
 
@@ -295,22 +305,24 @@ def _telling(rows: Sequence[Any], count: int) -> list[Any]:
 
 def _sample_window(scene: Scene, row: Any) -> tuple[Scene, Window]:
     """The middle of a block, no larger than a picture."""
-    height, width = min(row.height, SAMPLE_EDGE), min(row.width, SAMPLE_EDGE)
+    height, width = min(row.height, pictures.SAMPLE_EDGE), min(row.width, pictures.SAMPLE_EDGE)
     return scene, Window(row.row + (row.height - height) // 2, row.col + (row.width - width) // 2, height, width)
 
 
-def _count_wave(spark: SparkSession, pieces: Sequence[Piece], job: Inference) -> list[Any]:
+def _count_wave(spark: SparkSession, pieces: Sequence[Piece], job: Inference, dealt: Strata) -> list[Any]:
     tasks = prediction.tasks_of(pieces, job, engines.slots(spark))
     sent = spark.sparkContext.broadcast(tasks)
     try:
         numbers = spark.range(0, len(tasks), 1, len(tasks))
-        count = engines.on_worker(partial(count_blocks, tasks=sent, job=job))
+        count = engines.on_worker(partial(count_blocks, tasks=sent, job=job, dealt=dealt))
         return numbers.mapInPandas(count, COUNTED).collect()
     finally:
         sent.unpersist()
 
 
-def count_blocks(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) -> Iterator[pd.DataFrame]:
+def count_blocks(
+    frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference, dealt: Strata
+) -> Iterator[pd.DataFrame]:
     """Task numbers in (`id`), one row of `COUNTED` a block out, for `mapInPandas`.
 
     Args:
@@ -320,26 +332,41 @@ def count_blocks(frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference) 
 
     numbers = (int(number) for frame in frames for number in frame["id"])
     for done in inference.label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
-        yield pd.DataFrame([_count(done, job)], columns=COLUMNS)
+        parts = strata.parts(done.piece.scene, done.piece.block, dealt)
+        yield pd.DataFrame([_count(done, job, parts)], columns=COLUMNS)
 
 
-def _count(done: Labelled, job: Inference) -> tuple[Any, ...]:
+def _count(done: Labelled, job: Inference, parts: Iterable[tuple[Window, Stratum]]) -> tuple[Any, ...]:
+    """A row of `COUNTED`.
+
+    Args:
+        parts: rectangles that together are the block, and what each counts for.
+    """
     block = done.piece.block
     place = (done.piece.scene.scene_id, block.row, block.col, block.height, block.width)
     if done.labels is None or done.truth is None:
-        return (*place, None, 0, 0, 0, done.memory_mb, None, done.reason)
-    try:
-        table = metrics.confusion(done.truth, done.labels, job.class_ids.tolist())
-    except ValueError as error:
-        return (*place, None, 0, 0, 0, done.memory_mb, None, f"labels: {error}")
+        return (*place, None, None, None, 0, 0, 0, done.memory_mb, None, done.reason)
     assert done.wanted is not None
+    assert done.reliability is not None
+    class_ids = job.class_ids.tolist()
+    tables: dict[Stratum, np.ndarray] = {}
+    try:
+        for window, stratum in parts:
+            inside = window.slices(block)
+            table = metrics.confusion(done.truth[inside], done.labels[inside], class_ids)
+            tables[stratum] = tables[stratum] + table if stratum in tables else table
+    except ValueError as error:
+        return (*place, None, None, None, 0, 0, 0, done.memory_mb, None, f"labels: {error}")
     truth = np.where(done.wanted, done.truth, np.uint8(IGNORE))
     labelled = int((truth != IGNORE).sum())
-    pictures = None
+    decided = sum(int(table.sum()) for table in tables.values())
+    drawn = None
     if job.image and done.image is not None and done.image.shape[-1]:
-        pictures = _draw(job.bundle, done.image, done.wanted, truth, done.labels)
+        drawn = pictures.draw(job.bundle.bands, job.bundle.classes, done.image, done.wanted, truth, done.labels)
+    confusions = np.stack(list(tables.values())).tobytes()
     return (
-        *place, table.tobytes(), labelled - int(table.sum()), labelled, done.evaluated, done.memory_mb, pictures, None,
+        *place, json.dumps(list(tables)), confusions, done.reliability.tobytes(), labelled - decided, labelled,
+        done.evaluated, done.memory_mb, drawn, None,
     )  # fmt: skip
 
 
@@ -365,10 +392,11 @@ def _on_tiles(
     url: str,
     description: Mapping[str, Any],
     split: str,
+    regions: Regions | None,
     samples: int,
 ) -> None:
     listed = description["splits"][split]
-    run.inputs = [{"url": storage.absolute(url), "digest": description["digest"]}]
+    run.inputs += [{"url": storage.absolute(url), "digest": description["digest"]}]
     run.given = listed["tiles"]
     state = storage.digest([description["digest"], split])
     if _is_done(run, state, samples):
@@ -376,7 +404,7 @@ def _on_tiles(
         return
     files = [storage.join(storage.absolute(url), split, name) for name in listed["files"]]
     with run.stage("plan"):
-        groups = _row_groups(files, description["size"])
+        groups = _row_groups(files, description, regions)
     places = [description["bands"].index(name) for name in job.bundle.bands]
     sent = spark.sparkContext.broadcast(groups)
     with (
@@ -402,7 +430,7 @@ def _on_tiles(
             with_image = replace(job, image=True)
             pictured = engines.on_worker(partial(count_tiles, tasks=sent_again, job=with_image, places=places))
             drawn = [row for row in again.mapInPandas(pictured, COUNTED).collect() if row.pictures]
-        _write_samples(run.out, drawn)
+        pictures.write(run.out, drawn)
     run.done = len(rows)
     urls = {one["scene_id"]: one["url"] for one in description["sources"]}
     _write_metrics(run, job, rows, state, urls)
@@ -415,29 +443,34 @@ class TileGroup:
     Attributes:
         url: of the file.
         number: of the row group.
-        tiles: (scene_id, row, col, parts counted with other tiles already) of each row.
+        tiles: (scene_id, row, col, parts counted with other tiles already, what it counts for) of each row.
         drawn: (scene_id, row, col) of the only tiles to take, for pictures; None takes all.
     """
 
     url: str
     number: int
-    tiles: tuple[tuple[str, int, int, tuple[tuple[int, int], ...]], ...]
+    tiles: tuple[tuple[str, int, int, tuple[tuple[int, int], ...], Stratum], ...]
     drawn: tuple[tuple[str, int, int], ...] | None = None
 
 
-def _row_groups(files: Sequence[str], size: int) -> list[TileGroup]:
+def _row_groups(files: Sequence[str], description: Mapping[str, Any], regions: Regions | None) -> list[TileGroup]:
     """All row groups, from their small columns; a pixel that several tiles hold belongs to the first by (row, col)."""
     import pyarrow.parquet as pq
 
-    read: list[tuple[str, int, list[tuple[str, int, int]]]] = []
+    names, size = ["scene_id", "row", "col", "spatial_block"], description["size"]
+    read: list[tuple[str, int, list[tuple[str, int, int, str]]]] = []
     for url in files:
         with pq.ParquetFile(storage.open_file(url)) as file:
             for number in range(file.num_row_groups):
-                columns = file.read_row_group(number, columns=["scene_id", "row", "col"]).to_pydict()
-                tiles = zip(columns["scene_id"], columns["row"], columns["col"], strict=True)
-                read.append((url, number, list(tiles)))
-    owned = owners([tile for _, _, tiles in read for tile in tiles], size)
-    return [TileGroup(url, number, tuple((*tile, owned[tile]) for tile in tiles)) for url, number, tiles in read]
+                columns = file.read_row_group(number, columns=names).to_pydict()
+                read.append((url, number, list(zip(*(columns[name] for name in names), strict=True))))
+    every = [tile for _, _, tiles in read for tile in tiles]
+    owned = owners([tile[:3] for tile in every], size)
+    counts_for = strata.of_tiles(every, size, description["sources"], regions)
+    return [
+        TileGroup(url, number, tuple((*tile[:3], owned[tile[:3]], counts_for[tile[:3]]) for tile in tiles))
+        for url, number, tiles in read
+    ]
 
 
 def owners(tiles: Sequence[tuple[str, int, int]], size: int) -> dict[tuple[str, int, int], tuple[tuple[int, int], ...]]:
@@ -483,7 +516,10 @@ def count_tiles(
         chosen = [one for one in stored if group.drawn is None or one[0][:3] in group.drawn]
         for first in range(0, len(chosen), job.batch):
             tiles = [_decode(one, places) for one in chosen[first : first + job.batch]]
-            done = [_count(one, job) for one in _label_tiles(tiles, job, scorer)]
+            done = [
+                _count(one, job, [(one.piece.block, tile.stratum)])
+                for tile, one in zip(tiles, _label_tiles(tiles, job, scorer), strict=True)
+            ]
             yield pd.DataFrame(done, columns=COLUMNS)
 
 
@@ -495,17 +531,18 @@ class _Tile:
     image: np.ndarray
     valid: np.ndarray
     truth: np.ndarray
+    stratum: Stratum
 
 
 def _decode(stored: tuple[Any, bytes, bytes, bytes], places: Sequence[int]) -> _Tile:
-    (scene_id, row, col, earlier), image, labels, valid = stored
+    (scene_id, row, col, earlier, stratum), image, labels, valid = stored
     truth = _npy(labels).copy()
     size = truth.shape[0]
     own = Window(row, col, *truth.shape)
     for other_row, other_col in earlier:
         part = (own & Window(other_row, other_col, size, size)).slices(own)
         truth[part] = IGNORE
-    return _Tile(scene_id, row, col, _npy(image)[..., list(places)], _npy(valid), truth)
+    return _Tile(scene_id, row, col, _npy(image)[..., list(places)], _npy(valid), truth, stratum)
 
 
 def _npy(data: bytes) -> np.ndarray:
@@ -531,6 +568,7 @@ def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: Scorer) -> Iter
             labels = to_labels(together[index], one.valid, job.class_ids, job.threshold)
             done = Labelled(
                 Piece(scene, window), labels=labels, truth=one.truth, wanted=one.valid,
+                reliability=metrics.reliability(together[index], one.truth, labels, job.class_ids.tolist()),
                 image=one.image if job.image else None,
                 evaluated=batch[..., 0].size * job.passes if index == 0 else 0, memory_mb=inference.own_peak_mb(),
             )  # fmt: skip
@@ -549,17 +587,23 @@ def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: Scorer) -> Iter
 
 def _is_done(run: Run, state: str, samples: int) -> bool:
     url = storage.join(run.out, METRICS)
-    return run.finished_before and storage.exists(url) and storage.read_json(url).get("state") == state
+    if not (run.finished_before and storage.exists(url) and storage.exists(storage.join(run.out, BLOCKS))):
+        return False
+    return storage.read_json(url).get("state") == state
 
 
 def _write_metrics(run: Run, job: Inference, rows: Sequence[Any], state: str, urls: Mapping[str, str]) -> None:
-    """`metrics.json`: the contract's keys over all, the same under `scenes` by scene id, and what was left out."""
-    classes = job.bundle.classes
-    zero = np.zeros((len(classes), len(classes)), np.int64)
-    tables: dict[str, np.ndarray] = {}
+    """`metrics.json`: the contract's keys over all, the same under `scenes` by scene id and under `regions`, how sure
+    they are, and what was left out. `blocks.parquet`: what all of it follows from, for comparisons."""
+    classes = len(job.bundle.classes)
+    counted: metrics.Counted = {}
+    reliability = np.zeros((metrics.BINS + 1, 3), np.int64)
     for row in rows:
-        table = np.frombuffer(row.confusion, np.int64).reshape(zero.shape)
-        tables[row.scene_id] = tables.get(row.scene_id, zero) + table
+        tables = np.frombuffer(row.confusions, np.int64).reshape(-1, classes, classes)
+        for (block, region), table in zip(json.loads(row.strata), tables, strict=True):
+            key = row.scene_id, block, region
+            counted[key] = counted[key] + table if key in counted else table
+        reliability += np.frombuffer(row.reliability, np.int64).reshape(reliability.shape)
     evaluated = sum(row.evaluated for row in rows)
     stage = next(stage for stage in run.stages if stage.name == "infer and compare")
     run.peak_memory = max([run.peak_memory, *(row.memory_mb for row in rows)])
@@ -570,59 +614,14 @@ def _write_metrics(run: Run, job: Inference, rows: Sequence[Any], state: str, ur
     }
     if not rows and not run.refused:
         raise UsageError("there is nothing to measure: no scene has labels")
-    found = metrics.summarize(sum(tables.values(), zero), classes) | {
+    found = metrics.assess(counted, reliability, job.bundle.classes)
+    for note in found["notes"]:
+        log.warning("evaluate: %s", note)
+    found |= {
         "undecided": sum(row.undecided for row in rows),
-        "class_ids": {one.name: one.id for one in classes},
-        "scenes": {
-            scene_id: {"url": urls.get(scene_id, scene_id)} | metrics.summarize(table, classes)
-            for scene_id, table in sorted(tables.items())
-        },
+        "class_ids": {one.name: one.id for one in job.bundle.classes},
+        "scenes": {name: {"url": urls.get(name, name)} | values for name, values in found["scenes"].items()},
         "state": state,
     }
+    comparison.write_blocks(storage.join(run.out, BLOCKS), counted)
     storage.write_json(storage.join(run.out, METRICS), found)
-
-
-def _draw(bundle: Bundle, image: np.ndarray, valid: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> str:
-    """The four pictures of a sample: JSON of base64."""
-    colors = {one.id: cog.rgb(one.color) for one in bundle.classes}
-    errors = np.where((truth == IGNORE) | (labels == IGNORE), IGNORE, (truth != labels).astype(np.uint8))
-    drawn = {
-        "image": cog.encode_png(stretch(image, valid, bundle.bands)),
-        "truth": cog.encode_png(truth, colors),
-        "prediction": cog.encode_png(labels, colors),
-        "errors": cog.encode_png(errors.astype(np.uint8), {0: RIGHT, 1: WRONG}),
-    }
-    return json.dumps({name: base64.b64encode(data).decode() for name, data in drawn.items()})
-
-
-def stretch(image: np.ndarray, valid: np.ndarray, bands: Sequence[str]) -> np.ndarray:
-    """A picture of an image: red, green and blue bands (else the first three, or one in grey), from their 2nd to
-    their 98th percentile: (height, width, 3) uint8, black where not valid."""
-    lower = [name.lower() for name in bands]
-    named = next((one for one in RED_GREEN_BLUE if all(name.lower() in lower for name in one)), None)
-    places = [lower.index(name.lower()) for name in named or ()] or ([0, 1, 2] if len(bands) >= 3 else [0, 0, 0])
-    picture = np.zeros((*valid.shape, 3), np.uint8)
-    if not valid.any():
-        return picture
-    for channel, place in enumerate(places):
-        values = image[..., place].astype(np.float64)
-        low, high = np.percentile(values[valid], (2, 98))
-        scaled = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
-        picture[..., channel] = np.where(valid, np.nan_to_num(scaled), 0)
-    return picture
-
-
-def _write_samples(out: str, rows: Sequence[Any]) -> None:
-    """`samples/N_*.png` and `samples/samples.json`, replacing earlier ones."""
-    folder = storage.join(out, "samples")
-    storage.remove(folder)
-    listed = []
-    for number, row in enumerate(sorted(rows, key=lambda row: (row.scene_id, row.row, row.col))):
-        files = {}
-        for name, text in json.loads(row.pictures).items():
-            files[name] = f"{number}_{name}.png"
-            storage.write_bytes(storage.join(folder, files[name]), base64.b64decode(text))
-        place = {"row": row.row, "col": row.col, "height": row.height, "width": row.width}
-        name = f"{row.scene_id} ({row.row}, {row.col})"
-        listed.append({"name": name, "scene_id": row.scene_id, "window": place} | files)
-    storage.write_json(storage.join(folder, "samples.json"), listed)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sattile import labels as label_module
-from sattile import raster, record, storage
+from sattile import metrics, raster, record, storage
 from sattile.decoder import decoder
 from sattile.errors import Refused, UsageError
 from sattile.grid import Geometry, Placement, Window, ceil_to, choose_geometry
@@ -218,6 +218,7 @@ class Labelled:
         truth: (height, width) uint8, IGNORE where unlabelled; if the piece had labels.
         image: (height, width, bands) as read; if asked for.
         wanted: (height, width) bool: pixels with data (and inside the aoi).
+        reliability: see `metrics.reliability`; of pieces that had labels.
         evaluated: pixels that the network ran on.
         memory_mb: peak of this worker and its decoder.
     """
@@ -230,6 +231,7 @@ class Labelled:
     truth: np.ndarray | None = None
     image: np.ndarray | None = None
     wanted: np.ndarray | None = None
+    reliability: np.ndarray | None = None
     evaluated: int = 0
     memory_mb: float = 0.0
 
@@ -323,7 +325,8 @@ def read_block(
 
 def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -> Labelled:
     """Infer, add up and decide one block that has been read. Pure but for the network."""
-    block, classes = piece.block, len(job.bundle.classes)
+    block, classes, truth = piece.block, len(job.bundle.classes), read.truth
+    reliability = np.zeros((metrics.BINS + 1, 3), np.int64)
     labels = np.full(block.shape, NODATA, np.uint8)
     scores = np.full((*block.shape, classes), np.nan, np.float32) if job.scores else None
     coverage = np.zeros(block.shape, np.uint32) if job.coverage else None
@@ -338,6 +341,8 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
             part = place.keep.slices(block)
             kept, wanted = window[place.keep.slices(place.read)], read.wanted[part]
             labels[part] = to_labels(kept, wanted, job.class_ids, job.threshold)
+            if truth is not None:
+                reliability += metrics.reliability(kept, truth[part], labels[part], job.class_ids.tolist())
             if scores is not None:
                 scores[part] = np.where(wanted[..., None], kept, np.nan)
         if coverage is not None:
@@ -353,6 +358,8 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
             rows = slice(start, min(start + 256, block.height))
             strip = stitcher.scores(rows)
             labels[rows] = to_labels(strip, read.wanted[rows], job.class_ids, job.threshold)
+            if truth is not None:
+                reliability += metrics.reliability(strip, truth[rows], labels[rows], job.class_ids.tolist())
             if scores is not None:
                 scores[rows] = strip
         if coverage is not None:
@@ -361,8 +368,8 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
         evaluated = ceil_to(len(placements), count) * placements[0].read.area * job.passes
     image = read.data[block.slices(read.region)] if job.image else None
     return Labelled(
-        piece, labels=labels, scores=scores, coverage=coverage, truth=read.truth, image=image, wanted=read.wanted,
-        evaluated=evaluated, memory_mb=own_peak_mb() + read.memory_mb,
+        piece, labels=labels, scores=scores, coverage=coverage, truth=truth, image=image, wanted=read.wanted,
+        reliability=reliability, evaluated=evaluated, memory_mb=own_peak_mb() + read.memory_mb,
     )  # fmt: skip
 
 

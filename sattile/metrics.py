@@ -1,8 +1,8 @@
-"""How good labels are: confusion matrices, which add, and what follows from them. numpy only."""
+"""How good labels and scores are: counts, which add, and what follows from them. numpy only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,9 @@ class Named(Protocol):
 
     @property
     def name(self) -> str: ...
+
+
+# --- confusion ----------------------------------------------------------------------------------------------------
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, class_ids: Sequence[int], ignore: int = IGNORE) -> np.ndarray:
@@ -33,49 +36,328 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, class_ids: Sequence[int]
     Raises:
         ValueError: if either holds a value that is neither a class nor `ignore`.
     """
-    position = np.full(256, -1, np.int64)
-    position[list(class_ids)] = np.arange(len(class_ids))
     counted = (truth != ignore) & (predicted != ignore)
     classes = len(class_ids)
-    pairs = np.bincount(truth[counted].astype(np.int64) * 256 + predicted[counted], minlength=256 * 256)
-    table = pairs.reshape(256, 256)
-    strangers = sorted(int(value) for value in np.flatnonzero(table.sum(0) + table.sum(1)) if position[value] < 0)
-    if strangers:
+    position = _positions(class_ids)
+    rows, cols = position[truth[counted]], position[predicted[counted]]
+    if rows.size and min(rows.min(), cols.min()) < 0:
+        values = np.union1d(truth[counted], predicted[counted])
+        strangers = [int(value) for value in values if position[value] < 0]
         raise ValueError(f"values {strangers} are none of the classes {list(class_ids)}")
-    return table[np.ix_(list(class_ids), list(class_ids))].reshape(classes, classes)
+    return np.bincount(rows * classes + cols, minlength=classes * classes).reshape(classes, classes)
+
+
+def _positions(class_ids: Sequence[int]) -> np.ndarray:
+    """(256,) int64: the position of each class id, -1 of other values."""
+    position = np.full(256, -1, np.int64)
+    position[list(class_ids)] = np.arange(len(class_ids))
+    return position
+
+
+def ratios(confusions: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics of many confusion matrices at once; NaN where one is undefined.
+
+    A class that is absent from truth and prediction is left out of the mean. Precision of a class that is never
+    predicted, and recall of one that never occurs, are undefined.
+
+    Args:
+        confusions: (..., classes, classes) counts, [truth row, predicted column].
+
+    Returns:
+        iou, precision, recall, f1: (..., classes) float64; miou, accuracy: (...).
+    """
+    counts = np.asarray(confusions)
+    hits, true, found = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
+    with np.errstate(invalid="ignore"):
+        iou = hits / (true + found - hits)
+        present = ~np.isnan(iou)
+        return {
+            "iou": iou,
+            "precision": hits / found,
+            "recall": hits / true,
+            "f1": 2 * hits / (true + found),
+            "miou": np.where(present, iou, 0).sum(-1) / present.sum(-1),
+            "accuracy": hits.sum(-1) / counts.sum((-2, -1)),
+        }
+
+
+OF_CLASS = ("iou", "precision", "recall", "f1")
+"""The metrics that each class has."""
 
 
 def summarize(confusion: np.ndarray, classes: Sequence[Named]) -> dict[str, Any]:
-    """Metrics of a confusion matrix, as in `metrics.json`.
-
-    A class that is absent from truth and prediction is None and left out of the mean. Precision of a class that is
-    never predicted, and recall of one that never occurs, are undefined: None too.
+    """Metrics of a confusion matrix, as in `metrics.json`: None for what is undefined, see `ratios`.
 
     Args:
         confusion: (classes, classes) counts, [truth row, predicted column].
         classes: in the order of rows and columns.
     """
     counts = np.asarray(confusion, np.int64)
-    hits, true, found = np.diag(counts), counts.sum(1), counts.sum(0)
-    total = int(counts.sum())
+    found = ratios(counts)
     by_class: dict[str, Any] = {}
     for index, one in enumerate(classes):
-        hit, present, claimed = int(hits[index]), int(true[index]), int(found[index])
-        if present + claimed == 0:
-            by_class[one.name] = None
-            continue
-        by_class[one.name] = {
-            "iou": hit / (present + claimed - hit),
-            "precision": hit / claimed if claimed else None,
-            "recall": hit / present if present else None,
-            "f1": 2 * hit / (present + claimed),
-            "pixels": present,
-        }
-    ious = [entry["iou"] for entry in by_class.values() if entry]
+        values: dict[str, Any] = {name: _number(found[name][index]) for name in OF_CLASS}
+        absent = values["iou"] is None
+        by_class[one.name] = None if absent else values | {"pixels": int(counts[index].sum())}
     return {
         "classes": by_class,
-        "miou": sum(ious) / len(ious) if ious else None,
-        "accuracy": int(hits.sum()) / total if total else None,
+        "miou": _number(found["miou"]),
+        "accuracy": _number(found["accuracy"]),
         "confusion": counts.tolist(),
-        "pixels": total,
+        "pixels": int(counts.sum()),
     }
+
+
+def _number(value: np.ndarray) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+# --- how sure that is ---------------------------------------------------------------------------------------------
+
+RESAMPLES = 1000
+LEVEL = 0.95
+SEED = 0
+
+_AT_ONCE = 1 << 20
+"""Draws that are held at a time."""
+
+
+def bootstrap(tables: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
+    """Confusion matrices of as many blocks as there are, drawn with replacement, again and again.
+
+    Blocks, not pixels: pixels side by side are wrong together, and to draw them one by one would take a million of them
+    for a million independent observations (Lahiri, Resampling Methods for Dependent Data, 2003). The draw depends on
+    seed and number of blocks alone, so that two models measured on the same blocks are drawn in pairs.
+
+    Args:
+        tables: (blocks, classes, classes) counts, in an order that does not depend on how they were computed.
+
+    Returns:
+        (resamples, classes, classes) int64.
+    """
+    blocks, classes = len(tables), tables.shape[-1]
+    # Sums of float64 are exact below 2**53 pixels, and their matrix product is some times that of integers.
+    flat = np.asarray(tables, np.float64).reshape(blocks, classes * classes)
+    rng = np.random.default_rng(seed)
+    drawn = np.empty((resamples, classes * classes), np.int64)
+    step = max(_AT_ONCE // max(blocks, 1), 1)
+    for first in range(0, resamples, step):
+        count = min(step, resamples - first)
+        draws = rng.integers(blocks, size=(count, blocks)) + np.arange(count)[:, None] * blocks
+        times = np.bincount(draws.ravel(), minlength=count * blocks).reshape(count, blocks)
+        drawn[first : first + count] = times.astype(np.float64) @ flat
+    return drawn.reshape(resamples, classes, classes)
+
+
+def intervals(tables: np.ndarray, classes: Sequence[Named]) -> dict[str, Any] | None:
+    """Percentile intervals of all metrics by `bootstrap` (Efron and Tibshirani, An Introduction to the Bootstrap,
+    1993, chapter 13), as in `metrics.json`; None for fewer than two blocks.
+
+    A resample in which a metric is undefined is left out of its interval; a class that is absent has None.
+
+    Args:
+        tables: (blocks, classes, classes) counts; blocks without a counted pixel are left out.
+        classes: in the order of rows and columns.
+    """
+    tables = tables[tables.sum((1, 2)) > 0]
+    if len(tables) < 2:
+        return None
+    drawn = ratios(bootstrap(tables))
+    by_class = {
+        one.name: {name: interval(drawn[name][:, index]) for name in OF_CLASS}
+        if tables[:, index].any() or tables[:, :, index].any()
+        else None
+        for index, one in enumerate(classes)
+    }
+    return {
+        "level": LEVEL,
+        "blocks": len(tables),
+        "resamples": RESAMPLES,
+        "classes": by_class,
+        "miou": interval(drawn["miou"]),
+        "accuracy": interval(drawn["accuracy"]),
+    }
+
+
+def interval(values: np.ndarray) -> list[float] | None:
+    """[low, high] that the middle `LEVEL` of the values lies between; NaN is left out."""
+    values = values[~np.isnan(values)]
+    return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist() if values.size else None
+
+
+def paired_difference(one: np.ndarray, other: np.ndarray) -> tuple[float, list[float] | None]:
+    """By how much the mIoU of one model is above that of another on the same blocks, and the interval of that.
+
+    Args:
+        one, other: (blocks, classes, classes) counts of the same blocks in the same order.
+
+    Raises:
+        ValueError: if they count other pixels: a block's pixels of a true class differ in number.
+    """
+    if one.shape != other.shape or not (one.sum(-1) == other.sum(-1)).all():
+        raise ValueError("the two count different pixels")
+    counted = one.sum((1, 2)) > 0
+    one, other = one[counted], other[counted]
+    difference = ratios(one.sum(0))["miou"] - ratios(other.sum(0))["miou"]
+    drawn = ratios(bootstrap(one))["miou"] - ratios(bootstrap(other))["miou"]
+    return float(difference), interval(drawn) if len(one) > 1 else None
+
+
+# --- calibration --------------------------------------------------------------------------------------------------
+
+BINS = 20
+UNIT = 1 << 24
+"""Confidences are summed in whole parts of this: exact in any order (float32 has no finer steps from 1/2 to 1, and a
+product with a power of two is exact)."""
+
+TOLERANCE = 1e-3
+"""How far the scores of a pixel may sum from 1."""
+
+_ROWS = 64
+"""Rows of which copies are made at a time."""
+
+
+def reliability(
+    scores: np.ndarray, truth: np.ndarray, predicted: np.ndarray, class_ids: Sequence[int], ignore: int = IGNORE
+) -> np.ndarray:
+    """Count pixels by the score of the class that was decided for them, and how often it is right.
+
+    Tables of disjoint pixels add up. Pixels where truth or prediction is `ignore` are not counted.
+
+    Args:
+        scores: (height, width, classes) float32, in the order of `class_ids`.
+        truth, predicted: (height, width) uint8 class ids.
+
+    Returns:
+        (BINS + 1, 3) int64: of each bin pixels, those that are right, and the sum of scores in 1/UNIT. Bin i holds
+        the scores above i / BINS up to (i + 1) / BINS; the last row those pixels whose scores are no probabilities.
+    """
+    counts = np.zeros((BINS + 2, 2), np.int64)  # wrong and right; the last row is of pixels that do not count
+    units = np.zeros(BINS + 2, np.int64)
+    for first in range(0, len(truth), _ROWS):
+        rows = slice(first, first + _ROWS)
+        found = predicted[rows]
+        counted = (truth[rows] != ignore) & (found != ignore)
+        if not counted.any():
+            continue
+        # A class at a time: numpy is slow over a short last axis.
+        total, confidence = np.zeros(found.shape, np.float32), np.zeros(found.shape, np.float32)
+        likely = counted.copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            for index, class_id in enumerate(class_ids):
+                score = scores[rows, ..., index]
+                total += score
+                likely &= (score >= -TOLERANCE) & (score <= 1 + TOLERANCE)
+                np.copyto(confidence, score, where=found == class_id)
+            likely &= np.abs(total - 1) <= TOLERANCE
+        whole = np.rint(np.clip(confidence, 0, 1) * np.float32(UNIT)).astype(np.int32)
+        bins = np.maximum((whole * BINS - 1) // UNIT, 0)
+        bins[~likely] = BINS
+        bins[~counted] = BINS + 1
+        right = truth[rows] == found
+        counts += np.bincount((2 * bins + right).ravel(), minlength=2 * (BINS + 2)).reshape(counts.shape)
+        # Weights are summed as float64: exact for the pixels of a few rows.
+        units += np.bincount(bins.ravel(), weights=whole.ravel(), minlength=BINS + 2).astype(np.int64)
+    return np.column_stack([counts.sum(1), counts[:, 1], units])[: BINS + 1]
+
+
+def calibration(table: np.ndarray) -> dict[str, Any] | None:
+    """Whether a model is right as often as it says, as in `metrics.json`.
+
+    `ece` is the expected calibration error: the mean over pixels of |accuracy - confidence| of their bin; `mce` is the
+    largest of a bin that holds pixels (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equations 3
+    and 5). 0 is best; a model of ECE 0.05 is right 5 points less, or more, often than its scores say.
+
+    Args:
+        table: as `reliability` gives it.
+
+    Returns:
+        None if no pixel was counted, or the scores of any are no probabilities.
+    """
+    counts = [[int(value) for value in row] for row in table]
+    total = sum(pixels for pixels, _, _ in counts[:BINS])
+    if not total or counts[BINS][0]:
+        return None
+    bins, gaps = [], []
+    for index, (pixels, right, units) in enumerate(counts[:BINS]):
+        accuracy = right / pixels if pixels else None
+        confidence = units / (pixels * UNIT) if pixels else None
+        bins.append(
+            {"from": index / BINS, "to": (index + 1) / BINS, "pixels": pixels, "accuracy": accuracy,
+             "confidence": confidence}
+        )  # fmt: skip
+        gaps.append(abs(right * UNIT - units))
+    return {
+        "ece": sum(gaps) / (total * UNIT),
+        "mce": max(gap / (one["pixels"] * UNIT) for gap, one in zip(gaps, bins, strict=True) if one["pixels"]),
+        "bins": bins,
+    }
+
+
+# --- all of it ----------------------------------------------------------------------------------------------------
+
+Counted = dict[tuple[str, str, str | None], np.ndarray]
+"""Confusion matrices by (scene_id, spatial block, region); region is None where none were asked for."""
+
+
+def assess(counted: Counted, reliability: np.ndarray, classes: Sequence[Named]) -> dict[str, Any]:
+    """All of `metrics.json` that follows from what was counted.
+
+    Args:
+        counted: in any order.
+        reliability: see `reliability`.
+
+    Returns:
+        What `summarize` gives, and `intervals`; both by name under `regions`, where there are any; `summarize` by
+        scene_id under `scenes`; `calibration`; `notes`: why something is None.
+    """
+    found = _measured(counted, classes) | {"calibration": calibration(reliability)}
+    found["scenes"] = {scene_id: summarize(table, classes) for scene_id, table in sums(counted, 0).items()}
+    regions = sorted({key[2] for key, table in counted.items() if key[2] is not None and table.any()})
+    if regions:
+        found["regions"] = {
+            name: _measured({key: table for key, table in counted.items() if key[2] == name}, classes)
+            for name in regions
+        }
+    notes = []
+    if found["pixels"] and found["intervals"] is None:
+        notes.append("no intervals: all counted pixels lie in one spatial block, and it takes two at least")
+    if reliability[BINS, 0]:
+        notes.append(
+            f"no calibration: the scores of {reliability[BINS, 0]} of {found['pixels']} pixels are no probabilities "
+            f"(from 0 to 1, and 1 in sum)"
+        )
+    return found | {"notes": notes}
+
+
+def _measured(counted: Counted, classes: Sequence[Named]) -> dict[str, Any]:
+    tables = np.array(list(sums(counted, 1).values()), np.int64).reshape(-1, len(classes), len(classes))
+    return summarize(tables.sum(0), classes) | {"intervals": intervals(tables, classes)}
+
+
+def sums(counted: Counted, part: int) -> dict[str, np.ndarray]:
+    """Confusion matrices by scene_id (part 0) or spatial block (1), sorted."""
+    found: dict[str, np.ndarray] = {}
+    for key, table in counted.items():
+        name = str(key[part])
+        found[name] = found[name] + table if name in found else table
+    return dict(sorted(found.items()))
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """What metrics say, in a line: of two classes the second one's IoU, mIoU, and how far scores can be believed."""
+    sure = found["intervals"] or {"classes": {}}
+    names = list(found["classes"])
+    said = []
+    if len(names) == 2 and found["classes"][names[1]]:
+        iou, between = found["classes"][names[1]]["iou"], (sure["classes"].get(names[1]) or {}).get("iou")
+        said.append(f"{names[1]} IoU {_with_interval(iou, between)}")
+    if found["miou"] is not None:
+        said.append(f"mIoU {_with_interval(found['miou'], sure.get('miou'))}")
+    if found["calibration"]:
+        said.append(f"ECE {found['calibration']['ece']:.3f}")
+    return ", ".join(said) or "no pixel was counted"
+
+
+def _with_interval(value: float, between: Sequence[float] | None) -> str:
+    return f"{value:.3f} [{between[0]:.3f}, {between[1]:.3f}]" if between else f"{value:.3f}"

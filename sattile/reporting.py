@@ -7,21 +7,26 @@ is one HTML file with its pictures inside: it opens offline, prints, and is the 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sattile import storage
+from sattile import comparison, storage
 from sattile.errors import UsageError
+from sattile.figures import (
+    SPLITS,
+    curves_figure,
+    footprint_figure,
+    intervals_figure,
+    is_number,
+    reliability_figure,
+    split_rank,
+)
 from sattile.record import QUARANTINE, RUN, Run
 from sattile.schema import PALETTE
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ORDER = ("index", "tile", "train", "bundle", "evaluate", "predict")
 NOT_TOLD = ("report", "run")  # itself, and the sum of the others
@@ -124,7 +129,7 @@ def render(folders: Sequence[Folder]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        count=count, number=number, percent=percent, short=short, seconds=duration, pretty=pretty
+        between=between, count=count, number=number, percent=percent, short=short, seconds=duration, pretty=pretty
     )
     return environment.get_template("report.html").render(describe(folders))
 
@@ -140,7 +145,11 @@ def describe(folders: Sequence[Folder]) -> dict[str, Any]:
     quarantine = list(_quarantine(folders))
     scenes = [scene for one in by_command.get("index", []) for scene in _scenes(one)]
     _mark_refused(scenes, quarantine)
-    evaluations = [_describe_evaluation(one, classes) for one in by_command.get("evaluate", [])]
+    measured = by_command.get("evaluate", [])
+    evaluations = [
+        {**_describe_evaluation(one, classes), "model": name}
+        for one, name in zip(measured, _model_names(measured), strict=True)
+    ]
     mosaics = [_describe_mosaics(one) for one in by_command.get("predict", [])]
     return {
         "title": _title(folders),
@@ -150,6 +159,7 @@ def describe(folders: Sequence[Folder]) -> dict[str, Any]:
         "scenes": scenes,
         "footprints": footprint_figure(scenes, _tiles(by_command.get("tile", []), scenes)),
         "evaluations": evaluations,
+        "comparison": _compare(measured, evaluations),
         "mosaics": mosaics,
         "models": models,
         "datasets": datasets,
@@ -184,9 +194,11 @@ def _summary(
             said.append(f"A network was trained for {_times(model['epochs'], 'epoch')}.")
     for evaluation in evaluations:
         if evaluation["miou"] is not None:
+            whose = "its" if len(evaluations) == 1 else f"{evaluation['model']}'s"
             said.append(
-                f"On {evaluation['what']}, its mean intersection over union (mIoU) is {number(evaluation['miou'])}"
-                f" and {percent(evaluation['accuracy'])} of the pixels are right."
+                f"On {evaluation['what']}, {whose} mean intersection over union (mIoU) is {number(evaluation['miou'])}"
+                f"{between(evaluation['intervals'].get('miou'))} and {percent(evaluation['accuracy'])} of the pixels "
+                f"are right."
             )
     for folder in by_command.get("predict", []):
         speed = folder.run.get("delivered_mpix_per_s")
@@ -197,13 +209,6 @@ def _summary(
     elif _any_given(by_command):
         said.append("Nothing was refused.")
     return said
-
-
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
-
-
-def _split_rank(name: str) -> int:
-    return [*SPLITS, name].index(name)
 
 
 def _any_given(by_command: dict[str, list[Folder]]) -> bool:
@@ -274,9 +279,9 @@ def _classes(folders: Sequence[Folder]) -> dict[str, str]:
             if described and described.get("classes"):
                 return {str(one["name"]): _color(one.get("color"), one.get("id", 0)) for one in described["classes"]}
     for folder in folders:
-        metrics = folder.read("metrics.json") if folder.command == "evaluate" else None
-        if metrics:
-            return {name: _color(None, index) for index, name in enumerate(metrics["classes"])}
+        measured = folder.read("metrics.json") if folder.command == "evaluate" else None
+        if measured:
+            return {name: _color(None, index) for index, name in enumerate(measured["classes"])}
     return {}
 
 
@@ -401,7 +406,7 @@ def _describe_dataset(folder: Folder) -> dict[str, Any]:
         for one in dataset["classes"]
     ]
     splits = []
-    for name, split in sorted(dataset["splits"].items(), key=lambda item: _split_rank(item[0])):
+    for name, split in sorted(dataset["splits"].items(), key=lambda item: split_rank(item[0])):
         labelled = sum(split["class_pixels"].values())
         shares = [
             {**one, "share": split["class_pixels"].get(str(one["id"]), 0) / labelled if labelled else 0.0}
@@ -430,7 +435,7 @@ def _describe_dataset(folder: Folder) -> dict[str, Any]:
 def _describe_model(folder: Folder) -> dict[str, Any]:
     bundle = folder.read("bundle.json") or {}
     history = [row for row in folder.read("history.json") or [] if isinstance(row, dict)]
-    scored = [row for row in history if _is_number(row.get("val_miou"))]
+    scored = [row for row in history if is_number(row.get("val_miou"))]
     # The first of equals: the checkpoint that training keeps.
     best = max(scored, key=lambda row: row["val_miou"], default=None)
     facts = [
@@ -442,7 +447,7 @@ def _describe_model(folder: Folder) -> dict[str, Any]:
             f"{bundle['receptive_radius']} px" if bundle.get("receptive_radius") is not None else None,
         ),
         ("values", bundle.get("values")),
-        ("gsd", f"{bundle['gsd']:g} m" if _is_number(bundle.get("gsd")) else None),
+        ("gsd", f"{bundle['gsd']:g} m" if is_number(bundle.get("gsd")) else None),
     ]
     return {
         "url": folder.url,
@@ -450,18 +455,20 @@ def _describe_model(folder: Folder) -> dict[str, Any]:
         "best": best,
         "curves": curves_figure(history),
         "facts": [(name, value) for name, value in facts if value not in (None, "")],
-        "seconds": sum(row["seconds"] for row in history if _is_number(row.get("seconds"))),
+        "seconds": sum(row["seconds"] for row in history if is_number(row.get("seconds"))),
     }
 
 
 def _describe_evaluation(folder: Folder, colors: dict[str, str]) -> dict[str, Any]:
-    metrics = folder.read("metrics.json") or {}
-    names = list(metrics.get("classes", {}))
-    confusion = metrics.get("confusion") or []
+    measured = folder.read("metrics.json") or {}
+    names = list(measured.get("classes", {}))
+    confusion = measured.get("confusion") or []
+    sure = measured.get("intervals") or {}
     rows = []
     for index, name in enumerate(names):
-        values = metrics["classes"][name]
-        rows.append({"name": name, "color": colors.get(name, PALETTE[index % len(PALETTE)]), "values": values})
+        color = colors.get(name, PALETTE[index % len(PALETTE)])
+        between = (sure.get("classes") or {}).get(name) or {}
+        rows.append({"name": name, "color": color, "values": measured["classes"][name], "intervals": between})
     table = []
     for name, line in zip(names, confusion, strict=False):
         total = sum(line)
@@ -469,23 +476,96 @@ def _describe_evaluation(folder: Folder, colors: dict[str, str]) -> dict[str, An
             {"name": name, "cells": [{"count": n, "share": n / total if total else None} for n in line], "total": total}
         )
     settings = folder.run.get("settings", {})
-    split = metrics.get("split") or settings.get("split")
+    split = measured.get("split") or settings.get("split")
     samples, left_out = _samples(folder)
+    calibration = measured.get("calibration")
     return {
         "url": folder.url,
         "what": f"the {SPLITS.get(split, split)} split"
         if split and settings.get("scenes") is None
         else "scenes with labels",
-        "miou": metrics.get("miou"),
-        "accuracy": metrics.get("accuracy"),
-        "pixels": metrics.get("pixels") or 0,
+        "miou": measured.get("miou"),
+        "accuracy": measured.get("accuracy"),
+        "pixels": measured.get("pixels") or 0,
         "names": names,
         "rows": rows,
         "confusion": table,
-        "scenes": sorted((metrics.get("scenes") or {}).items()),
+        "scenes": _worst_first(measured.get("scenes")),
+        "regions": _worst_first(measured.get("regions")),
+        "intervals": sure,
+        "calibration": calibration,
+        "reliability": reliability_figure([("this model", calibration)]) if calibration else None,
+        "notes": measured.get("notes") or [],
         "samples": samples,
         "samples_left_out": left_out,
     }
+
+
+def _worst_first(measured: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """By mIoU; what has none comes last."""
+
+    def rank(item: tuple[str, dict[str, Any]]) -> tuple[bool, float, str]:
+        miou = item[1].get("miou")
+        return miou is None, miou or 0.0, item[0]
+
+    return sorted((measured or {}).items(), key=rank)
+
+
+def _compare(folders: Sequence[Folder], evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Several evaluations side by side, best first; None for one."""
+    if len(folders) < 2:
+        return None
+    counted = [comparison.read_blocks(folder.join(comparison.BLOCKS)) for folder in folders]
+    best, differences = comparison.differences(
+        [(one["names"], blocks) for one, blocks in zip(evaluations, counted, strict=True)]
+    )
+    models = []
+    for index, (folder, one) in enumerate(zip(folders, evaluations, strict=True)):
+        network = folder.run.get("network") or {}
+        sure = one["intervals"]
+        models.append(
+            {
+                "name": one["model"],
+                "url": folder.url,
+                "arch": network.get("arch"),
+                "parameters": network.get("parameters"),
+                "miou": (one["miou"], sure.get("miou")),
+                "classes": {
+                    row["name"]: ((row["values"] or {}).get("iou"), (row["intervals"] or {}).get("iou"))
+                    for row in one["rows"]
+                },
+                "calibration": one["calibration"],
+                "speed": folder.run.get("delivered_mpix_per_s"),
+                "best": index == best,
+                "difference": differences[index],
+            }
+        )
+    # Those that can't be compared come last, and into no figure: side by side they would be compared after all.
+    models.sort(
+        key=lambda one: (
+            not one["best"] and one["difference"] is None, one["miou"][0] is None, -(one["miou"][0] or 0), one["name"]
+        )
+    )  # fmt: skip
+    names = list(dict.fromkeys(name for one in models for name in one["classes"]))
+    alike = [one for one in models if one["best"] or one["difference"]]
+    values = [(one["name"], [one["miou"], *(one["classes"][name] for name in one["classes"])]) for one in alike]
+    return {
+        "models": models,
+        "names": names,
+        "best": next((one["name"] for one in models if one["best"]), None),
+        "apart": [one["name"] for one in models if one not in alike],
+        "intervals": intervals_figure(["mIoU", *alike[0]["classes"]], values) if alike else None,
+        "reliability": reliability_figure([(one["name"], one["calibration"]) for one in alike if one["calibration"]]),
+    }
+
+
+def _model_names(folders: Sequence[Folder]) -> list[str]:
+    """What to call the models of evaluations: their folders' names, with the evaluation's where that is not enough."""
+    names = [storage.name(str(one.run.get("model") or "")) or storage.name(one.url) for one in folders]
+    return [
+        name if names.count(name) == 1 else f"{name} ({storage.name(folder.url)})"
+        for name, folder in zip(names, folders, strict=True)
+    ]
 
 
 PANELS = (("image", "image"), ("truth", "labels"), ("prediction", "map"), ("errors", "errors"))
@@ -597,7 +677,7 @@ def count(value: float | int) -> str:
 
 def number(value: float | None) -> str:
     """Three digits that mean something; a dash for what was not measured."""
-    if not _is_number(value) or value is None:
+    if not is_number(value) or value is None:
         return "–"
     if isinstance(value, int) or value == 0 or abs(value) >= 100:
         return count(round(value))
@@ -605,8 +685,13 @@ def number(value: float | None) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if abs(value) >= 0.01 else f"{value:.2g}"
 
 
+def between(interval: Sequence[float] | None) -> str:
+    """An interval, to stand behind its number: ' [0.742, 0.815]'; nothing for none."""
+    return f" [{number(interval[0])}, {number(interval[1])}]" if interval else ""
+
+
 def percent(value: float | None) -> str:
-    return f"{100 * value:.1f} %" if _is_number(value) and value is not None else "–"
+    return f"{100 * value:.1f} %" if is_number(value) and value is not None else "–"
 
 
 def duration(value: float) -> str:
@@ -625,176 +710,3 @@ def short(value: str, length: int = 80) -> str:
 def pretty(value: Any) -> str:
     """A setting as text: strings as they are, all else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-# Figures. Their ink is the page's, so that they follow it into the dark and onto paper.
-
-INK, LINES, PAPER = "#010203", "#040506", "#070809"
-_VARIABLES = {INK: "var(--ink)", LINES: "var(--line)", PAPER: "var(--paper)"}
-
-BLUE, ORANGE, RED, GREEN = "#3b7dd8", "#d9822b", "#d1495b", "#2a9d6f"
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _axes_style(axes: Any) -> None:
-    axes.set_facecolor("none")
-    axes.tick_params(colors=INK, labelsize=9, length=0)
-    axes.grid(color=LINES, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def svg(figure: Figure, label: str) -> str:
-    """A figure as an SVG element for inlining: the same bytes each time, its text real text.
-
-    Args:
-        figure: drawn with INK, LINES and PAPER for what should follow the page.
-        label: what it shows, for those who cannot see it.
-    """
-    import matplotlib
-    from markupsafe import Markup, escape
-
-    text = io.StringIO()
-    settings: Any = {
-        "svg.hashsalt": "sattile",
-        "svg.fonttype": "none",
-        "font.family": ["sans-serif"],
-        "font.sans-serif": ["DejaVu Sans"],
-    }
-    with matplotlib.rc_context(settings):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    drawing = text.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--sans)", drawing)
-    drawing = re.sub(r' xmlns:xlink="[^"]*"', "", drawing).replace("xlink:href", "href")
-    for color, variable in _VARIABLES.items():
-        drawing = drawing.replace(color, variable)
-    # The width goes: the page decides; the view box keeps the shape.
-    opening = re.sub(r'<svg height="[^"]*"', "<svg", drawing[: drawing.index(">")])
-    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    opening = opening.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    return Markup(opening + drawing[drawing.index(">") :])
-
-
-def curves_figure(history: Sequence[dict[str, Any]]) -> str | None:
-    """Loss and mIoU by epoch; None if nothing was recorded."""
-    panels = [
-        ("loss", (("loss", "training", BLUE), ("val_loss", "validation", ORANGE))),
-        ("mIoU", (("miou", "training", BLUE), ("val_miou", "validation", ORANGE))),
-    ]
-    drawn = []
-    for title, lines in panels:
-        found = []
-        for key, label, color in lines:
-            points = [(row.get("epoch", i + 1), row[key]) for i, row in enumerate(history) if _is_number(row.get(key))]
-            if points:
-                found.append((key, label, color, points))
-        if found:
-            drawn.append((title, found))
-    if not drawn:
-        return None
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _figure(4.4 * len(drawn), 2.8)
-    for position, (title, lines_found) in enumerate(drawn):
-        axes = figure.add_subplot(1, len(drawn), position + 1)
-        _axes_style(axes)
-        for key, label, color, points in lines_found:
-            epochs, values = zip(*points, strict=True)
-            axes.plot(epochs, values, color=color, linewidth=2, marker="o", markersize=3.2, label=label)
-            if key == "val_miou":
-                top = values.index(max(values))
-                axes.annotate(
-                    f"best {values[top]:.3f}",
-                    (epochs[top], values[top]),
-                    textcoords="offset points",
-                    xytext=(0, -15),
-                    ha="center",
-                    fontsize=9,
-                    color=INK,
-                )
-                axes.plot([epochs[top]], [values[top]], "o", markersize=8, mfc="none", mec=color, mew=1.5)
-        axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
-        axes.set_xlabel("epoch", fontsize=9, color=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.margins(y=0.16)
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return svg(figure, "training curves: " + " and ".join(title for title, _ in drawn) + " by epoch")
-
-
-SPLIT_COLORS = {"train": BLUE, "val": ORANGE, "test": GREEN}
-
-
-def footprint_figure(scenes: Sequence[dict[str, Any]], tiles: dict[str, list[list[tuple[float, float]]]]) -> str | None:
-    """Where the scenes lie, which were refused, and which ground went to which split; None without footprints.
-
-    Args:
-        scenes: with `number`, `footprint` (WKB in EPSG:4326 or None) and `refused`.
-        tiles: outlines in degrees by split.
-    """
-    import shapely
-    from matplotlib.collections import PolyCollection
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    shapes = [(scene, shapely.from_wkb(scene["footprint"])) for scene in scenes if scene.get("footprint")]
-    shapes = [(scene, shape) for scene, shape in shapes if not shape.is_empty]
-    if not shapes:
-        return None
-    west, south, east, north = shapely.total_bounds([shape for _, shape in shapes])
-    middle = (south + north) / 2
-    aspect = 1 / max(0.05, math.cos(math.radians(middle)))
-    wide = max(east - west, 1e-6)
-    tall = max(north - south, 1e-6) * aspect
-    figure = _figure(8.6, min(7.5, max(2.6, 8.0 * tall / wide + 0.8)))
-    axes = figure.add_subplot()
-    _axes_style(axes)
-    handles: list[Any] = []
-    for split, outlines in sorted(tiles.items(), key=lambda item: _split_rank(item[0])):
-        color = SPLIT_COLORS.get(split, "#888888")
-        axes.add_collection(PolyCollection(outlines, facecolors=color, alpha=0.38, edgecolors="none"))
-        handles.append(Patch(facecolor=color, alpha=0.38, label=f"{SPLITS.get(split, split)} tiles"))
-    kept = refused = False
-    for scene, shape in shapes:
-        bad = bool(scene.get("refused"))
-        kept, refused = kept or not bad, refused or bad
-        for part in getattr(shape, "geoms", [shape]):
-            if part.geom_type != "Polygon":
-                continue
-            x, y = part.exterior.xy
-            axes.plot(x, y, color=RED if bad else INK, linewidth=1.8 if bad else 1.1, linestyle="--" if bad else "-")
-        if len(shapes) <= 60:
-            # At a corner: footprints of overlapping scenes share their middles, seldom their corners.
-            corner_x, corner_y = shape.bounds[0], shape.bounds[3]
-            axes.annotate(
-                str(scene["number"]),
-                (corner_x, corner_y),
-                textcoords="offset points",
-                xytext=(5, -12),
-                fontsize=9.5,
-                fontweight="bold",
-                color=RED if bad else INK,
-            )
-    if kept:
-        handles.append(Line2D([], [], color=INK, linewidth=1.1, label="scene"))
-    if refused:
-        handles.append(Line2D([], [], color=RED, linewidth=1.8, linestyle="--", label="refused later"))
-    axes.set_aspect(aspect)
-    axes.margins(0.03)
-    axes.autoscale_view()
-    axes.ticklabel_format(useOffset=False, style="plain")
-    axes.xaxis.set_major_formatter("{x:g}°")
-    axes.yaxis.set_major_formatter("{x:g}°")
-    figure.legend(handles=handles, loc="outside lower left", ncols=5, frameon=False, fontsize=9, labelcolor=INK)
-    return svg(figure, f"map of the footprints of {len(shapes)} scenes")

@@ -172,6 +172,16 @@ TILE = pa.schema(
 )
 """One row of a tiles dataset. Arrays are `.npy` bytes, the encoding of petastorm's NdarrayCodec."""
 
+COUNTED = pa.schema(
+    [
+        ("scene_id", pa.string()),
+        ("spatial_block", pa.string()),  # ground cell; scene_id without a CRS
+        ("region", pa.string()),  # null where none were asked for
+        ("confusion", pa.list_(pa.int64())),  # classes x classes, row by row, as in `metrics.confusion`
+    ]
+)
+"""What an evaluation counted, piece by piece: `blocks.parquet`, from which its intervals follow."""
+
 
 def describe_classes(classes: Sequence[SegmentClass]) -> list[dict[str, Any]]:
     return [asdict(one) for one in classes]

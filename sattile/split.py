@@ -95,6 +95,16 @@ def cells(lon: np.ndarray, lat: np.ndarray, cell: float) -> list[str]:
     return [key for key, _ in _touched(float(x.min()), low, float(x.max()), high, cell)]
 
 
+def cells_at(lon: np.ndarray, lat: np.ndarray, cell: float) -> list[str]:
+    """The ground cell of each point by itself, as `cells` names it."""
+    x = EARTH_RADIUS * _COS_30 * np.radians(lon)
+    y = EARTH_RADIUS * np.sin(np.radians(lat)) / _COS_30
+    around = max(round(_AROUND / cell), 1)
+    cols = np.floor((x + 1e-3) / (_AROUND / around)).astype(np.int64) % around
+    rows = np.floor((y + 1e-3) / cell).astype(np.int64)
+    return [f"{col}_{row}" for col, row in zip(cols.tolist(), rows.tolist(), strict=True)]
+
+
 def cell_shares(bounds: tuple[float, float, float, float], cell: float) -> dict[str, float]:
     """How much of each ground cell a rectangle (west, south, east, north) covers, 0 to 1."""
     west, south, east, north = bounds

@@ -842,7 +842,11 @@ def _describe(
             band: total.summary() for band, total in zip(scenes[0].band_names, statistics, strict=True)
         },
         "split_rule": {**asdict(rule), "fixed": dict(sorted(rule.fixed.items()))},
-        "sources": [source for source in sources if source["scene_id"] in good],
+        "sources": [
+            {**source, "crs": scene.crs, "transform": scene.transform}
+            for source, scene in zip(sources, scenes, strict=True)
+            if scene.scene_id in good
+        ],
         "settings": dict(settings),
         "digest": f"{digest:064x}",
     }  # fmt: skip

@@ -19,9 +19,9 @@ LAYERS = [
     {"tiles", "training", "prediction"},
     {"sheets"},
     {"mapreduce"},
-    {"inference"},
-    {"warp", "scenes", "labels", "model", "mosaic", "vectors", "reporting", "demo", "doctor"},
-    {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "scorers"},
+    {"inference", "strata", "reporting"},
+    {"warp", "scenes", "labels", "model", "mosaic", "vectors", "pictures", "comparison", "demo", "doctor"},
+    {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "figures", "scorers"},
     {"schema", "stitch"},
     {"grid", "split", "statistics", "storage"},
     {"errors"},
@@ -36,7 +36,7 @@ OWNERS = {
     "petastorm": {"dataset"},
     "geopandas": {"labels", "scenes", "tiles", "prediction"},
     "pystac": {"scenes", "mosaic"},
-    "matplotlib": {"reporting"},
+    "matplotlib": {"figures"},
     "jinja2": {"reporting"},
 }
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes_for_tests import write_scene
 
-from sattile import evaluation, prediction
+from sattile import inference, metrics, pictures, prediction
 from sattile.errors import UsageError
 from sattile.evaluation import check_dataset, evaluate, owners
 from sattile.grid import Window
+from sattile.inference import BlockRead, Piece
 from sattile.model import load_bundle
+from sattile.schema import Scene
 
 # Pictures have no georeference.
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -90,6 +94,34 @@ def expected(names: list[str]) -> np.ndarray:
     return table
 
 
+def spatial_blocks(name: str) -> np.ndarray:
+    """The spatial block of each pixel, (height, width) of str: of the middle of its square of 32 px, in numpy alone but
+    for the projection. Cells of 1,280 m: 128 px, the least, since the archive is small."""
+    import pyproj
+
+    height, width = SHAPES[name]
+    rows, cols = ((one // 32 * 32 + np.minimum(one // 32 * 32 + 32, end)) / 2
+                  for one, end in zip(np.indices((height, width)), (height, width), strict=True))  # fmt: skip
+    west = 600_000 + 50_000 * list(SHAPES).index(name)
+    lon, lat = pyproj.Transformer.from_crs(32632, 4326, always_xy=True).transform(west + 10 * cols, 5e6 - 10 * rows)
+    radius, cosine = 6_371_008.8, np.cos(np.pi / 6)
+    around = 2 * np.pi * radius * cosine
+    across = np.floor(np.radians(lon) * radius * cosine / (around / round(around / 1280))).astype(int)
+    up = np.floor(np.sin(np.radians(lat)) * radius / cosine / 1280).astype(int)
+    return np.char.add(np.char.add(across.astype(str), "_"), up.astype(str))
+
+
+def counted_by_block(name: str) -> dict[str, list[int]]:
+    image, labels = made(name)
+    found, cells = np.where(image[1] > image[0], 7, 0), spatial_blocks(name)
+    good = (labels != 255) & (image[0] != 0)
+    return {
+        cell: [int((good & (cells == cell) & (labels == truth) & (found == said)).sum()) for truth in (0, 7)
+               for said in (0, 7)]
+        for cell in np.unique(cells[good])
+    }  # fmt: skip
+
+
 def read(url: str) -> dict[str, Any]:
     return json.loads(Path(url).read_text())
 
@@ -111,6 +143,18 @@ def test_scenes_with_labels(
     assert found["undecided"] == 0
     for name in SHAPES:
         np.testing.assert_array_equal(found["scenes"][name]["confusion"], expected([name]))
+
+    blocks = pq.read_table(out / "blocks.parquet").to_pylist()
+    expected_blocks = {name: counted_by_block(name) for name in SHAPES}
+    assert {name: {row["spatial_block"]: row["confusion"] for row in blocks if row["scene_id"] == name}
+            for name in SHAPES} == expected_blocks  # fmt: skip
+    assert found["intervals"]["blocks"] == len({cell for one in expected_blocks.values() for cell in one}) > 3
+    low, high = found["intervals"]["miou"]
+    assert low < found["miou"] < high
+    assert found["calibration"] is None
+    assert found["notes"] == [f"no calibration: the scores of {found['pixels']} of {found['pixels']} pixels are no "
+                              f"probabilities (from 0 to 1, and 1 in sum)"]  # fmt: skip
+    assert "regions" not in found
 
     listed = json.loads((out / "samples" / "samples.json").read_text())
     assert {one["scene_id"] for one in listed} == set(SHAPES)
@@ -146,8 +190,137 @@ def test_a_dataset_counts_each_pixel_once_though_tiles_overlap(
         np.testing.assert_array_equal(found["scenes"][name]["confusion"], expected([name]))
     assert len(json.loads((out / "samples" / "samples.json").read_text())) == 2
     assert json.loads((out / "_run.json").read_text())["evaluated_mpix_per_s"] > 0
+    blocks = pq.read_table(out / "blocks.parquet").to_pylist()
+    tiles = pq.read_table(tmp_path / "tiles" / "test", columns=["spatial_block"])["spatial_block"].to_pylist()
+    assert {row["spatial_block"] for row in blocks} <= set(tiles)
+    assert found["intervals"]["blocks"] == len({row["spatial_block"] for row in blocks}) > 3
     with pytest.raises(UsageError, match="no tiles in split 'val'; it has train, test"):
         evaluate(spark, model=model, dataset=dataset, split="val", out=str(tmp_path / "val"))
+
+
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A network that says 0.25 and 0.75 of every pixel, in logarithms through a softmax."""
+    import keras
+
+    from sattile.model import bundle
+
+    folder = tmp_path_factory.mktemp("sure")
+    given = keras.Input((None, None, 2))
+    layer = keras.layers.Conv2D(2, 1, activation="softmax", kernel_initializer="zeros")
+    network = keras.Model(given, layer(given))
+    layer.set_weights([layer.get_weights()[0], np.log([1.0, 3.0])])
+    network.save(folder / "sure.keras")
+    return bundle(str(folder / "sure.keras"), bands="x,y", classes="land=0,water=7", out=str(folder / "bundle"))
+
+
+def regions_of(path: Path) -> str:
+    """West and east half of `one`, in degrees, and all of `small`; `two, b` is in none."""
+    import geopandas
+    import shapely
+
+    boxes = [shapely.box(599_000, 4_990_000, 601_150, 5_001_000), shapely.box(601_150, 4_990_000, 603_000, 5_001_000),
+             shapely.box(699_000, 4_990_000, 702_000, 5_001_000)]  # fmt: skip
+    frame = geopandas.GeoDataFrame({"name": ["west", "east", "small"]}, geometry=boxes, crs=32632)
+    frame.to_crs(4326).to_file(path, driver="GeoJSON")
+    return str(path)
+
+
+def test_calibration_and_regions_of_scenes_are_those_of_a_dataset_and_of_numpy(
+    spark: Any, sure: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sattile.tiles import tile
+
+    monkeypatch.setattr(prediction, "choose_edge", lambda *_: 64)
+    regions = regions_of(tmp_path / "regions.geojson")
+    # Tiles of the squares' size, so that the middles of both are the same; the archive as its own training split.
+    dataset = tile(
+        spark, scenes=[str(archive / "scenes")], labels=str(archive / "labels"), out=str(tmp_path / "tiles"), size=32,
+        classes="land=0,water=7", fractions="1,0,0", split="block",
+    )  # fmt: skip
+    shared: dict[str, Any] = {"model": sure, "regions": regions, "region_attribute": "name"}
+    found = [read(evaluate(spark, **shared, out=str(tmp_path / "a"), dataset=dataset, split="train"))]
+    by_place: dict[str, Any] = {"scenes": [str(archive / "scenes")], "labels": str(archive / "labels"), "size": 64}
+    for merge in ("crop", "blend"):
+        found.append(read(evaluate(spark, **shared, **by_place, out=str(tmp_path / merge), merge=merge)))
+    truth = expected(list(SHAPES)).sum(1)  # all of it is taken for water
+    for one in found:
+        assert one["confusion"] == [[0, int(truth[0])], [0, int(truth[1])]]
+        assert one["notes"] == []
+        (bin_,) = [entry for entry in one["calibration"]["bins"] if entry["pixels"]]
+        assert bin_["pixels"] == truth.sum()
+        assert bin_["accuracy"] == truth[1] / truth.sum()
+        assert bin_["confidence"] == pytest.approx(0.75, abs=1e-6)
+        assert one["calibration"]["ece"] == one["calibration"]["mce"] == pytest.approx(0.75 - truth[1] / truth.sum())
+        assert one["regions"].keys() == {"west", "east", "small", "(outside)"}
+        total = sum(np.array(part["confusion"]) for part in one["regions"].values())
+        np.testing.assert_array_equal(total, one["confusion"])
+    # Of the last tiles, moved inside the scene, the middles are others: of a dataset only the other regions are equal.
+    image, labels = made("one")
+    middles = (np.arange(233) // 32 * 32 + np.minimum(np.arange(233) // 32 * 32 + 32, 233)) / 2
+    west = (labels != 255) & (image[0] != 0) & (middles < 115)[None]
+    for one in found[1:]:
+        assert one["regions"]["west"]["confusion"] == [[0, int((west & (labels == value)).sum())] for value in (0, 7)]
+        np.testing.assert_array_equal(one["regions"]["(outside)"]["confusion"], one["scenes"]["two, b"]["confusion"])
+    for name in ("small", "(outside)"):
+        assert found[0]["regions"][name]["confusion"] == found[1]["regions"][name]["confusion"]
+
+    options = {**shared, "dataset": dataset, "split": "train", "out": str(tmp_path / "a")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*") if path.name != "_run.json"}
+    evaluate(spark, **options)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(UsageError, match="was made with other settings \\(regions:"):
+        evaluate(spark, **{**options, "region_attribute": None})
+
+
+@pytest.mark.parametrize("merge", ["crop", "blend"])
+def test_scores_are_counted_as_they_are_decided(model: str, merge: str) -> None:
+    """A block taller than a strip, of several windows, some without data: as from its finished scores."""
+    rng = np.random.default_rng(3)
+    height, width = 531, 150
+    job = replace(inference.prepare(load_bundle(model), merge=merge, size=64), scores=True)
+    whole = Window(0, 0, height, width)
+    scene = Scene("s", "s.tif", height, width, (), None, (1, 0, 0, 0, 1, 0))
+    first = rng.random((height, width), np.float32)
+    valid = rng.random((height, width)) < 0.9
+    valid[200:300] = False
+    truth = rng.choice(np.uint8([0, 7, 255]), (height, width))
+    region = job.geometry.region(height, width, whole)
+    assert region == whole
+    read = BlockRead(region, np.stack([first, 1 - first], -1), valid, valid, truth, 0.0)
+    done = inference.label_block(Piece(scene, whole), read, job, lambda images: images)
+    assert done.scores is not None
+    assert done.labels is not None
+    assert done.reliability is not None
+    assert done.reliability[:-1, 0].sum() == (valid & (truth != 255)).sum()
+    np.testing.assert_array_equal(done.reliability, metrics.reliability(done.scores, truth, done.labels, (0, 7)))
+
+
+def test_the_same_bytes_however_the_work_is_cut(
+    spark: Any, sure: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regions = regions_of(tmp_path / "regions.geojson")
+    written = []
+    for number, (edge, size, slots) in enumerate([(32, 32, 1), (96, 48, 2), (4096, 128, 7)]):
+        monkeypatch.setattr(prediction, "choose_edge", lambda *_, edge=edge: edge)
+        monkeypatch.setattr("sattile.engine.slots", lambda _, slots=slots: slots)
+        out = tmp_path / str(number)
+        evaluate(spark, model=sure, scenes=[str(archive / "scenes")], labels=str(archive / "labels"), out=str(out),
+                 merge="crop", size=size, regions=regions, samples=0)  # fmt: skip
+        written.append([(out / name).read_bytes() for name in ("metrics.json", "blocks.parquet")])
+    assert written[0] == written[1] == written[2]
+
+
+def test_the_last_line_says_how_well_and_how_surely() -> None:
+    classes = {"land": {"iou": 0.9}, "water": {"iou": 0.78123}}
+    found: dict[str, Any] = {
+        "classes": classes, "miou": 0.84, "calibration": {"ece": 0.0214},
+        "intervals": {"classes": {"water": {"iou": [0.742, 0.8149]}}, "miou": [0.8, 0.88]},
+    }  # fmt: skip
+    assert metrics.headline(found) == "water IoU 0.781 [0.742, 0.815], mIoU 0.840 [0.800, 0.880], ECE 0.021"
+    found |= {"intervals": None, "calibration": None, "classes": {**classes, "ice": None}}
+    assert metrics.headline(found) == "mIoU 0.840"
+    assert metrics.headline({**found, "miou": None}) == "no pixel was counted"
 
 
 def test_labels_of_another_class_refuse_their_scene(spark: Any, model: str, archive: Path, tmp_path: Path) -> None:
@@ -189,7 +362,7 @@ def test_neither_and_both_of_dataset_and_scenes_are_refused(spark: Any, model: s
 def test_pictures_take_red_green_and_blue_where_they_are_named() -> None:
     image = np.zeros((2, 50, 4))
     image[0, :, 2] = np.arange(50)
-    picture = evaluation.stretch(image, np.ones((2, 50), bool), ["B02", "B03", "B04", "B08"])
+    picture = pictures.stretch(image, np.ones((2, 50), bool), ["B02", "B03", "B04", "B08"])
     assert picture[0, 49].tolist() == [255, 0, 0]
-    picture = evaluation.stretch(image, np.zeros((2, 50), bool), ["a"])
+    picture = pictures.stretch(image, np.zeros((2, 50), bool), ["a"])
     assert not picture.any()

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,8 +19,9 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sattile import reporting, schema
+from sattile import comparison, figures, metrics, reporting, schema
 from sattile.errors import UsageError
+from sattile.schema import SegmentClass
 
 NASTY = "<script>alert('1 & 2')</script> \"x\".tif"
 SCENES = ("scene one, west", "scene-two", NASTY)
@@ -361,15 +363,15 @@ def test_short_keeps_both_ends(text: str, length: int) -> None:
 
 def test_figures_are_the_same_bytes_and_follow_the_page() -> None:
     history = [{"epoch": i, "loss": 1 / i, "val_miou": i / 10} for i in range(1, 6)]
-    drawn = [reporting.curves_figure(history) for _ in range(2)]
+    drawn = [figures.curves_figure(history) for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert drawn[0] is not None
     assert "var(--ink)" in drawn[0]
     assert "var(--line)" in drawn[0]
-    assert reporting.INK not in drawn[0]
+    assert figures.INK not in drawn[0]
     assert drawn[0].startswith("<svg role=")
-    assert reporting.curves_figure([]) is None
-    assert reporting.curves_figure([{"epoch": 1, "loss": None}]) is None
+    assert figures.curves_figure([]) is None
+    assert figures.curves_figure([{"epoch": 1, "loss": None}]) is None
 
 
 def test_footprints_are_where_they_should_be() -> None:
@@ -379,8 +381,8 @@ def test_footprints_are_where_they_should_be() -> None:
         {"number": 1, "footprint": shapely.to_wkb(two), "refused": ""},
         {"number": 2, "footprint": None, "refused": "tile"},
     ]
-    assert reporting.footprint_figure(scenes, {}) is not None
-    assert reporting.footprint_figure(scenes[1:], {}) is None
+    assert figures.footprint_figure(scenes, {}) is not None
+    assert figures.footprint_figure(scenes[1:], {}) is None
 
 
 def test_tile_outlines_are_on_the_ground() -> None:
@@ -404,3 +406,127 @@ def test_picture_takes_pictures_only(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("b.png", "none.png", "../a.png", "sub/../a.png", "", None, 3, ".a", str(tmp_path / "a.png")):
         assert reporting._picture(str(tmp_path), name) is None
+
+
+def evaluation(folder: Path, tables: dict[tuple[str, str, str | None], list[list[int]]], **more: Any) -> Path:
+    """An evaluation's folder, as `evaluate` leaves it, from what it counted."""
+    classes = [SegmentClass(0, "soil", "#ddcc77"), SegmentClass(1, "R&D <b>", "#332288")]
+    counted = {key: np.array(table) for key, table in tables.items()}
+    reliability = np.zeros((metrics.BINS + 1, 3), np.int64)
+    reliability[[13, 18]] = [[100, 70, 65 * metrics.UNIT], [300, 240, 270 * metrics.UNIT]]
+    folder.mkdir(parents=True)
+    record(folder, "evaluate", settings={"split": "test"}, **more)
+    write_json(folder / "metrics.json", metrics.assess(counted, reliability, classes))
+    comparison.write_blocks(str(folder / "blocks.parquet"), counted)
+    return folder
+
+
+def tables_of(wrong: int) -> dict[tuple[str, str, str | None], list[list[int]]]:
+    """Twelve blocks in three scenes, the later the worse."""
+    return {
+        (f"scene {i % 3}", f"{i}_0", "north" if i < 4 else "(outside)"): [
+            [200 - wrong - i, wrong + i],
+            [wrong * (i % 3), 100 - wrong * (i % 3)],
+        ]
+        for i in range(12)
+    }
+
+
+def text_of(*folders: Path) -> str:
+    html = re.sub("</t[dh]>", r" \g<0>", page_of(*folders))
+    return " ".join(Page(html).text.replace("\u202f", " ").split())
+
+
+def test_one_evaluation_says_how_sure_its_numbers_are(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "e", tables_of(10))
+    measured = json.loads((folder / "metrics.json").read_text())
+    text = text_of(folder)
+    low, high = measured["intervals"]["miou"]
+    assert f"mIoU {measured['miou']:.3f} [{low:.3f}, {high:.3f}]" in text
+    for name in ("iou", "precision", "recall", "f1"):
+        for one in ("soil", "R&D <b>"):
+            low, high = measured["intervals"]["classes"][one][name]
+            assert f"{measured['classes'][one][name]:.3f} [{low:.3f}, {high:.3f}]" in text
+    assert "by resampling 12 spatial blocks" in text
+    assert "take the intervals for too narrow" in text
+    # (100 |0.7 - 0.65| + 300 |0.8 - 0.9|) / 400
+    assert "Expected calibration error (ECE) 0.0875, the largest of a bin 0.100" in text
+    assert "Comparison" not in text
+    north = measured["regions"]["north"]
+    low, high = north["intervals"]["miou"]
+    assert f"north {north['miou']:.3f} [{low:.3f}, {high:.3f}]" in text
+    by_scene = text[text.index("By scene, worst first") :]
+    order = sorted(measured["scenes"], key=lambda name: measured["scenes"][name]["miou"])
+    assert order != sorted(order)
+    assert sorted(order, key=by_scene.index) == order
+
+
+def test_why_there_is_no_interval_is_said(tmp_path: Path) -> None:
+    text = text_of(evaluation(tmp_path / "e", {("a", "0_0", None): [[5, 1], [2, 7]]}))
+    assert "No intervals: all counted pixels lie in one spatial block, and it takes two at least." in text
+    assert "95 %" not in text
+
+
+def test_several_evaluations_are_compared_on_the_same_ground(tmp_path: Path) -> None:
+    network = {"arch": "unet-small", "parameters": 123456}
+    good = evaluation(tmp_path / "a", tables_of(10), model="work/good", network=network, delivered_mpix_per_s=2.5)
+    bad = evaluation(tmp_path / "b", tables_of(14), model="work/bad")
+    text = text_of(bad, good)
+    mious = {name: json.loads((folder / "metrics.json").read_text())["miou"] for name, folder in
+             (("good", good), ("bad", bad))}  # fmt: skip
+    table = text[text.index("Comparison") : text.index("Differences to good are paired")]
+    assert table.index("good unet-small 123 456") < table.index("bad –")
+    stacks = [
+        np.array(list(tables_of(wrong).values()))[np.argsort([f"{i}_0" for i in range(12)])] for wrong in (14, 10)
+    ]
+    difference, interval = metrics.paired_difference(*stacks)
+    assert difference == pytest.approx(mious["bad"] - mious["good"])
+    assert interval is not None
+    assert f"{reporting.number(difference)}{reporting.between(interval)}" in table
+    assert "2.50" in table
+    assert "Not comparable" not in text
+    page = page_of(bad, good)
+    assert "IoU of good, bad with intervals" in page
+    assert "of right pixels by score, of good, bad" in page
+    Page(page)  # well-formed, and nothing of it escapes
+
+
+def test_evaluations_of_other_pixels_are_not_compared(tmp_path: Path) -> None:
+    good, same = (evaluation(tmp_path / name, tables_of(wrong), model=name) for name, wrong in (("a", 10), ("b", 11)))
+    fewer = tables_of(2)
+    fewer.popitem()
+    other = evaluation(tmp_path / "c", fewer, model="c")
+    moved = tables_of(2)
+    moved["scene 0", "0_0", "north"][1][1] -= 1
+    one_less = evaluation(tmp_path / "d", moved, model="d")
+    assert "Not comparable: no two of these" in text_of(good, other)
+    assert "with intervals" not in page_of(good, other)
+    assert "Not comparable: no two of these" in text_of(good, one_less)
+    text = text_of(other, one_less, good, same)
+    assert "Differences to a are paired" in text
+    assert "Not comparable with a: c, d counted other pixels or classes" in text
+    assert "IoU of a, b with intervals" in page_of(other, one_less, good, same)
+    # Other regions of the same pixels are no hindrance.
+    renamed = {(scene, block, "all"): table for (scene, block, _), table in tables_of(12).items()}
+    assert "Not comparable" not in text_of(good, evaluation(tmp_path / "e", renamed, model="e"))
+
+
+def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    first, second = (
+        evaluation(tmp_path / name, tables_of(wrong), model=f"{name}/model") for name, wrong in (("a", 10), ("b", 11))
+    )
+    assert "Differences to model (a) are paired" in text_of(first, second)
+
+
+def test_what_was_counted_is_read_back(tmp_path: Path) -> None:
+    counted = {key: np.array(table) for key, table in tables_of(3).items()}
+    paths = [tmp_path / name for name in "ab"]
+    comparison.write_blocks(str(paths[0]), counted)
+    comparison.write_blocks(str(paths[1]), dict(reversed(counted.items())))
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    found = comparison.read_blocks(str(paths[0]))
+    assert found is not None
+    assert {key: table.tolist() for key, table in found.items()} == tables_of(3)
+    assert comparison.read_blocks(str(tmp_path / "c")) is None
+    comparison.write_blocks(str(tmp_path / "c"), {})
+    assert comparison.read_blocks(str(tmp_path / "c")) == {}
