@@ -172,7 +172,7 @@ class Split:
 
     def _file(self, number: int) -> pq.ParquetFile:
         """A file, opened for this thread."""
-        mine = self._opened.__dict__
+        mine: dict[int, pq.ParquetFile] = self._opened.__dict__.setdefault("files", {})
         if number not in mine:
             mine[number] = pq.ParquetFile(storage.open_file(self._urls[number]))
         return mine[number]
