@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -169,7 +170,7 @@ def save_bundle(
             file = keras_file
         else:
             network.save(file)
-            _without_time(file)
+            _without_chance(file)
         digest = storage.sha256_file(file)
         _export(network, os.path.join(scratch, SAVED_MODEL))
         fast = _for_openvino(network, scratch, output, tiles) if scorers.has_openvino() else {}
@@ -238,12 +239,18 @@ def _digest_of_openvino(folder: str) -> str:
     return storage.digest([storage.sha256_file(os.path.join(folder, name)) for name in (XML, BIN)])
 
 
-def _without_time(path: str) -> None:
-    """Take the time of writing out of a .keras file: the same network is the same file, and the same digest."""
+def _without_chance(path: str) -> None:
+    """Take time and place of writing out of a .keras file: the same network is the same file, and the same digest."""
     with zipfile.ZipFile(path) as source:
         members = {name: source.read(name) for name in sorted(source.namelist())}
     about = json.loads(members["metadata.json"])
     members["metadata.json"] = json.dumps(about | {"date_saved": "1980-01-01@00:00:00"}).encode()
+    numbers: dict[str, int] = {}  # Keras tells objects that layers share by their addresses in memory
+    members["config.json"] = re.sub(
+        r'("shared_object_id": )(\d+)',
+        lambda match: match.group(1) + str(numbers.setdefault(match.group(2), len(numbers) + 1)),
+        members["config.json"].decode(),
+    ).encode()
     with zipfile.ZipFile(path, "w") as target:
         for name, content in members.items():
             target.writestr(zipfile.ZipInfo(name), content)

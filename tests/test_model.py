@@ -282,6 +282,25 @@ def test_the_same_network_is_the_same_file(tmp_path: Path) -> None:
     keras.models.load_model(tmp_path / "one" / "model.keras")
 
 
+def test_where_a_network_lies_in_memory_is_not_in_its_file(tmp_path: Path) -> None:
+    from sattile.model import save_bundle
+    from sattile.schema import SegmentClass
+
+    classes = (SegmentClass(0, "a", "#000000"), SegmentClass(1, "b", "#ffffff"))
+    kept, digests = [], set()
+    for name in ("one", "other"):
+        shared = [keras.DTypePolicy("float32"), keras.DTypePolicy("float32")]
+        values = keras.Input((None, None, 2), name="values")
+        x = values
+        for number in range(4):
+            x = L.Conv2D(2, 1, kernel_initializer="ones", dtype=shared[number % 2], name=f"layer_{number}")(x)
+        kept.append(keras.Model(values, x, name="net"))
+        found = save_bundle(str(tmp_path / name), kept[-1], bands=["b1", "b2"], classes=classes, fill=[0, 0])
+        digests.add(found.digest)
+        keras.models.load_model(tmp_path / name / "model.keras")
+    assert len(digests) == 1
+
+
 def test_one_channel_is_the_probability_of_the_second(tmp_path: Path) -> None:
     values = keras.Input((None, None, 1))
     keras.Model(values, L.Conv2D(1, 1, activation="sigmoid")(values)).save(tmp_path / "net.keras")
