@@ -1,5 +1,7 @@
 """The model bundle: a Keras network and what must be known to run it over scenes. Owns TensorFlow at prediction.
 
+    MODEL/README.md       what it is, for people: see `sattile.card`
+    MODEL/item.json       the same for catalogues: a STAC item
     MODEL/bundle.json     bands, classes, window geometry, metrics, digests: all that planning needs, no TensorFlow
     MODEL/model.keras     the network: stored band values in, scores per class out
     MODEL/saved_model/    the same for TF Serving (`serving_default`)
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sattile import scorers, storage
+from sattile import card, scorers, storage
 from sattile.errors import SattileError, UsageError
 from sattile.receptive import measure, other_size
 from sattile.schema import SegmentClass, describe_classes, read_classes
@@ -64,6 +66,8 @@ class Bundle:
         versions: of the packages that made it.
         openvino: of its files for OpenVINO: `digest`, and, where it was compared with TensorFlow on tiles, `agreement`
             (share of pixels with the same label), `pixels`, `version` and `precision`; empty without them.
+        data: of the tiles it was trained on, see `card.training_data`; empty for a network from elsewhere, and in
+            bundles of before.
     """
 
     url: str
@@ -83,6 +87,7 @@ class Bundle:
     network: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     openvino: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def load_bundle(url: str) -> Bundle:
@@ -126,6 +131,7 @@ def load_bundle(url: str) -> Bundle:
             network=found.get("network") or {},
             versions=found.get("versions") or {},
             openvino=found.get("openvino") or {},
+            data=found.get("data") or {},
         )
     except (KeyError, TypeError, IndexError) as error:
         raise UsageError(f"model {url}: {BUNDLE} is damaged ({error!r}); make the bundle again") from error
@@ -141,6 +147,7 @@ def save_bundle(
     values: str = "raw",
     gsd: float | None = None,
     dataset_digest: str | None = None,
+    dataset: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
     keras_file: str | None = None,
@@ -153,6 +160,7 @@ def save_bundle(
     Args:
         url: folder.
         network: stored (or scaled) values (N, H, W, bands) in, (N, H, W, classes) or (N, H, W, 1) out.
+        dataset: description of the tiles that it was trained on.
         keras_file: local file that the network was loaded from, kept byte for byte; saved anew if not given.
         about: for `network` of the bundle, beside the number of parameters.
         tiles: images (N, H, W, bands) as the network takes them, and (N, H, W) bool: the pixels that count.
@@ -183,28 +191,29 @@ def save_bundle(
                 storage.write_bytes(storage.join(url, KERAS), source.read())
         else:
             storage.upload(file, storage.join(url, KERAS))
-    storage.write_json(
-        storage.join(url, BUNDLE),
-        {
-            "format": FORMAT,
-            "bands": list(bands),
-            "classes": describe_classes(classes),
-            "values": values,
-            "fill": [float(value) for value in fill],
-            "total_stride": measured.total_stride,
-            "receptive_radius": measured.receptive_radius,
-            "input_shape": measured.input_shape,
-            "activation_bytes": measured.activation_bytes,
-            "gsd": gsd,
-            "output": output,
-            "digest": digest,
-            "dataset_digest": dataset_digest,
-            "metrics": dict(metrics or {}),
-            "network": {"parameters": int(network.count_params()), **(about or {})},
-            "versions": versions(),
-            "openvino": fast,
-        },
-    )
+    described = {
+        "format": FORMAT,
+        "bands": list(bands),
+        "classes": describe_classes(classes),
+        "values": values,
+        "fill": [float(value) for value in fill],
+        "total_stride": measured.total_stride,
+        "receptive_radius": measured.receptive_radius,
+        "input_shape": measured.input_shape,
+        "activation_bytes": measured.activation_bytes,
+        "gsd": gsd,
+        "output": output,
+        "digest": digest,
+        "dataset_digest": dataset_digest,
+        "metrics": dict(metrics or {}),
+        "network": {"parameters": int(network.count_params()), **(about or {})},
+        "versions": versions(),
+        "openvino": fast,
+        "data": card.training_data(dataset) if dataset else {},
+    }
+    storage.write_text(storage.join(url, card.CARD), card.model_card(described))
+    storage.write_json(storage.join(url, card.ITEM), card.model_item(described))
+    storage.write_json(storage.join(url, BUNDLE), described)
     return load_bundle(url)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sattile import storage
+from sattile.card import CARD
 from sattile.errors import UsageError
 from sattile.record import QUARANTINE, RUN, Run
 from sattile.schema import PALETTE
@@ -434,6 +435,7 @@ def _describe_model(folder: Folder) -> dict[str, Any]:
     # The first of equals: the checkpoint that training keeps.
     best = max(scored, key=lambda row: row["val_miou"], default=None)
     facts = [
+        ("model card", folder.join(CARD) if storage.exists(folder.join(CARD)) else None),
         ("bands", ", ".join(bundle.get("bands", []))),
         ("classes", ", ".join(str(one["name"]) for one in bundle.get("classes", []))),
         ("total stride", bundle.get("total_stride")),

@@ -21,6 +21,7 @@ LAYERS = [
     {"mapreduce"},
     {"inference"},
     {"warp", "scenes", "labels", "model", "mosaic", "vectors", "reporting", "demo", "doctor"},
+    {"card"},
     {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "scorers", "stac"},
     {"schema", "stitch"},
     {"grid", "split", "statistics", "storage"},
@@ -35,7 +36,7 @@ OWNERS = {
     "keras": {"model", "receptive", "training"},
     "petastorm": {"dataset"},
     "geopandas": {"labels", "scenes", "tiles", "prediction"},
-    "pystac": {"scenes", "mosaic"},
+    "pystac": {"scenes", "card"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
 }

@@ -376,7 +376,8 @@ def test_one_worker_and_two_train_the_same_weights(spark: Any, dataset: str, tmp
     assert (found.fill, found.dataset_digest, found.total_stride) == ((700, 800, 900), "d1", 4)
     assert found.metrics["split"] == "val"
     assert sorted(path.name for path in Path(both).iterdir()) == [
-        "_run.json", "bundle.json", "history.json", "model.keras", "openvino", "saved_model", "tensorboard",
+        "README.md", "_run.json", "bundle.json", "history.json", "item.json", "model.keras", "openvino", "saved_model",
+        "tensorboard",
     ]  # fmt: skip
 
     before = {path: path.stat().st_mtime_ns for path in Path(alone).rglob("*") if path.is_file()}

@@ -107,6 +107,7 @@ def assemble(job: Mapping[str, Any]) -> None:
         values=described.description["values"],
         gsd=described.description.get("gsd"),
         dataset_digest=described.digest,
+        dataset=described.description,
         metrics=state.metrics,
         about={"best_epoch": state.best, **job["settings"]},
         tiles=_tiles_to_compare(described),
