@@ -143,7 +143,7 @@ def evaluate(
         }  # fmt: skip
     out = storage.absolute(out)
     with Run("evaluate", out, json.loads(json.dumps(settings)), overwrite, max_failed_fraction) as run:
-        run.extra["model"] = model
+        run.extra["model"] = bundle.url
         if dataset is not None:
             _on_tiles(spark, run, job, dataset, description, split, samples)
         else:

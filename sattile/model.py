@@ -30,6 +30,7 @@ from sattile.errors import SattileError, UsageError
 from sattile.receptive import measure, other_size
 from sattile.schema import SegmentClass, describe_classes, read_classes
 from sattile.scorers import Scorer
+from sattile.versions import BUNDLE, opened, resolve
 
 if TYPE_CHECKING:
     import keras
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sattile")
 
 FORMAT = "sattile-bundle/1"
-BUNDLE, KERAS, SAVED_MODEL, OPENVINO = "bundle.json", "model.keras", "saved_model", "openvino"
+KERAS, SAVED_MODEL, OPENVINO = "model.keras", "saved_model", "openvino"
 XML, BIN = "model.xml", "model.bin"
 ENGINES = ("auto", "tensorflow", "openvino")
 AGREEMENT = 0.999
@@ -51,7 +52,7 @@ class Bundle:
     """What `bundle.json` says.
 
     Attributes:
-        url: the bundle's folder.
+        url: the bundle's folder; a version's own where the latest of a model was asked for.
         bands: names, in the order of the network's channels.
         classes: in the order of the scores.
         values: `raw` (stored numbers) or `scaled` (stored * scale + offset) is what the network takes.
@@ -93,10 +94,13 @@ class Bundle:
 def load_bundle(url: str) -> Bundle:
     """Read `bundle.json`; TensorFlow is not needed.
 
+    Args:
+        url: of a bundle, or of a folder of versions: then the latest.
+
     Raises:
         UsageError: if the folder is missing, is no bundle, or was written by a newer sattile.
     """
-    url = storage.absolute(url)  # executors have other working folders
+    url = resolve(storage.absolute(url))  # executors have other working folders
     described = storage.join(url, BUNDLE)
     if not storage.exists(described):
         if not storage.exists(url):
@@ -307,6 +311,7 @@ def bundle(
     values: str = "raw",
     fill: str | None = None,
     gsd: float | None = None,
+    versions: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Make a bundle of a Keras model trained elsewhere.
@@ -323,15 +328,16 @@ def bundle(
         values: 'raw' if the model takes stored numbers, 'scaled' if stored * scale + offset (reflectance).
         fill: what the model sees for missing pixels: one number, or one a band, '0,0,0,0'; 0 if not given.
         gsd: pixel size in metres that the model was trained for; scenes far from it are refused then.
+        versions: make a version of the model below out, v1, v2, ..., and let latest.json name it once it is whole; one
+            that was made of the same file with the same settings is left as it is.
         overwrite: replace a bundle made with other settings.
 
     Returns:
-        URL of `out`.
+        URL of the bundle: `out`, or the version's folder.
 
     Raises:
         UsageError: if the file can't be loaded safely, or does not fit `bands` and `classes`.
     """
-    from sattile.record import Run
     from sattile.schema import parse_classes
 
     names = [one.strip() for one in (bands.split(",") if isinstance(bands, str) else bands) if one.strip()]
@@ -350,10 +356,12 @@ def bundle(
         "keras": source, "bands": names, "classes": describe_classes(named), "values": values, "fill": filled,
         "gsd": gsd,
     }  # fmt: skip
-    with Run("bundle", out, settings, overwrite) as run:
+    with opened("bundle", out, settings, overwrite, versions) as run:
+        out = run.out
         run.inputs = [{"url": keras, "sha256": source}]
         run.given = 1
-        if run.finished_before and storage.exists(storage.join(out, BUNDLE)):
+        # In a version's folder, which is never made anew, a bundle is whole and of these settings.
+        if (run.finished_before or versions) and storage.exists(storage.join(out, BUNDLE)):
             run.skipped = 1
         else:
             with run.stage("bundle"):

@@ -21,7 +21,7 @@ LAYERS = [
     {"mapreduce"},
     {"inference"},
     {"warp", "scenes", "labels", "model", "mosaic", "vectors", "reporting", "demo", "doctor"},
-    {"card"},
+    {"versions", "card"},
     {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "scorers", "stac"},
     {"schema", "stitch"},
     {"grid", "split", "statistics", "storage"},

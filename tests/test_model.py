@@ -329,6 +329,38 @@ def test_a_rerun_writes_nothing_but_its_record(made: str, foreign: Path) -> None
         bundle(str(foreign), bands="B04,B03,B02", classes="land=3,water=1", out=made)
 
 
+def test_versions_lie_side_by_side_and_the_latest_is_loaded(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the whole bundle and its run record or `latest.json`: the old one is loaded until then."""
+    root = str(tmp_path / "models" / "water")
+
+    def version(classes: str) -> str:
+        return bundle(str(foreign), bands="B02,B03,B04", classes=classes, out=root, versions=True)
+
+    assert version("land,water") == f"{root}/v1"
+    assert load_bundle(root) == load_bundle(f"{root}/v1")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for where in ("sattile.record.Run.finish", "sattile.versions.move_latest"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, killed)
+            version("land,sea")
+        assert load_bundle(f"{root}/v2").classes[1].name == "sea"  # whole
+        assert load_bundle(root).url == f"{root}/v1"
+    before = {path: path.stat().st_mtime_ns for path in Path(root).rglob("*") if path.is_file()}
+    assert version("land,sea") == f"{root}/v2"
+    changed = {str(path.relative_to(root)) for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"latest.json", "v2/_run.json"}
+    assert load_bundle(root) == load_bundle(f"{root}/v2")
+    assert version("land,water") == f"{root}/v1"
+    assert load_bundle(root).url == f"{root}/v2"
+    with pytest.raises(UsageError, match="--versions makes the next one"):
+        bundle(str(foreign), bands="B02,B03,B04", classes="land,water", out=root, overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -388,6 +388,38 @@ def test_one_worker_and_two_train_the_same_weights(spark: Any, dataset: str, tmp
         train(spark, out=alone, **(how | {"learning_rate": 0.01}))
 
 
+def test_a_version_is_the_latest_once_it_is_whole(
+    spark: Any, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "models" / "water"
+    how = {"dataset": dataset, "out": str(root), "arch": "unet-tiny", "batch_size": 12, "versions": True}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sattile.training._publish", killed)
+        train(spark, epochs=2, **how)
+    assert not (root / "latest.json").exists()
+    work = root / "v1" / ".training"
+    begun = json.loads((work / "progress.json").read_text())
+    assert train(spark, epochs=2, **how) == str(root / "v1")
+    assert json.loads((root / "v1" / "history.json").read_text()) == begun  # not one epoch was trained again
+    assert not work.exists()
+    found = load_bundle(str(root))
+    assert (found.url, found.data["splits"]["train"]["tiles"]) == (str(root / "v1"), 43)
+
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("sattile.training._child", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(spark, epochs=3, **how)  # other settings: another version
+        assert train(spark, epochs=2, **how) == str(root / "v1")  # there is nothing to do
+    assert load_bundle(str(root)).url == str(root / "v1")
+    changed = {str(path.relative_to(root)) for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"v1/_run.json"}
+
+
 def test_a_builder_that_fails_is_a_usage_error(spark: Any, dataset: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no_such_module can't be imported"):
         train(spark, dataset=dataset, out=str(tmp_path / "model"), arch="no_such_module:build")

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from sattile import engine, storage
 from sattile.errors import SattileError, UsageError
-from sattile.record import Run
 from sattile.training.data import SHARDS, Dataset, load_dataset
 from sattile.training.loop import PROGRESS, Settings, describe
+from sattile.versions import opened
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -58,6 +58,7 @@ def train(
     patience: int = 0,
     seed: int = 0,
     max_restarts: int = 3,
+    versions: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Train a segmentation model on a tiles dataset.
@@ -83,10 +84,12 @@ def train(
         patience: stop after so many epochs without a better validation mIoU; 0 never does.
         seed: of weights, order and augmentation.
         max_restarts: how often several workers begin again from the last epoch when one of them is lost.
+        versions: make a version of the model below out, v1, v2, ..., and let latest.json name it once it is whole; one
+            that was made with the same settings and tiles is left as it is.
         overwrite: replace a model made with other settings or other tiles.
 
     Returns:
-        URL of `out`.
+        URL of the bundle: `out`, or the version's folder.
 
     Raises:
         UsageError: for settings that cannot be, before anything runs.
@@ -105,13 +108,16 @@ def train(
         if engine.gpus_a_task(spark) > 1:
             raise UsageError("a worker trains on one GPU: --conf spark.task.resource.gpu.amount=1, and more --workers")
     dataset, out = storage.absolute(dataset), storage.absolute(out)
-    work = storage.join(out, WORK)
-    job = {"dataset": dataset, "work": work, "settings": settings.to_dict()}
-    with Run("train", out, {**settings.to_dict(), "dataset": described.digest}, overwrite) as run:
+    made_of = {**settings.to_dict(), "dataset": described.digest}
+    with opened("train", out, made_of, overwrite, versions) as run:
+        out = run.out
+        work = storage.join(out, WORK)
+        job = {"dataset": dataset, "work": work, "settings": settings.to_dict()}
         run.inputs = [{"url": storage.join(dataset, "dataset.json"), "digest": described.digest}]
         run.extra["workers"] = workers
         run.given = 1
-        if run.finished_before and storage.exists(storage.join(out, "bundle.json")):
+        # In a version's folder, which is never made anew, a bundle is whole and of these settings.
+        if (run.finished_before or versions) and storage.exists(storage.join(out, "bundle.json")):
             log.info("train: %s is done already", out)
             run.skipped = 1
         else:
@@ -129,8 +135,8 @@ def train(
                 if on_cluster:
                     _child({"do": ["assemble"], **job})
                 _publish(storage.join(work, "bundle"), out)
-                storage.remove(work)
             run.done = 1
+        storage.remove(work)
         run.finish()
     return out
 
