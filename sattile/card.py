@@ -231,6 +231,7 @@ def _data(described: Mapping[str, Any]) -> list[str]:
         said.append(f"at {described['gsd']:g} m per pixel")
     if data.get("interval"):
         first, last = (one[:10] for one in data["interval"])
+        said[-1] += ","
         said.append(f"taken on {first}" if first == last else f"taken from {first} to {last}")
     rows: list[list[Any]] = [["tiles", *(f"{splits[name]['tiles']:,}" for name in names)]]
     if all(splits[name].get("scenes") for name in names):

@@ -190,7 +190,8 @@ def test_the_card_holds_what_the_bundle_knows() -> None:
     ]
     for words in (
         "489,604 parameters", "pixels of 10 m", "multiples of 8", "read 56 pixels more", "from 2 scenes with labels",
-        "taken from 2020-06-01 to 2021-07-02", "`d1`", "epoch 11", "Mean IoU 0.755, 93.0 % of 400", "also chose the",
+        "per pixel, taken from 2020-06-01 to 2021-07-02;", "`d1`", "epoch 11", "Mean IoU 0.755, 93.0 % of 400",
+        "also chose the",
         "99.987 % of 4,000,000 pixels", "Less than 1% of the labelled training pixels are open water", "keras 3.15.1",
     ):  # fmt: skip
         assert words in card, words
