@@ -53,7 +53,7 @@ def main(
     architectures: Sequence[str] = ARCHITECTURES,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train, measure, print and return IoU of water on `water_val`; models that are there already are not trained again.
+    """Train, measure, print and return IoU of water on `water_val`; models that are there are not trained again.
 
     Args:
         options: of `train`, beside the defaults.

@@ -17,6 +17,7 @@ _DOORS = {
     "read_catalog": "sattile.scenes",
     "tile": "sattile.tiles",
     "train": "sattile.training",
+    "search": "sattile.training.search",
     "bundle": "sattile.model",
     "load_bundle": "sattile.model",
     "load_scorer": "sattile.model",

@@ -90,6 +90,12 @@ COMMANDS = {
             "sattile train --dataset tiles --out model --epochs 10",
         ),
         Command(
+            "search",
+            "sattile.training.search:search",
+            "train over a small grid of settings, as Spark tasks, and say which is best",
+            "sattile search --dataset tiles --grid 'arch=unet-small,light-small' --set train.epochs=10 --out search",
+        ),
+        Command(
             "bundle",
             "sattile.model:bundle",
             "make a bundle of a Keras model trained elsewhere",

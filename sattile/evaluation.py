@@ -149,7 +149,10 @@ def evaluate(
         }  # fmt: skip
     out = storage.absolute(out)
     with Run("evaluate", out, json.loads(json.dumps(settings)), overwrite, max_failed_fraction) as run:
-        run.extra |= {"model": model, "network": {name: bundle.network.get(name) for name in ("arch", "parameters")}}
+        run.extra |= {
+            "model": bundle.url,
+            "network": {name: bundle.network.get(name) for name in ("arch", "parameters")},
+        }
         if regions is not None:
             entry = storage.stat(regions)
             run.inputs = [{"url": storage.absolute(regions), "size": entry.size, "time": entry.mtime}] if entry else []

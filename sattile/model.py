@@ -1,5 +1,7 @@
 """The model bundle: a Keras network and what must be known to run it over scenes. Owns TensorFlow at prediction.
 
+    MODEL/README.md       what it is, for people: see `sattile.card`
+    MODEL/item.json       the same for catalogues: a STAC item
     MODEL/bundle.json     bands, classes, window geometry, metrics, digests: all that planning needs, no TensorFlow
     MODEL/model.keras     the network: stored band values in, scores per class out
     MODEL/saved_model/    the same for TF Serving (`serving_default`)
@@ -14,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sattile import scorers, storage
+from sattile import card, scorers, storage
 from sattile.errors import SattileError, UsageError
 from sattile.receptive import measure, other_size
 from sattile.schema import SegmentClass, describe_classes, read_classes
 from sattile.scorers import Scorer
+from sattile.versions import BUNDLE, opened, resolve
 
 if TYPE_CHECKING:
     import keras
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sattile")
 
 FORMAT = "sattile-bundle/1"
-BUNDLE, KERAS, SAVED_MODEL, OPENVINO = "bundle.json", "model.keras", "saved_model", "openvino"
+KERAS, SAVED_MODEL, OPENVINO = "model.keras", "saved_model", "openvino"
 XML, BIN = "model.xml", "model.bin"
 ENGINES = ("auto", "tensorflow", "openvino")
 AGREEMENT = 0.999
@@ -48,7 +52,7 @@ class Bundle:
     """What `bundle.json` says.
 
     Attributes:
-        url: the bundle's folder.
+        url: the bundle's folder; a version's own where the latest of a model was asked for.
         bands: names, in the order of the network's channels.
         classes: in the order of the scores.
         values: `raw` (stored numbers) or `scaled` (stored * scale + offset) is what the network takes.
@@ -64,6 +68,8 @@ class Bundle:
         openvino: of its files for OpenVINO: `digest`, and, where it was compared with TensorFlow on tiles, `agreement`
             (share of pixels with the same label), `pixels`, `version` and `precision`; empty without them.
         members: the bundles whose scores are averaged, if it stands for several.
+        data: of the tiles it was trained on, see `card.training_data`; empty for a network from elsewhere, and in
+            bundles of before.
     """
 
     url: str
@@ -83,6 +89,7 @@ class Bundle:
     network: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     openvino: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     members: tuple[Bundle, ...] = ()
 
 
@@ -139,10 +146,13 @@ def _words(value: Any) -> str:
 def load_bundle(url: str) -> Bundle:
     """Read `bundle.json`; TensorFlow is not needed.
 
+    Args:
+        url: of a bundle, or of a folder of versions: then the latest.
+
     Raises:
         UsageError: if the folder is missing, is no bundle, or was written by a newer sattile.
     """
-    url = storage.absolute(url)  # executors have other working folders
+    url = resolve(storage.absolute(url))  # executors have other working folders
     described = storage.join(url, BUNDLE)
     if not storage.exists(described):
         if not storage.exists(url):
@@ -177,6 +187,7 @@ def load_bundle(url: str) -> Bundle:
             network=found.get("network") or {},
             versions=found.get("versions") or {},
             openvino=found.get("openvino") or {},
+            data=found.get("data") or {},
         )
     except (KeyError, TypeError, IndexError) as error:
         raise UsageError(f"model {url}: {BUNDLE} is damaged ({error!r}); make the bundle again") from error
@@ -192,6 +203,7 @@ def save_bundle(
     values: str = "raw",
     gsd: float | None = None,
     dataset_digest: str | None = None,
+    dataset: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
     keras_file: str | None = None,
@@ -204,6 +216,7 @@ def save_bundle(
     Args:
         url: folder.
         network: stored (or scaled) values (N, H, W, bands) in, (N, H, W, classes) or (N, H, W, 1) out.
+        dataset: description of the tiles that it was trained on.
         keras_file: local file that the network was loaded from, kept byte for byte; saved anew if not given.
         about: for `network` of the bundle, beside the number of parameters.
         tiles: images (N, H, W, bands) as the network takes them, and (N, H, W) bool: the pixels that count.
@@ -221,7 +234,7 @@ def save_bundle(
             file = keras_file
         else:
             network.save(file)
-            _without_time(file)
+            _without_chance(file)
         digest = storage.sha256_file(file)
         _export(network, os.path.join(scratch, SAVED_MODEL))
         fast = _for_openvino(network, scratch, output, tiles) if scorers.has_openvino() else {}
@@ -234,28 +247,29 @@ def save_bundle(
                 storage.write_bytes(storage.join(url, KERAS), source.read())
         else:
             storage.upload(file, storage.join(url, KERAS))
-    storage.write_json(
-        storage.join(url, BUNDLE),
-        {
-            "format": FORMAT,
-            "bands": list(bands),
-            "classes": describe_classes(classes),
-            "values": values,
-            "fill": [float(value) for value in fill],
-            "total_stride": measured.total_stride,
-            "receptive_radius": measured.receptive_radius,
-            "input_shape": measured.input_shape,
-            "activation_bytes": measured.activation_bytes,
-            "gsd": gsd,
-            "output": output,
-            "digest": digest,
-            "dataset_digest": dataset_digest,
-            "metrics": dict(metrics or {}),
-            "network": {"parameters": int(network.count_params()), **(about or {})},
-            "versions": versions(),
-            "openvino": fast,
-        },
-    )
+    described = {
+        "format": FORMAT,
+        "bands": list(bands),
+        "classes": describe_classes(classes),
+        "values": values,
+        "fill": [float(value) for value in fill],
+        "total_stride": measured.total_stride,
+        "receptive_radius": measured.receptive_radius,
+        "input_shape": measured.input_shape,
+        "activation_bytes": measured.activation_bytes,
+        "gsd": gsd,
+        "output": output,
+        "digest": digest,
+        "dataset_digest": dataset_digest,
+        "metrics": dict(metrics or {}),
+        "network": {"parameters": int(network.count_params()), **(about or {})},
+        "versions": versions(),
+        "openvino": fast,
+        "data": card.training_data(dataset) if dataset else {},
+    }
+    storage.write_text(storage.join(url, card.CARD), card.model_card(described))
+    storage.write_json(storage.join(url, card.ITEM), card.model_item(described))
+    storage.write_json(storage.join(url, BUNDLE), described)
     return load_bundle(url)
 
 
@@ -290,12 +304,18 @@ def _digest_of_openvino(folder: str) -> str:
     return storage.digest([storage.sha256_file(os.path.join(folder, name)) for name in (XML, BIN)])
 
 
-def _without_time(path: str) -> None:
-    """Take the time of writing out of a .keras file: the same network is the same file, and the same digest."""
+def _without_chance(path: str) -> None:
+    """Take time and place of writing out of a .keras file: the same network is the same file, and the same digest."""
     with zipfile.ZipFile(path) as source:
         members = {name: source.read(name) for name in sorted(source.namelist())}
     about = json.loads(members["metadata.json"])
     members["metadata.json"] = json.dumps(about | {"date_saved": "1980-01-01@00:00:00"}).encode()
+    numbers: dict[str, int] = {}  # Keras tells objects that layers share by their addresses in memory
+    members["config.json"] = re.sub(
+        r'("shared_object_id": )(\d+)',
+        lambda match: match.group(1) + str(numbers.setdefault(match.group(2), len(numbers) + 1)),
+        members["config.json"].decode(),
+    ).encode()
     with zipfile.ZipFile(path, "w") as target:
         for name, content in members.items():
             target.writestr(zipfile.ZipInfo(name), content)
@@ -343,6 +363,7 @@ def bundle(
     values: str = "raw",
     fill: str | None = None,
     gsd: float | None = None,
+    versions: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Make a bundle of a Keras model trained elsewhere.
@@ -359,15 +380,16 @@ def bundle(
         values: 'raw' if the model takes stored numbers, 'scaled' if stored * scale + offset (reflectance).
         fill: what the model sees for missing pixels: one number, or one a band, '0,0,0,0'; 0 if not given.
         gsd: pixel size in metres that the model was trained for; scenes far from it are refused then.
+        versions: make a version of the model below out, v1, v2, ..., and let latest.json name it once it is whole; one
+            that was made of the same file with the same settings is left as it is.
         overwrite: replace a bundle made with other settings.
 
     Returns:
-        URL of `out`.
+        URL of the bundle: `out`, or the version's folder.
 
     Raises:
         UsageError: if the file can't be loaded safely, or does not fit `bands` and `classes`.
     """
-    from sattile.record import Run
     from sattile.schema import parse_classes
 
     names = [one.strip() for one in (bands.split(",") if isinstance(bands, str) else bands) if one.strip()]
@@ -386,10 +408,12 @@ def bundle(
         "keras": source, "bands": names, "classes": describe_classes(named), "values": values, "fill": filled,
         "gsd": gsd,
     }  # fmt: skip
-    with Run("bundle", out, settings, overwrite) as run:
+    with opened("bundle", out, settings, overwrite, versions) as run:
+        out = run.out
         run.inputs = [{"url": keras, "sha256": source}]
         run.given = 1
-        if run.finished_before and storage.exists(storage.join(out, BUNDLE)):
+        # In a version's folder, which is never made anew, a bundle is whole and of these settings.
+        if (run.finished_before or versions) and storage.exists(storage.join(out, BUNDLE)):
             run.skipped = 1
         else:
             with run.stage("bundle"):

@@ -14,11 +14,9 @@ digests of the settings and of the input it was made from. A folder without a ma
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +28,7 @@ import sattile
 from sattile import cog, storage
 from sattile.grid import Window, hull
 from sattile.schema import Scene, SegmentClass
+from sattile.stac import EXTENSION, UNKNOWN_TIME, bbox, checksum, classes_of, utc
 from sattile.stitch import NODATA
 
 ITEM = "item.json"
@@ -44,7 +43,6 @@ WINDOW = "sattile:window"
 
 Affine6 = tuple[float, float, float, float, float, float]
 
-EXTENSION = "https://stac-extensions.github.io"
 EXTENSIONS = [
     f"{EXTENSION}/projection/v2.0.0/schema.json",
     f"{EXTENSION}/raster/v2.0.0/schema.json",
@@ -52,9 +50,6 @@ EXTENSIONS = [
     f"{EXTENSION}/file/v2.1.0/schema.json",
     f"{EXTENSION}/processing/v1.2.0/schema.json",
 ]
-
-UNKNOWN_TIME = ("1970-01-01T00:00:00Z", "2099-12-31T23:59:59Z")
-"""STAC wants a start and an end where `datetime` is null; these say "not stated" in what pandas can hold, too."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +223,7 @@ def describe(target: Target, product: Product, folder: str) -> dict[str, Any]:
     """
     geometry = _geometry(target)
     properties: dict[str, Any] = {
-        "datetime": _utc(target.datetime) if target.datetime else None,
+        "datetime": utc(target.datetime) if target.datetime else None,
         "processing:software": {"sattile": sattile.__version__},
         "processing:lineage": product.lineage or "Semantic segmentation",
         SETTINGS: product.settings,
@@ -239,7 +234,7 @@ def describe(target: Target, product: Product, folder: str) -> dict[str, Any]:
         properties["gsd"] = target.gsd
     properties |= target.properties
     if target.interval:
-        properties["start_datetime"], properties["end_datetime"] = map(_utc, target.interval)
+        properties["start_datetime"], properties["end_datetime"] = map(utc, target.interval)
     elif target.datetime is None:
         properties["start_datetime"], properties["end_datetime"] = UNKNOWN_TIME
         properties["description"] = "The time of acquisition is not stated: start and end are placeholders."
@@ -260,7 +255,7 @@ def describe(target: Target, product: Product, folder: str) -> dict[str, Any]:
         "collection": "sattile-mosaics",
     }
     if geometry:
-        item["bbox"] = _bbox(geometry)
+        item["bbox"] = bbox(geometry)
     for layer in product.layers():
         item["assets"][layer.name] = _raster_asset(layer, product, folder)
     item["assets"]["quicklook"] = {
@@ -294,22 +289,13 @@ def _raster_asset(layer: cog.Layer, product: Product, folder: str) -> dict[str, 
     if layer.nodata is not None:
         asset["nodata"] = "nan" if math.isnan(layer.nodata) else int(layer.nodata)
     if layer.name == "labels":
-        asset["classification:classes"] = [
-            {
-                "value": one.id,
-                # The schema takes letters, digits, - and _ only; the name as it is goes into the title.
-                "name": re.sub("[^0-9A-Za-z_-]", "_", one.name) or "_",
-                "title": one.name,
-                "color_hint": one.color.lstrip("#").upper(),
-            }
-            for one in product.classes
-        ] + [{"value": NODATA, "name": "nodata", "title": "no data", "nodata": True}]
+        nodata = {"value": NODATA, "name": "nodata", "title": "no data", "nodata": True}
+        asset["classification:classes"] = [*classes_of(product.classes), nodata]
     return asset | _file(os.path.join(folder, f"{layer.name}.tif"))
 
 
 def _file(path: str) -> dict[str, Any]:
-    # Multihash (https://multiformats.io/multihash/): 12 = sha2-256, 20 = 32 bytes.
-    return {"file:size": os.path.getsize(path), "file:checksum": "1220" + storage.sha256_file(path)}
+    return {"file:size": os.path.getsize(path), "file:checksum": checksum(storage.sha256_file(path))}
 
 
 def _projection(target: Target) -> dict[str, Any]:
@@ -329,20 +315,6 @@ def _geometry(target: Target) -> dict[str, Any] | None:
     import shapely
 
     return json.loads(shapely.to_geojson(shapely.from_wkb(target.footprint)))
-
-
-def _bbox(geometry: dict[str, Any]) -> list[float]:
-    """West, south, east, north; west > east where it crosses the antimeridian (RFC 7946, 5.2)."""
-    import shapely
-
-    shape = shapely.from_geojson(json.dumps(geometry))
-    west, south, east, north = shape.bounds
-    if west <= -180 and east >= 180 and shape.geom_type == "MultiPolygon":
-        eastern = [part.bounds for part in shape.geoms if part.bounds[2] >= 180]
-        western = [part.bounds for part in shape.geoms if part.bounds[2] < 180]
-        if eastern and western:
-            west, east = min(bounds[0] for bounds in eastern), max(bounds[2] for bounds in western)
-    return [west, south, east, north]
 
 
 def publish(staged: str, out: str, scene_id: str) -> None:
@@ -387,7 +359,7 @@ def write_collection(out: str, product: Product) -> None:
             for one in (item["properties"].get(name) for name in ("datetime", "start_datetime", "end_datetime"))
             if one and one not in UNKNOWN_TIME
         },
-        key=_utc,
+        key=utc,
     )
     collection = {
         "type": "Collection",
@@ -398,7 +370,7 @@ def write_collection(out: str, product: Product) -> None:
         "license": "other",
         "extent": {
             "spatial": {"bbox": _extents(boxes)},
-            "temporal": {"interval": [[_utc(times[0]), _utc(times[-1])] if times else [None, None]]},
+            "temporal": {"interval": [[utc(times[0]), utc(times[-1])] if times else [None, None]]},
         },
         "links": [
             {"rel": "root", "href": f"./{COLLECTION}", "type": "application/json"},
@@ -421,16 +393,6 @@ def _extents(boxes: Sequence[list[float]]) -> list[list[float]]:
     crossing = any(box[0] > box[2] for box in boxes)
     west, east = (-180.0, 180.0) if crossing else (min(box[0] for box in boxes), max(box[2] for box in boxes))
     return [[west, min(box[1] for box in boxes), east, max(box[3] for box in boxes)]]
-
-
-def _utc(text: str) -> str:
-    moment = dt.datetime.fromisoformat(text.replace("Z", "+00:00"))
-    return (
-        (moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC))
-        .astimezone(dt.UTC)
-        .isoformat()
-        .replace("+00:00", "Z")
-    )
 
 
 # --- all sheets of a grid as one ----------------------------------------------------------------------------------

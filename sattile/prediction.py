@@ -397,7 +397,7 @@ def predict(
         return out
 
     with Run("predict", out, settings, overwrite, max_failed_fraction) as run:
-        run.extra["model"] = model
+        run.extra["model"] = bundle.url  # which version it was
         with run.stage("list scenes"):
             resolved = resolve(spark, list(scenes), bands=wanted, pattern=pattern, nodata=nodata)
         run.given = resolved.given

@@ -93,7 +93,7 @@ class Run:
     peak_memory: float = 0.0
 
     def __enter__(self) -> Run:
-        self.settings = _plain(self.settings)
+        self.settings = plain(self.settings)
         self.previous = self._read_previous()
         self.replacing = False
         if self.previous:
@@ -230,12 +230,12 @@ class Run:
             )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Settings as JSON has them: lists for tuples, NaN and infinities as text."""
     if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sattile import comparison, storage
+from sattile.card import CARD
 from sattile.errors import UsageError
 from sattile.figures import (
     SPLITS,
@@ -27,6 +28,7 @@ from sattile.figures import (
 )
 from sattile.record import QUARANTINE, RUN, Run
 from sattile.schema import PALETTE
+from sattile.versions import is_version, resolve
 
 ORDER = ("index", "tile", "train", "bundle", "evaluate", "predict")
 NOT_TOLD = ("report", "run")  # itself, and the sum of the others
@@ -63,7 +65,7 @@ def report(folders: Sequence[str], *, out: str) -> str:
 
     Args:
         folders: out folders of `index`, `tile`, `train`, `bundle`, `evaluate`, `predict`, in any order, or folders
-            that hold such folders.
+            that hold such folders; of a model's versions the latest is told of, unless one is named.
         out: the folder to write into.
 
     Returns:
@@ -100,9 +102,9 @@ def collect(folders: Sequence[str]) -> list[Folder]:
         entry = storage.stat(url)
         if entry is None or not entry.is_folder:
             raise UsageError(f"{url} is not a folder; name out folders of sattile")
-        here = _records([url])
+        here = _records([resolve(url)])
         if not here or here[0].command == "run":
-            here = _records([one.url for one in storage.list_folder(url) if one.is_folder])
+            here = _records([resolve(one.url) for one in storage.list_folder(url) if one.is_folder])
         if not here:
             raise UsageError(f"{url} has no {RUN}, nor has a folder in it: no sattile run has finished there")
         for folder in here:
@@ -439,6 +441,8 @@ def _describe_model(folder: Folder) -> dict[str, Any]:
     # The first of equals: the checkpoint that training keeps.
     best = max(scored, key=lambda row: row["val_miou"], default=None)
     facts = [
+        ("version", storage.name(folder.url) if is_version(folder.url) else None),
+        ("model card", folder.join(CARD) if storage.exists(folder.join(CARD)) else None),
         ("bands", ", ".join(bundle.get("bands", []))),
         ("classes", ", ".join(str(one["name"]) for one in bundle.get("classes", []))),
         ("total stride", bundle.get("total_stride")),

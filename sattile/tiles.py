@@ -31,6 +31,7 @@ from sattile.labels import LabelSource
 from sattile.record import QUARANTINE, Run
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
 from sattile.split import SPLITS, SplitRule
+from sattile.stac import moment, utc
 from sattile.statistics import BandStatistics
 
 if TYPE_CHECKING:
@@ -822,6 +823,7 @@ def _describe(
     digest = sum(piece.digest for piece in pieces) % 2**256
     gsds = [scene.gsd for scene in scenes if scene.gsd]
     good = {piece.scene_id for piece in pieces}
+    trained = {piece.scene_id for piece in pieces if piece.tiles["train"]}
     return {
         "format": FORMAT,
         "bands": list(scenes[0].band_names),
@@ -830,6 +832,7 @@ def _describe(
         "size": settings["size"],
         "stride": settings["stride"],
         "gsd": float(np.median(gsds)) if gsds else None,
+        **_whereabouts([one for one in scenes if one.scene_id in trained]),
         "classes": schema.describe_classes(classes),
         "ignore": IGNORE,
         "nodata": {
@@ -850,6 +853,30 @@ def _describe(
         "settings": dict(settings),
         "digest": f"{digest:064x}",
     }  # fmt: skip
+
+
+MOST_POINTS = 500
+"""Of the footprint of all training scenes together; one of more is drawn by rectangles."""
+
+
+def _whereabouts(scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Where and when the training scenes were taken: `footprint` (GeoJSON, EPSG:4326) and `interval` (first, last).
+
+    None where a scene does not say it: a part would pass for the whole.
+    """
+    import shapely
+
+    shapes = [shapely.from_wkb(one.footprint) for one in sorted(scenes, key=lambda one: one.scene_id) if one.footprint]
+    times = sorted((one.datetime for one in scenes if one.datetime), key=moment)
+    whole = shapely.union_all(shapes)
+    if shapely.get_num_coordinates(whole) > MOST_POINTS:
+        whole = shapely.union_all(shapely.envelope(shapely.get_parts(whole)))
+    if shapely.get_num_coordinates(whole) > MOST_POINTS:
+        whole = shapely.envelope(whole)
+    return {
+        "footprint": json.loads(shapely.to_geojson(whole)) if shapes and len(shapes) == len(scenes) else None,
+        "interval": [utc(times[0]), utc(times[-1])] if times and len(times) == len(scenes) else None,
+    }
 
 
 def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int) -> str:

@@ -21,7 +21,8 @@ LAYERS = [
     {"mapreduce"},
     {"inference", "strata", "reporting"},
     {"warp", "scenes", "labels", "model", "mosaic", "vectors", "pictures", "comparison", "demo", "doctor"},
-    {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "figures", "scorers"},
+    {"versions", "card"},
+    {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "figures", "scorers", "stac"},
     {"schema", "stitch"},
     {"grid", "split", "statistics", "storage"},
     {"errors"},
@@ -35,7 +36,7 @@ OWNERS = {
     "keras": {"model", "receptive", "training"},
     "petastorm": {"dataset"},
     "geopandas": {"labels", "scenes", "tiles", "prediction"},
-    "pystac": {"scenes", "mosaic"},
+    "pystac": {"scenes", "card"},
     "matplotlib": {"figures"},
     "jinja2": {"reporting"},
 }

@@ -273,12 +273,34 @@ def test_the_same_network_is_the_same_file(tmp_path: Path) -> None:
 
     network = small_unet(1)
     classes = (SegmentClass(0, "a", "#000000"), SegmentClass(1, "b", "#ffffff"))
-    digests = set()
+    written = set()
     for name in ("one", "other"):
-        digests.add(save_bundle(str(tmp_path / name), network, bands=["b1", "b2"], classes=classes, fill=[0, 0]).digest)
+        url = tmp_path / name
+        save_bundle(str(url), network, bands=["b1", "b2"], classes=classes, fill=[0, 0])
+        files = ("model.keras", "README.md", "item.json")
+        written.add(tuple((url / file).read_bytes() for file in files))
         time.sleep(1.1)  # a .keras file says when it was written, in seconds
-    assert len(digests) == 1
+    assert len(written) == 1
     keras.models.load_model(tmp_path / "one" / "model.keras")
+
+
+def test_where_a_network_lies_in_memory_is_not_in_its_file(tmp_path: Path) -> None:
+    from sattile.model import save_bundle
+    from sattile.schema import SegmentClass
+
+    classes = (SegmentClass(0, "a", "#000000"), SegmentClass(1, "b", "#ffffff"))
+    kept, digests = [], set()
+    for name in ("one", "other"):
+        shared = [keras.DTypePolicy("float32"), keras.DTypePolicy("float32")]
+        values = keras.Input((None, None, 2), name="values")
+        x = values
+        for number in range(4):
+            x = L.Conv2D(2, 1, kernel_initializer="ones", dtype=shared[number % 2], name=f"layer_{number}")(x)
+        kept.append(keras.Model(values, x, name="net"))
+        found = save_bundle(str(tmp_path / name), kept[-1], bands=["b1", "b2"], classes=classes, fill=[0, 0])
+        digests.add(found.digest)
+        keras.models.load_model(tmp_path / name / "model.keras")
+    assert len(digests) == 1
 
 
 def test_one_channel_is_the_probability_of_the_second(tmp_path: Path) -> None:
@@ -304,6 +326,41 @@ def test_a_rerun_writes_nothing_but_its_record(made: str, foreign: Path) -> None
     }
     with pytest.raises(UsageError, match="other settings"):
         bundle(str(foreign), bands="B04,B03,B02", classes="land=3,water=1", out=made)
+
+
+def test_versions_lie_side_by_side_and_the_latest_is_loaded(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the whole bundle and its run record or `latest.json`: the old one is loaded until then."""
+    root = str(tmp_path / "models" / "water")
+
+    def version(classes: str) -> str:
+        return bundle(str(foreign), bands="B02,B03,B04", classes=classes, out=root, versions=True)
+
+    assert version("land,water") == f"{root}/v1"
+    assert load_bundle(root) == load_bundle(f"{root}/v1")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    written = set()
+    for where in ("sattile.record.Run.finish", "sattile.versions.move_latest"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, killed)
+            version("land,sea")
+        assert load_bundle(f"{root}/v2").classes[1].name == "sea"  # whole
+        assert load_bundle(root).url == f"{root}/v1"
+        written.add(Path(root, "v2", "bundle.json").stat().st_mtime_ns)
+    assert len(written) == 1  # what is whole is not made again
+    before = {path: path.stat().st_mtime_ns for path in Path(root).rglob("*") if path.is_file()}
+    assert version("land,sea") == f"{root}/v2"
+    changed = {str(path.relative_to(root)) for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"latest.json", "v2/_run.json"}
+    assert load_bundle(root) == load_bundle(f"{root}/v2")
+    assert version("land,water") == f"{root}/v1"
+    assert load_bundle(root).url == f"{root}/v2"
+    with pytest.raises(UsageError, match="--versions makes the next one"):
+        bundle(str(foreign), bands="B02,B03,B04", classes="land,water", out=root, overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rasterio.crs import CRS
 from rio_cogeo import cog_validate
 
-from sattile import cog, mosaic
+from sattile import cog, mosaic, stac
 from sattile.grid import Window, blocks
 from sattile.mosaic import ITEM, Part, Product, Target
 from sattile.schema import Band, Scene, SegmentClass
@@ -84,8 +84,9 @@ def validate(path: Path, schemas: Path) -> None:
 
     cache: dict[str, Any] = dict(get_local_schema_cache())
     for schema in schemas.glob("*.json"):
-        value = json.loads(schema.read_text())
-        cache[value["$id"].rstrip("#")] = value
+        name, version = schema.stem.rsplit("-", 1)
+        # Not by "$id": that of processing 1.1.0 says 1.0.0.
+        cache[f"{stac.EXTENSION}/{name}/{version}/schema.json"] = json.loads(schema.read_text())
     projjson = Path(rasterio.__file__).parent / "proj_data" / "projjson.schema.json"
     cache["https://proj.org/schemas/v0.7/projjson.schema.json"] = json.loads(projjson.read_text())
     validator = JsonSchemaSTACValidator()
@@ -278,8 +279,8 @@ def test_a_footprint_across_the_antimeridian_has_its_west_east_of_its_east() -> 
         [[[179, 0], [180, 0], [180, 1], [179, 1], [179, 0]]],
         [[[-180, 0], [-178, 0], [-178, 1], [-180, 1], [-180, 0]]],
     )
-    assert mosaic._bbox({"type": "MultiPolygon", "coordinates": list(ring)}) == [179, 0, -178, 1]
-    assert mosaic._bbox({"type": "MultiPolygon", "coordinates": [ring[0]]}) == [179, 0, 180, 1]
+    assert stac.bbox({"type": "MultiPolygon", "coordinates": list(ring)}) == [179, 0, -178, 1]
+    assert stac.bbox({"type": "MultiPolygon", "coordinates": [ring[0]]}) == [179, 0, 180, 1]
 
 
 @pytest.mark.filterwarnings("ignore")

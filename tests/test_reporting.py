@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import struct
 import zlib
 from html.parser import HTMLParser
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from sattile import comparison, figures, metrics, reporting, schema
 from sattile.errors import UsageError
+from sattile.reporting import collect
 from sattile.schema import SegmentClass
 
 NASTY = "<script>alert('1 & 2')</script> \"x\".tif"
@@ -318,6 +320,22 @@ def test_a_rerun_that_does_nothing_leaves_the_page(folders: dict[str, Path]) -> 
         run = json.loads((folder / "_run.json").read_text())
         write_json(folder / "_run.json", {**run, "done": 0, "skipped": run["done"]})
     assert page_of(*folders.values()) == before
+
+
+def test_of_versions_the_latest_is_told(folders: dict[str, Path]) -> None:
+    root = folders["model"].with_name("versions")
+    for name in ("v1", "v2"):
+        shutil.copytree(folders["model"], root / name)
+    write_json(root / "latest.json", {"version": "v2", "digest": "d"})
+    (root / "v2" / "README.md").write_text("# A card")
+    for named, version in ((root, "v2"), (root / "v1", "v1")):
+        (found,) = collect([str(named)])
+        assert found.url == str(root / version)
+        text = Page(page_of(named)).text
+        assert ("version" in text, str(root / "v2" / "README.md") in text) == (True, version == "v2")
+    assert [one.url for one in collect([str(root.parent)]) if one.command == "train"] == [
+        str(folders["model"]), str(root / "v2"),
+    ]  # fmt: skip
 
 
 def test_refuses_what_is_no_out_folder(tmp_path: Path) -> None:

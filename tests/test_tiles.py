@@ -14,14 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 import rasterio.transform
+import rasterio.warp
 import shapely
 from scenes_for_tests import position_image, write_scene
 
 from sattile import storage
 from sattile.dataset import petastorm_reader, read_dataset
 from sattile.errors import TooManyRefused, UsageError
+from sattile.schema import Scene
 from sattile.split import SplitRule
-from sattile.tiles import tile
+from sattile.tiles import _whereabouts, tile
 
 NAMES = ("B02", "B03", "B04")
 
@@ -104,6 +106,37 @@ def test_the_description_counts_what_is_there(made):
         assert found["mean"] == pytest.approx(values.mean(), rel=1e-12)
         assert found["std"] == pytest.approx(values.std(), rel=1e-12)
         assert found["percentiles"]["50"] == np.sort(values)[int(np.ceil(len(values) / 2)) - 1]
+
+
+def test_the_description_says_where_the_training_scenes_lie(made):
+    folder, _, out = made
+    rows = rows_of(out)
+    area = shapely.from_geojson(json.dumps(read_dataset(out)["footprint"]))
+    for scene_id, split in zip(rows["scene_id"], rows["split"], strict=True):
+        with rasterio.open(folder / "scenes" / f"{scene_id}.tif") as file:
+            ground = shapely.box(*rasterio.warp.transform_bounds(file.crs, 4326, *file.bounds))
+        assert area.intersects(ground) == (split == "train")
+    assert read_dataset(out)["interval"] is None  # the files don't say it
+
+
+def test_the_training_ground_is_whole_or_not_said(made):
+    def scene(number, **change):
+        where = shapely.box(number % 40 * 0.5, number // 40 * 0.5, number % 40 * 0.5 + 0.3, number // 40 * 0.5 + 0.3)
+        known = {"footprint": shapely.to_wkb(where), "datetime": f"2020-{1 + number % 12:02}-02T03:04:05Z"}
+        return Scene(f"s{number}", "u", 1, 1, (), None, (1, 0, 0, 0, -1, 0), **(known | change))
+
+    few = [scene(number) for number in (7, 3, 5)]
+    found = _whereabouts(few)
+    assert found["interval"] == ["2020-04-02T03:04:05Z", "2020-08-02T03:04:05Z"]
+    assert shapely.from_geojson(json.dumps(found["footprint"])).area == pytest.approx(3 * 0.09)
+    assert _whereabouts(few[::-1]) == found
+    many = [scene(number) for number in range(400)]
+    area = shapely.from_geojson(json.dumps(_whereabouts(many)["footprint"]))
+    assert shapely.get_num_coordinates(area) <= 500
+    assert all(area.covers(shapely.from_wkb(one.footprint)) for one in many)
+    assert _whereabouts([*few, scene(9, footprint=None)]) == {**_whereabouts([*few, scene(9)]), "footprint": None}
+    assert _whereabouts([*few, scene(9, datetime=None)])["interval"] is None
+    assert _whereabouts([]) == {"footprint": None, "interval": None}
 
 
 def test_the_same_rows_for_any_order_partitioning_and_rerun(spark, made, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tiles_for_tests import BANDS, SIZE, make_tile, write_dataset
 from sattile.errors import UsageError
 from sattile.model import load_bundle
 from sattile.training import loop, train
-from sattile.training.loop import Settings
+from sattile.training.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +111,13 @@ import os
 os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 import tensorflow as tf
 from sattile.training import loop
+from sattile.training.settings import Settings
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 assert strategy.num_replicas_in_sync == 2
 with strategy.scope():
-    loop.fit(dataset={dataset!r}, work={str(tmp_path)!r}, settings=loop.Settings(**{SMALL.to_dict()!r}))
+    loop.fit(dataset={dataset!r}, work={str(tmp_path)!r}, settings=Settings(**{SMALL.to_dict()!r}))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -159,7 +161,8 @@ def test_one_worker_and_two_train_the_same_weights(spark: Any, dataset: str, tmp
     assert (found.fill, found.dataset_digest, found.total_stride) == ((700, 800, 900), "d1", 4)
     assert found.metrics["split"] == "val"
     assert sorted(path.name for path in Path(both).iterdir()) == [
-        "_run.json", "bundle.json", "history.json", "model.keras", "openvino", "saved_model", "tensorboard",
+        "README.md", "_run.json", "bundle.json", "history.json", "item.json", "model.keras", "openvino", "saved_model",
+        "tensorboard",
     ]  # fmt: skip
 
     before = {path: path.stat().st_mtime_ns for path in Path(alone).rglob("*") if path.is_file()}
@@ -180,6 +183,38 @@ def test_training_goes_on_from_an_earlier_bundle(spark: Any, dataset: str, tmp_p
     assert after.metrics["miou"] > before.metrics["miou"] - 0.02  # with a learning rate that learns nothing
     with pytest.raises(UsageError, match="--arch"):
         train(spark, dataset=dataset, out=str(tmp_path / "third"), **(how | {"arch": "resunet-small"}))
+
+
+def test_a_version_is_the_latest_once_it_is_whole(
+    spark: Any, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "models" / "water"
+    how = {"dataset": dataset, "out": str(root), "arch": "unet-tiny", "batch_size": 12, "versions": True}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sattile.training._publish", killed)
+        train(spark, epochs=2, **how)
+    assert not (root / "latest.json").exists()
+    work = root / "v1" / ".training"
+    begun = json.loads((work / "progress.json").read_text())
+    assert train(spark, epochs=2, **how) == str(root / "v1")
+    assert json.loads((root / "v1" / "history.json").read_text()) == begun  # not one epoch was trained again
+    assert not work.exists()
+    found = load_bundle(str(root))
+    assert (found.url, found.data["splits"]["train"]["tiles"]) == (str(root / "v1"), 43)
+
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("sattile.training.child", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(spark, epochs=3, **how)  # other settings: another version
+        assert train(spark, epochs=2, **how) == str(root / "v1")  # there is nothing to do
+    assert load_bundle(str(root)).url == str(root / "v1")
+    changed = {str(path.relative_to(root)) for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"v1/_run.json"}
 
 
 def test_a_builder_that_fails_is_a_usage_error(spark: Any, dataset: str, tmp_path: Path) -> None:

@@ -136,7 +136,12 @@ def write_text(url: str, text: str) -> None:
 
 
 def write_json(url: str, value: Any) -> None:
-    write_text(url, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes(url, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
 def open_local(url: str) -> str:

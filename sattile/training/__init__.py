@@ -3,7 +3,9 @@
 networks      by name, or a user's builder; with their indices, and weights from an earlier one (transfer)
 reader        the tiles of a split
 batches       the same global batches for any number of workers, varied by augmentation
+settings      all that shapes the weights, and what of it can't be
 loop          `fit`: one worker's part, under the current `tf.distribute` strategy; what it makes small is in losses
+search        trainings over a small grid of settings, as Spark tasks
 __main__      the child process of the driver: the runner's `local_mode`, and assembling the bundle
 """
 
@@ -21,19 +23,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from sattile import engine, storage
 from sattile.errors import SattileError, UsageError
 from sattile.record import Run
-from sattile.training import indices as index_module
-from sattile.training import transfer
-from sattile.training.batches import SHARDS
-from sattile.training.loop import PRECISIONS, PROGRESS, Settings, describe
-from sattile.training.networks import check_name
+from sattile.training.loop import PROGRESS, describe
 from sattile.training.reader import Dataset, load_dataset
+from sattile.training.settings import Settings, check, make_settings, said_by
+from sattile.versions import opened
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -46,12 +46,6 @@ WORK = ".training"
 PORT_TRIES = 3
 
 READERS = ("pyarrow", "petastorm")
-CHOICES = {
-    "precision": tuple(PRECISIONS),
-    "class_weights": ("none", "balanced"),
-    "sampling": ("uniform", "balanced"),
-}
-"""Settings that are one of some words."""
 
 
 def train(
@@ -80,6 +74,7 @@ def train(
     max_restarts: int = 3,
     reader: str = "pyarrow",
     trust: bool = False,
+    versions: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Train a segmentation model on a tiles dataset.
@@ -118,28 +113,29 @@ def train(
         max_restarts: how often several workers begin again from the last epoch when one of them is lost.
         reader: pyarrow, or petastorm, which gives the same tiles more slowly and runs code out of its pickled schema.
         trust: allow that, for a dataset that you trust.
-        overwrite: replace a model made with other settings.
+        versions: make a version of the model below out, v1, v2, ..., and let latest.json name it once it is whole; one
+            that was made with the same settings and tiles is left as it is.
+        overwrite: replace a model made with other settings or other tiles.
 
     Returns:
-        URL of `out`.
+        URL of the bundle: `out`, or the version's folder.
 
     Raises:
         UsageError: for settings that cannot be, before anything runs.
         SattileError: if the training fails; it says why.
     """
     described = load_dataset(dataset)
-    if ":" in arch and indices == "auto":
-        indices = "none"
-    settings = Settings(
-        arch=arch, indices=index_module.choose(indices, described.bands),
-        start_from=storage.absolute(start_from) if start_from else None,
-        epochs=epochs, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,
-        weight_decay=weight_decay, precision=precision, dice=dice, label_smoothing=label_smoothing,
-        hard_share=hard_share, class_weights=class_weights, sampling=sampling, augment=augment, patience=patience,
-        seed=seed,
+    settings = make_settings(
+        described,
+        {
+            "arch": arch, "indices": indices, "start_from": start_from, "epochs": epochs, "batch_size": batch_size,
+            "accumulate": accumulate, "learning_rate": learning_rate, "weight_decay": weight_decay,
+            "precision": precision, "dice": dice, "label_smoothing": label_smoothing, "hard_share": hard_share,
+            "class_weights": class_weights, "sampling": sampling, "augment": augment, "patience": patience,
+            "seed": seed,
+        },
     )  # fmt: skip
-    gpus = engine.gpus_a_task(spark)
-    _check(settings, described, workers, max(gpus, 1))
+    check(settings, described, workers=workers, devices=max(engine.gpus_a_task(spark), 1))
     if reader not in READERS:
         raise UsageError(f"reader {reader!r}: use {' or '.join(READERS)}")
     if reader == "petastorm" and not trust:
@@ -152,71 +148,53 @@ def train(
     if on_cluster:
         _check_slots(spark, workers)
     dataset, out = storage.absolute(dataset), storage.absolute(out)
-    work = storage.join(out, WORK)
-    job = {"dataset": dataset, "work": work, "settings": settings.to_dict(), "petastorm": reader == "petastorm"}
-    said = {**settings.to_dict(), "dataset": described.digest}
-    if settings.start_from:
-        said["start_from"] = transfer.digest(settings.start_from)
-    with Run("train", out, said, overwrite) as run:
-        run.inputs = [{"url": storage.join(dataset, "dataset.json"), "digest": described.digest}]
+    with opened("train", out, said_by(settings, described), overwrite, versions) as run:
+        job = job_of(dataset, run.out, settings, petastorm=reader == "petastorm")
         run.extra["workers"] = workers
-        run.given = 1
-        if run.finished_before and storage.exists(storage.join(out, "bundle.json")):
-            log.info("train: %s is done already", out)
-            run.skipped = 1
-        else:
-            if run.replacing:
-                storage.remove(work)
-            pixels = described.tiles("train") * described.size**2 * epochs
-            with run.stage("train", pixels=pixels), _followed(work, epochs):
-                if not on_cluster:
-                    _child({"do": ["fit", "assemble"], **job})
-                else:
-                    if ":" in arch:
-                        _child({"do": ["build"], **job})
-                    run.extra["restarts"] = _fit_on_cluster(spark, workers, job, max_restarts)
-            with run.stage("bundle"):
-                if on_cluster:
-                    _child({"do": ["assemble"], **job})
-                _publish(storage.join(work, "bundle"), out)
-                storage.remove(work)
-            run.done = 1
+
+        def make() -> None:
+            if on_cluster:
+                if ":" in arch:
+                    child({"do": ["build"], **job})
+                run.extra["restarts"] = _fit_on_cluster(spark, workers, job, max_restarts)
+            child({"do": ["assemble"] if on_cluster else ["fit", "assemble"], **job})
+
+        run_training(run, job, make, described, versions)
         run.finish()
-    return out
+        return run.out
 
 
-def _check(settings: Settings, dataset: Dataset, workers: int, devices: int) -> None:
-    if not dataset.tiles("train"):
-        raise UsageError(f"dataset {dataset.url} has no training tiles; see its split_rule in dataset.json")
-    if not dataset.class_pixels("train").any():
-        raise UsageError(f"dataset {dataset.url}: not one pixel of its training tiles is labelled")
-    if len(dataset.classes) < 2:
-        raise UsageError(f"dataset {dataset.url} has one class, {dataset.classes[0].name}; two are needed at least")
-    if settings.epochs < 1 or settings.batch_size < 1:
-        raise UsageError(f"epochs {settings.epochs}, batch_size {settings.batch_size}: give at least 1")
-    if settings.learning_rate <= 0:
-        raise UsageError(f"learning_rate {settings.learning_rate:g}: give a positive number")
-    for name, known in CHOICES.items():
-        if getattr(settings, name) not in known:
-            raise UsageError(f"{name} {getattr(settings, name)!r}: use {' or '.join(known)}")
-    if not 0 <= settings.label_smoothing < 1:
-        raise UsageError(f"label_smoothing {settings.label_smoothing:g}: give a share below 1, such as 0.1")
-    if not 0 < settings.hard_share <= 1:
-        raise UsageError(f"hard_share {settings.hard_share:g}: give a share above 0, such as 0.25; 1 counts all pixels")
-    parts = devices * settings.accumulate
-    if settings.accumulate < 1 or settings.batch_size % parts:
-        raise UsageError(
-            f"batch_size {settings.batch_size}: give a multiple of {max(parts, 1)} (accumulate {settings.accumulate} x "
-            f"{devices} device(s) a worker)"
-        )
-    good = [n for n in range(1, SHARDS + 1) if SHARDS % n == 0 and settings.batch_size % (n * parts) == 0]
-    if workers not in good:
-        raise UsageError(
-            f"workers {workers} with batch_size {settings.batch_size}: the weights must not depend on the "
-            f"number of workers, so it has to divide {SHARDS} and the batch; use {', '.join(map(str, good))}"
-        )
-    if ":" not in settings.arch:
-        check_name(settings.arch)
+def job_of(dataset: str, out: str, settings: Settings, *, petastorm: bool = False) -> dict[str, Any]:
+    """A training as JSON, for those who do it."""
+    work = storage.join(out, WORK)
+    return {"dataset": dataset, "work": work, "settings": settings.to_dict(), "petastorm": petastorm}
+
+
+def run_training(
+    run: Run, job: Mapping[str, Any], make: Callable[[], None], described: Dataset, versions: bool = False
+) -> None:
+    """Make and publish the bundle of a run, if it is not there already.
+
+    Args:
+        make: leaves a bundle in the work folder of the job.
+    """
+    run.inputs = [{"url": storage.join(job["dataset"], "dataset.json"), "digest": described.digest}]
+    run.given = 1
+    # In a version's folder, which is never made anew, a bundle is whole and of these settings.
+    if (run.finished_before or versions) and storage.exists(storage.join(run.out, "bundle.json")):
+        log.info("train: %s is done already", run.out)
+        run.skipped = 1
+    else:
+        if run.replacing:
+            storage.remove(job["work"])
+        epochs = job["settings"]["epochs"]
+        pixels = described.tiles("train") * described.size**2 * epochs
+        with run.stage("train", pixels=pixels), _followed(job["work"], epochs):
+            make()
+        with run.stage("bundle"):
+            _publish(storage.join(job["work"], "bundle"), run.out)
+        run.done = 1
+    storage.remove(job["work"])
 
 
 def _check_slots(spark: SparkSession, workers: int) -> None:
@@ -321,11 +299,14 @@ def _reason(text: str) -> SattileError:
     return SattileError(f"training failed on a worker: {(lines or [text[:300]])[-1][:500]}")
 
 
-def _child(job: Mapping[str, Any]) -> None:
+def child(job: Mapping[str, Any], *, threads: int | None = None) -> None:
     """Run `python -m sattile.training` on a job and hand on what it prints; its errors are raised here.
 
     TensorFlow stays out of the caller's process, which may be a notebook with a TensorFlow of its own. The child ends
     when this process does: it reads its standard input to the end.
+
+    Args:
+        threads: that TensorFlow may use; all cores if not given.
     """
     environment = {
         # The caller's gateway and submit arguments would bind the child to the caller's session.
@@ -339,6 +320,7 @@ def _child(job: Mapping[str, Any]) -> None:
         # channels on, two runs with one seed differed in the last bits from the first epoch on. It costs no speed.
         "TF_NUM_INTEROP_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+        **({"TF_NUM_INTRAOP_THREADS": str(threads)} if threads else {}),
     }
     with storage.scratch() as scratch:
         answer = os.path.join(scratch, "answer.json")

@@ -1,8 +1,8 @@
 """The driver's child process, in which TensorFlow runs: `python -m sattile.training JOB`, JOB being JSON.
 
 `do` lists what to do: `build` (see whether the network can be built), `fit` (train here, through the runner's
-`local_mode`), `assemble` (make the bundle of the best weights). What comes of it goes to the file `answer`:
-`{"done": true}`, `{"usage": text}` or `{"error": text}`.
+`local_mode`), `fit_alone` (without the runner, which wants a Spark session), `assemble` (make the bundle of the best
+weights). What comes of it goes to the file `answer`: `{"done": true}`, `{"usage": text}` or `{"error": text}`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sattile import storage
 from sattile.errors import SattileError, UsageError
 from sattile.training import fit_worker, loop
 from sattile.training.reader import Dataset, Split, load_dataset
+from sattile.training.settings import Settings
 
 
 def main(text: str) -> int:
@@ -34,7 +35,7 @@ def main(text: str) -> int:
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # the runner's way to name its strategy is deprecated
     try:
         for one in job["do"]:
-            {"build": build, "fit": fit, "assemble": assemble}[one](job)
+            {"build": build, "fit": fit, "fit_alone": fit_worker, "assemble": assemble}[one](job)
         answer: dict[str, Any] = {"done": True}
     except UsageError as error:
         answer = {"usage": str(error)}
@@ -63,7 +64,7 @@ def _end_with_parent() -> None:
 
 def build(job: Mapping[str, Any]) -> Any:
     """The network of a job, with its first weights."""
-    return loop.make_network(load_dataset(job["dataset"]), loop.Settings.from_dict(job["settings"]))
+    return loop.make_network(load_dataset(job["dataset"]), Settings.from_dict(job["settings"]))
 
 
 def fit(job: Mapping[str, Any]) -> None:
@@ -102,6 +103,7 @@ def assemble(job: Mapping[str, Any]) -> None:
         values=described.description["values"],
         gsd=described.description.get("gsd"),
         dataset_digest=described.digest,
+        dataset=described.description,
         metrics=state.metrics,
         about={"best_epoch": state.best, **job["settings"]},
         tiles=_tiles_to_compare(described),

@@ -13,8 +13,6 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,62 +24,11 @@ from sattile.training import losses, networks, transfer
 from sattile.training.augmentation import Augmentation
 from sattile.training.batches import Batches, draw_weights, plan
 from sattile.training.reader import Dataset, Split, load_dataset, seen_before
+from sattile.training.settings import PRECISIONS, Settings
 
 log = logging.getLogger("sattile")
 
 CHECKPOINT, PROGRESS = "checkpoint.npz", "progress.json"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that shapes the weights.
-
-    Attributes:
-        arch: as `networks.build` takes it.
-        indices: spectral indices beside the bands, see `indices`.
-        start_from: bundle or Keras file to take the first weights from; None starts from the seed.
-        epochs: passes over the training tiles.
-        batch_size: of the global batch, over all workers.
-        accumulate: parts that a batch goes through the network in; its gradients are added up.
-        learning_rate: its peak; it warms up over `warmup` epochs and falls to 0 along a cosine.
-        weight_decay: AdamW's.
-        precision: `float32`, or `bfloat16` for activations and their gradients.
-        dice, label_smoothing, hard_share: see `losses.Loss`.
-        class_weights: `none`, or `balanced`: (1 / share of a class) ** 0.5, mean 1 over the labelled pixels.
-        sampling: `uniform`, each tile once an epoch, or `balanced`: see `batches.draw_weights`.
-        patience: epochs without a better validation mIoU after which it ends; 0 is never.
-        augment: see `augmentation`.
-        seed: of weights, order and augmentation.
-    """
-
-    arch: str = "unet-small"
-    indices: tuple[str, ...] = ()
-    start_from: str | None = None
-    epochs: int = 30
-    batch_size: int = 16
-    accumulate: int = 1
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-3
-    precision: str = "float32"
-    warmup: float = 1.0
-    dice: float = 1.0
-    label_smoothing: float = 0.0
-    hard_share: float = 1.0
-    class_weights: str = "none"
-    sampling: str = "uniform"
-    patience: int = 0
-    augment: bool = True
-    seed: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"indices": list(self.indices)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        return cls(**{**values, "indices": tuple(values.get("indices", ()))})
-
-
-PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 
 
 def make_network(described: Dataset, settings: Settings, *, precision: str = "float32") -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,8 +15,8 @@ from sattile import engine, storage
 from sattile.errors import SattileError, UsageError, nearest
 from sattile.record import Run
 from sattile.schema import Refusal
-from sattile.training.loop import Settings
 from sattile.training.reader import Dataset, load_dataset
+from sattile.training.settings import Settings, check, make_settings, said_by
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,35 +60,34 @@ def search(
         UsageError: for a grid that can't be, before anything runs.
         SattileError: if all trainings failed.
     """
-    from sattile.training import check, make_settings
-
     described = load_dataset(dataset)
     dataset, out = storage.absolute(dataset), storage.absolute(out)
     shared = dict((settings or {}).get("train", {}))
-    varied = parse_grid(grid)
+    strange = sorted(set(shared) - {*OPTIONS})
+    if strange:
+        raise UsageError(
+            f"train.{strange[0]} is nothing that the trainings of a search can share{nearest(strange[0], OPTIONS)}"
+        )
     trials = []
-    for one in varied:
+    for one in parse_grid(grid):
         made = make_settings(described, {**shared, **one})
-        check(made, described, workers=1, devices=1)
-        trials.append(_job(dataset, out, described, made, one))
+        check(made, described)
+        trials.append(_trial(out, described, made, one))
     with Run("search", out, {"dataset": described.digest}, False, max_failed_fraction) as run:
         run.inputs = [{"url": storage.join(dataset, "dataset.json"), "digest": described.digest}]
         run.given = len(trials)
         pixels = described.tiles("train") * described.size**2
-        with run.stage("train", pixels=sum(pixels * job["settings"]["epochs"] for job in trials)):
+        with run.stage("train", pixels=sum(pixels * one.settings.epochs for one in trials)):
             threads = int(spark.conf.get("spark.task.cpus", "1") or 1)
             with engine.progress(spark, "search"), engine.few_rows_a_batch(spark):
                 numbers = spark.range(0, len(trials), 1, len(trials))
-                work = engine.on_worker(partial(run_trials, jobs=trials, threads=threads))
-                said = {
-                    row.id: row
-                    for row in numbers.mapInPandas(work, "id long, skipped boolean, reason string").collect()
-                }
-        run.refuse([Refusal(job["name"], "train", said[k].reason) for k, job in enumerate(trials) if said[k].reason])
+                work = engine.on_worker(partial(run_trials, trials=trials, dataset=dataset, threads=threads))
+                said = {row.id: row for row in numbers.mapInPandas(work, BECAME).collect()}
+        run.refuse([Refusal(one.name, "train", said[k].reason) for k, one in enumerate(trials) if said[k].reason])
         run.skipped = sum(row.skipped for row in said.values())
         run.done = len(trials) - len(run.refused) - run.skipped
         rows = sorted(
-            (_result(job) for k, job in enumerate(trials) if not said[k].reason),
+            (_result(one) for k, one in enumerate(trials) if not said[k].reason),
             key=lambda row: (-(row["val_miou"] or 0.0), row["trial"]),
         )
         if not rows:
@@ -135,45 +135,58 @@ def _value(name: str, text: str) -> Any:
         raise UsageError(f"grid: {name} {text!r} is no {kind.__name__}") from None
 
 
-def _job(dataset: str, out: str, described: Dataset, made: Settings, varied: Mapping[str, Any]) -> dict[str, Any]:
-    from sattile.training import said_by
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training of a search: its name, folder, settings, and what of them varies."""
 
-    said = said_by(made, described)
-    # Of all its settings: a larger grid, or another number of epochs, finds its own trials and leaves the others.
-    named = ",".join(f"{name}={str(value).replace('/', '_')}" for name, value in varied.items())
-    name = f"{named}-{storage.digest(said)[:8]}"
-    return {
-        "name": name, "out": storage.join(out, TRIALS, name), "dataset": dataset, "said": said,
-        "settings": made.to_dict(), "varied": dict(varied),
-    }  # fmt: skip
+    name: str
+    out: str
+    settings: Settings
+    varied: Mapping[str, Any]
+
+
+def _trial(out: str, described: Dataset, settings: Settings, varied: Mapping[str, Any]) -> Trial:
+    # Of all its settings, not of those that vary: a larger grid finds what is there, whatever it varies.
+    name = f"{re.sub('[^A-Za-z0-9-]', '_', settings.arch)}-{storage.digest(said_by(settings, described))[:8]}"
+    return Trial(name, storage.join(out, TRIALS, name), settings, dict(varied))
+
+
+BECAME = "id long, skipped boolean, reason string"
 
 
 def run_trials(
-    frames: Iterable[pd.DataFrame], *, jobs: Sequence[Mapping[str, Any]], threads: int
+    frames: Iterable[pd.DataFrame], *, trials: Sequence[Trial], dataset: str, threads: int
 ) -> Iterator[pd.DataFrame]:
-    """Numbers of trials in (`id`), what became of each out, for `mapInPandas`."""
+    """Numbers of trials in (`id`), what became of each out (`BECAME`), for `mapInPandas`.
+
+    Each training is a child process of its task, as it is one of the driver in `train`.
+    """
     import pandas as pd
 
-    from sattile.training import train_here
+    from sattile.training import child, job_of, run_training
 
+    described = load_dataset(dataset)
     for number in (int(number) for frame in frames for number in frame["id"]):
-        job, skipped, reason = jobs[number], False, None
+        trial, skipped, reason = trials[number], 0, None
+        job = job_of(dataset, trial.out, trial.settings)
         try:
-            with Run("train", job["out"], dict(job["said"]), overwrite=True) as run:
-                skipped = not train_here(run, {**job, "work": ""}, threads=threads)
+            with Run("train", trial.out, said_by(trial.settings, described)) as run:
+                run_training(
+                    run, job, partial(child, {"do": ["fit_alone", "assemble"], **job}, threads=threads), described
+                )
                 run.finish()
+                skipped = run.skipped
         except SattileError as error:
             reason = str(error)
-        yield pd.DataFrame({"id": [number], "skipped": [skipped], "reason": [reason]})
+        yield pd.DataFrame({"id": [number], "skipped": [bool(skipped)], "reason": [reason]})
 
 
-def _result(job: Mapping[str, Any]) -> dict[str, Any]:
-    bundle = storage.read_json(storage.join(job["out"], "bundle.json"))
-    history = storage.read_json(storage.join(job["out"], "history.json"))
+def _result(trial: Trial) -> dict[str, Any]:
+    bundle, history = (storage.read_json(storage.join(trial.out, name)) for name in ("bundle.json", "history.json"))
     classes = bundle["metrics"].get("classes") or {}
     return {
-        "trial": job["name"],
-        **job["varied"],
+        "trial": trial.name,
+        **trial.varied,
         "val_miou": bundle["metrics"].get("miou"),
         "val_iou": {name: found["iou"] for name, found in classes.items() if found},
         "best_epoch": bundle["network"]["best_epoch"],

@@ -1,0 +1,8 @@
+"""`sattile search` for spark-submit: same options, same exit status."""
+
+import sys
+
+from sattile.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["search", *sys.argv[1:]]))

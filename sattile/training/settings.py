@@ -1,0 +1,134 @@
+"""All that shapes the weights of a training: given by the user, checked once, the same on every worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sattile import storage
+from sattile.errors import UsageError
+from sattile.training import indices, networks, transfer
+from sattile.training.batches import SHARDS
+from sattile.training.reader import Dataset
+
+PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+"""Keras's names of them."""
+
+CHOICES = {
+    "precision": tuple(PRECISIONS),
+    "class_weights": ("none", "balanced"),
+    "sampling": ("uniform", "balanced"),
+}
+"""Settings that are one of some words."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that shapes the weights.
+
+    Attributes:
+        arch: as `networks.build` takes it.
+        indices: spectral indices beside the bands, see `indices`.
+        start_from: bundle or Keras file to take the first weights from; None starts from the seed.
+        epochs: passes over the training tiles.
+        batch_size: of the global batch, over all workers.
+        accumulate: parts that a batch goes through the network in; its gradients are added up.
+        learning_rate: its peak; it warms up over `warmup` epochs and falls to 0 along a cosine.
+        weight_decay: AdamW's.
+        precision: `float32`, or `bfloat16` for activations and their gradients.
+        dice, label_smoothing, hard_share: see `losses.Loss`.
+        class_weights: `none`, or `balanced`: (1 / share of a class) ** 0.5, mean 1 over the labelled pixels.
+        sampling: `uniform`, each tile once an epoch, or `balanced`: see `batches.draw_weights`.
+        patience: epochs without a better validation mIoU after which it ends; 0 is never.
+        augment: see `augmentation`.
+        seed: of weights, order and augmentation.
+    """
+
+    arch: str = "unet-small"
+    indices: tuple[str, ...] = ()
+    start_from: str | None = None
+    epochs: int = 30
+    batch_size: int = 16
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-3
+    precision: str = "float32"
+    warmup: float = 1.0
+    dice: float = 1.0
+    label_smoothing: float = 0.0
+    hard_share: float = 1.0
+    class_weights: str = "none"
+    sampling: str = "uniform"
+    patience: int = 0
+    augment: bool = True
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"indices": list(self.indices)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        return cls(**{**values, "indices": tuple(values.get("indices", ()))})
+
+
+def make_settings(dataset: Dataset, options: Mapping[str, Any]) -> Settings:
+    """Settings as `train` takes them: indices by name, or `auto`; where weights come from as the user wrote it."""
+    given = dict(options)
+    wanted = given.get("indices", "auto")
+    if isinstance(wanted, str):
+        if ":" in given.get("arch", "") and wanted == "auto":
+            wanted = "none"  # a builder of the user's own makes its own
+        given["indices"] = indices.choose(wanted, dataset.bands)
+    if given.get("start_from"):
+        given["start_from"] = storage.absolute(given["start_from"])
+    return Settings.from_dict(given)
+
+
+def said_by(settings: Settings, dataset: Dataset) -> dict[str, Any]:
+    """What the run record says a model was made of: two trainings of one record give the same weights."""
+    said = {**settings.to_dict(), "dataset": dataset.digest}
+    if settings.start_from:
+        said["start_from"] = transfer.digest(settings.start_from)
+    return said
+
+
+def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: int = 1) -> None:
+    """Refuse what cannot be, before anything runs.
+
+    Args:
+        workers: that share a batch; each with so many devices.
+    """
+    if not dataset.tiles("train"):
+        raise UsageError(f"dataset {dataset.url} has no training tiles; see its split_rule in dataset.json")
+    if not dataset.class_pixels("train").any():
+        raise UsageError(f"dataset {dataset.url}: not one pixel of its training tiles is labelled")
+    if len(dataset.classes) < 2:
+        raise UsageError(f"dataset {dataset.url} has one class, {dataset.classes[0].name}; two are needed at least")
+    if settings.epochs < 1 or settings.batch_size < 1:
+        raise UsageError(f"epochs {settings.epochs}, batch_size {settings.batch_size}: give at least 1")
+    if settings.learning_rate <= 0:
+        raise UsageError(f"learning_rate {settings.learning_rate:g}: give a positive number")
+    for name, known in CHOICES.items():
+        if getattr(settings, name) not in known:
+            raise UsageError(f"{name} {getattr(settings, name)!r}: use {' or '.join(known)}")
+    if not 0 <= settings.label_smoothing < 1:
+        raise UsageError(f"label_smoothing {settings.label_smoothing:g}: give a share below 1, such as 0.1")
+    if not 0 < settings.hard_share <= 1:
+        raise UsageError(f"hard_share {settings.hard_share:g}: give a share above 0, such as 0.25; 1 counts all pixels")
+    parts = devices * settings.accumulate
+    if settings.accumulate < 1 or settings.batch_size % parts:
+        raise UsageError(
+            f"batch_size {settings.batch_size}: give a multiple of {max(parts, 1)} (accumulate {settings.accumulate} x "
+            f"{devices} device(s) a worker)"
+        )
+    good = [n for n in range(1, SHARDS + 1) if SHARDS % n == 0 and settings.batch_size % (n * parts) == 0]
+    if workers not in good:
+        raise UsageError(
+            f"workers {workers} with batch_size {settings.batch_size}: the weights must not depend on the "
+            f"number of workers, so it has to divide {SHARDS} and the batch; use {', '.join(map(str, good))}"
+        )
+    if ":" not in settings.arch:
+        networks.check_name(settings.arch)
+    if settings.start_from:
+        transfer.digest(settings.start_from)  # it is there, and a network
