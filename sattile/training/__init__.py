@@ -235,9 +235,10 @@ def _fit_on_cluster(spark: SparkSession, workers: int, job: Mapping[str, Any], m
     restarts, ports = 0, PORT_TRIES
     while True:
         try:
-            gpu = engine.gpus_a_task(spark) > 0
-            runner = MirroredStrategyRunner(num_slots=workers, local_mode=False, use_gpu=gpu)
-            runner.run(functools.partial(fit_worker, dict(job), storage.access(), gpu))
+            gpus = engine.gpus_a_task(spark)
+            # Its slots are GPUs, of which each task gets as many as Spark gives it.
+            runner = MirroredStrategyRunner(num_slots=workers * max(gpus, 1), local_mode=False, use_gpu=gpus > 0)
+            runner.run(functools.partial(fit_worker, dict(job), storage.access(), gpus))
             return restarts
         except Exception as error:
             text = str(error)
@@ -264,13 +265,13 @@ def _wait_for_slots(spark: SparkSession, workers: int) -> None:
         time.sleep(2)
 
 
-def fit_worker(job: Mapping[str, Any], access: storage.Access | None = None, gpu: bool = False) -> None:
-    """What each worker runs; `gpu`: on the one that Spark gave it."""
+def fit_worker(job: Mapping[str, Any], access: storage.Access | None = None, gpus: int = 0) -> None:
+    """What each worker runs; `gpus`: on so many, which Spark gave it."""
     from sattile.training.loop import fit
 
     storage.use(access)
-    if gpu:
-        _check_gpu()
+    if gpus:
+        _check_gpus(gpus)
     fit(
         dataset=job["dataset"],
         work=job["work"],
@@ -279,12 +280,14 @@ def fit_worker(job: Mapping[str, Any], access: storage.Access | None = None, gpu
     )
 
 
-def _check_gpu() -> None:
+def _check_gpus(gpus: int) -> None:
     import tensorflow as tf
 
-    if not tf.config.list_physical_devices("GPU"):
+    seen = len(tf.config.list_physical_devices("GPU"))
+    if seen < gpus:
         raise SattileError(
-            f"Spark gave this worker GPU {os.environ.get('CUDA_VISIBLE_DEVICES')} and TensorFlow sees none: "
+            f"Spark gave this worker GPU {os.environ.get('CUDA_VISIBLE_DEVICES')} and TensorFlow sees "
+            f"{seen or 'none'}: "
             f"install sattile[gpu] into the environment, and look at the node's driver (nvidia-smi)"
         )
 

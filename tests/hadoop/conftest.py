@@ -25,7 +25,7 @@ SMALL = [
 """Spark's options for jobs that share two cores with their cluster."""
 
 
-GPUS = {"yarn.resource-types": "yarn.io/gpu", "yarn.nodemanager.resource-type.yarn.io/gpu": "1"}
+GPUS = {"yarn.resource-types": "yarn.io/gpu", "yarn.nodemanager.resource-type.yarn.io/gpu": "2"}
 
 
 def need(*, kerberos: bool = False, native: bool = False) -> None:

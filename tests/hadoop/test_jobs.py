@@ -284,17 +284,22 @@ def test_a_training_goes_on_after_a_lost_executor(cluster: Cluster, water: Path)
         np.testing.assert_allclose(first, second, atol=1e-4)
 
 
-def test_a_gpu_of_spark_that_tensorflow_does_not_see_is_told(water: Path, tmp_path: Path) -> None:
-    """The nodes claim a GPU that is not there, and a program in the place of NVIDIA's names it."""
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_gpus_of_spark_that_tensorflow_does_not_see_are_told(water: Path, tmp_path: Path, gpus: int) -> None:
+    """The nodes claim GPUs that are not there, and a program in the place of NVIDIA's names them."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho 0\n")
+    names = [str(number) for number in range(gpus)]
+    program.write_text("#!/bin/sh\n" + "\n".join(f"echo {name}" for name in names) + "\n")
     program.chmod(0o755)
-    gpu = ["--conf", "spark.executor.resource.gpu.amount=1", "--conf", "spark.task.cpus=1"]
+    gpu = ["--conf", f"spark.executor.resource.gpu.amount={gpus}", "--conf", "spark.task.cpus=1"]
+    gpu += ["--conf", f"spark.task.resource.gpu.amount={gpus}"]
     gpu += ["--conf", f"spark.executorEnv.PATH={program.parent}:{os.environ['PATH']}"]
     said = submit("yarn-client", "jobs/train.py", "--dataset", "hdfs:///loop/tiles", "--arch", "unet-tiny",
-                  "--workers", "2", "--out", "hdfs:///gpu", status=1, options=[*SMALL, *gpu])  # fmt: skip
-    assert "Spark gave this worker GPU 0 and TensorFlow sees none: install sattile[gpu]" in said
+                  "--workers", "2", "--out", f"hdfs:///gpu{gpus}", status=1, options=[*SMALL, *gpu])  # fmt: skip
+    found = re.search(r"Spark gave this worker GPU ([0-9,]+) and TensorFlow sees none: install sattile\[gpu\]", said)
+    assert found
+    assert sorted(found.group(1).split(",")) == names  # the runner draws them in any order
 
 
 def test_a_packed_environment_is_what_the_nodes_run(cluster: Cluster, water: Path, tmp_path: Path) -> None:
