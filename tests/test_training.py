@@ -15,10 +15,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 import pytest
+import rasterio
+from scenes_for_tests import write_scene
 from tiles_for_tests import BANDS, SIZE, make_tile, write_dataset
 
 from sattile.errors import UsageError
 from sattile.model import load_bundle
+from sattile.prediction import predict
 from sattile.training import loop, train
 from sattile.training.settings import Settings
 
@@ -171,6 +174,28 @@ def test_one_worker_and_two_train_the_same_weights(spark: Any, dataset: str, tmp
     assert changed == {"_run.json"}
     with pytest.raises(UsageError, match="learning_rate"):
         train(spark, out=alone, **(how | {"learning_rate": 0.01}))
+
+
+@pytest.mark.parametrize("arch", ["pixel-mlp", "tile-classifier"])
+def test_baselines_are_trained_and_map_scenes_by_the_same_commands(
+    spark: Any, dataset: str, tmp_path: Path, arch: str
+) -> None:
+    model = train(spark, dataset=dataset, out=str(tmp_path / "model"), arch=arch, epochs=4, batch_size=12)
+    found = load_bundle(model)
+    water = np.zeros((40, 70), bool)
+    water[:, 32:] = True
+    image = np.where(water, np.array([600, 200, 100])[:, None, None], np.array([900, 2500, 2000])[:, None, None])
+    write_scene(tmp_path / "scene.tif", image.astype(np.int16), names=BANDS)
+    predict(spark, model=model, scenes=[str(tmp_path / "scene.tif")], out=str(tmp_path / "maps"))
+    with rasterio.open(tmp_path / "maps" / "scene" / "labels.tif") as file:
+        labels = file.read(1)
+    merge = json.loads((tmp_path / "maps" / "_run.json").read_text())["settings"]["merge"]
+    if arch == "pixel-mlp":
+        assert (found.receptive_radius, merge) == (0, "crop")
+        np.testing.assert_array_equal(labels, np.where(water, 7, 2))
+    else:
+        assert (found.input_shape, merge) == ((SIZE, SIZE), "blend")
+        assert set(np.unique(labels)) <= {2, 7}
 
 
 def test_training_goes_on_from_an_earlier_bundle(spark: Any, dataset: str, tmp_path: Path) -> None:
