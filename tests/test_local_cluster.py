@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiles_for_tests import make_tile, write_dataset
 
-HOW = {"indices": "none", "epochs": 3, "batch_size": 12}
+HOW = {"epochs": 3, "batch_size": 12}
 
 SCRIPT = """
 import sys
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     dataset, out, workers, arch = sys.argv[1:]
     conf = {"spark.executor.memory": "512m", "spark.executorEnv.PYTHONPATH": sys.path[0]}
     spark = engine.session(f"local-cluster[{workers},1,1024]", conf=conf)
-    train(spark, dataset=dataset, out=out, workers=int(workers), arch=arch, indices="none", epochs=3, batch_size=12)
+    train(spark, dataset=dataset, out=out, workers=int(workers), arch=arch, epochs=3, batch_size=12)
     spark.stop()
 """
 

@@ -54,7 +54,7 @@ def train(
     dataset: str,
     out: str,
     arch: str = "unet-small",
-    indices: str = "auto",
+    indices: str = "none",
     start_from: str | None = None,
     epochs: int = 30,
     batch_size: int = 16,
@@ -93,7 +93,7 @@ def train(
             is called with the keywords bands, classes and statistics and returns a Keras model (stored values in,
             softmax scores out).
         indices: spectral indices that the network sees beside the bands: 'ndwi,mndwi,ndvi,ndmi,nbr,ndbi', or a~b for
-            two bands by name; auto is ndwi, mndwi and ndvi where the bands' names say which they are; or none.
+            two bands by name; auto is ndwi, mndwi and ndvi where the bands' names say which they are.
         start_from: bundle or .keras file whose weights to begin with; bands and classes may differ.
         epochs: passes over the training tiles.
         batch_size: tiles of a step, over all workers together.

@@ -73,13 +73,9 @@ class Settings:
 
 
 def make_settings(dataset: Dataset, options: Mapping[str, Any]) -> Settings:
-    """Settings as `train` takes them: indices by name, or `auto`; where weights come from as the user wrote it."""
+    """Settings from the options of `train`: indices in words, where weights come from as the user wrote it."""
     given = dict(options)
-    wanted = given.get("indices", "auto")
-    if isinstance(wanted, str):
-        if ":" in given.get("arch", "") and wanted == "auto":
-            wanted = "none"  # a builder of the user's own makes its own
-        given["indices"] = indices.choose(wanted, dataset.bands)
+    given["indices"] = indices.choose(given.get("indices") or "none", dataset.bands)
     if given.get("start_from"):
         given["start_from"] = storage.absolute(given["start_from"])
     return Settings.from_dict(given)
