@@ -86,4 +86,4 @@ def _pixels(names: Sequence[str], counted: Counted) -> str:
 
 
 def _by_block(counted: Counted) -> np.ndarray:
-    return np.stack(list(metrics.sums(counted, 1).values()))
+    return np.stack(list(metrics.by_block(counted).values()))

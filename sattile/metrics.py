@@ -308,17 +308,17 @@ def assess(counted: Counted, reliability: np.ndarray, classes: Sequence[Named]) 
         reliability: see `reliability`.
 
     Returns:
-        What `summarize` gives, and `intervals`; both by name under `regions`, where there are any; `summarize` by
-        scene_id under `scenes`; `calibration`; `notes`: why something is None.
+        What `summarize` gives, and `intervals`; both by scene_id under `scenes` and, where there are any, by name
+        under `regions`; `calibration`; `notes`: why something is None.
     """
     found = _measured(counted, classes) | {"calibration": calibration(reliability)}
-    found["scenes"] = {scene_id: summarize(table, classes) for scene_id, table in sums(counted, 0).items()}
-    regions = sorted({key[2] for key, table in counted.items() if key[2] is not None and table.any()})
-    if regions:
-        found["regions"] = {
-            name: _measured({key: table for key, table in counted.items() if key[2] == name}, classes)
-            for name in regions
-        }
+    for name, part in (("scenes", 0), ("regions", 2)):
+        groups: dict[str, Counted] = {}
+        for key, table in counted.items():
+            if key[part] is not None and (name == "scenes" or table.any()):
+                groups.setdefault(str(key[part]), {})[key] = table
+        if groups or name == "scenes":
+            found[name] = {group: _measured(groups[group], classes) for group in sorted(groups)}
     notes = []
     if found["pixels"] and found["intervals"] is None:
         notes.append("no intervals: all counted pixels lie in one spatial block, and it takes two at least")
@@ -331,16 +331,15 @@ def assess(counted: Counted, reliability: np.ndarray, classes: Sequence[Named]) 
 
 
 def _measured(counted: Counted, classes: Sequence[Named]) -> dict[str, Any]:
-    tables = np.array(list(sums(counted, 1).values()), np.int64).reshape(-1, len(classes), len(classes))
+    tables = np.array(list(by_block(counted).values()), np.int64).reshape(-1, len(classes), len(classes))
     return summarize(tables.sum(0), classes) | {"intervals": intervals(tables, classes)}
 
 
-def sums(counted: Counted, part: int) -> dict[str, np.ndarray]:
-    """Confusion matrices by scene_id (part 0) or spatial block (1), sorted."""
+def by_block(counted: Counted) -> dict[str, np.ndarray]:
+    """Confusion matrices by spatial block, sorted."""
     found: dict[str, np.ndarray] = {}
-    for key, table in counted.items():
-        name = str(key[part])
-        found[name] = found[name] + table if name in found else table
+    for (_, block, _), table in counted.items():
+        found[block] = found[block] + table if block in found else table
     return dict(sorted(found.items()))
 
 

@@ -143,6 +143,8 @@ def test_scenes_with_labels(
     assert found["undecided"] == 0
     for name in SHAPES:
         np.testing.assert_array_equal(found["scenes"][name]["confusion"], expected([name]))
+        own = found["scenes"][name]["intervals"]
+        assert own is None or own["blocks"] <= found["intervals"]["blocks"]
 
     blocks = pq.read_table(out / "blocks.parquet").to_pylist()
     expected_blocks = {name: counted_by_block(name) for name in SHAPES}
@@ -186,6 +188,7 @@ def test_a_dataset_counts_each_pixel_once_though_tiles_overlap(
     found = read(evaluate(spark, model=model, dataset=dataset, out=str(out), samples=2))
     np.testing.assert_array_equal(found["confusion"], expected(["one", "two, b"]))
     assert set(found["scenes"]) == {"one", "two, b"}
+    assert {"intervals", "miou"} <= set(found["scenes"]["one"])
     for name in ("one", "two, b"):
         np.testing.assert_array_equal(found["scenes"][name]["confusion"], expected([name]))
     assert len(json.loads((out / "samples" / "samples.json").read_text())) == 2
