@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Machines are noisy: a slow example is not a wrong one.
+settings.register_profile("sattile", deadline=None)
+settings.load_profile("sattile")
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # A scorer fixes TensorFlow's threads before it starts; tests that load it themselves must agree.
