@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sattile import stac
+from sattile import stac, storage
 from sattile.schema import SegmentClass, read_classes
 
 CARD, ITEM = "README.md", "item.json"
@@ -262,14 +262,26 @@ def _training(described: Mapping[str, Any]) -> list[str]:
     if not settings:
         return []
     best = described["network"].get("best_epoch")
-    said = f"The weights are those of epoch {best}, the best on the tiles that validate. " if best else ""
+    validates = described["metrics"].get("split") == "val"
+    where = "validation" if validates else "training tiles, for there are no validation"
+    said = f"The weights are those of epoch {best}, the best on the {where} tiles. " if best else ""
+    if settings.get("start_from"):
+        said += (
+            f"It began with the weights of an earlier network, {_plain(storage.name(settings['start_from']))}: what is "
+            f"said of data here does not say what that one has seen. "
+        )
     words = {True: "on", False: "off", None: "not set"}
     rows = [
-        (f"`{name}`", words[value] if isinstance(value, bool | None) else _plain(value))
+        (f"`{name}`", words[value] if isinstance(value, bool | None) else _plain(_in_words(value)))
         for name, value in settings.items()
+        if name != "warmup"  # no option of the command
     ]
     table = _table(("setting", "value"), rows)
     return [f"{said}Settings of `sattile train`:", table]
+
+
+def _in_words(value: Any) -> Any:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
 
 
 def _accuracy(described: Mapping[str, Any]) -> list[str]:
@@ -338,7 +350,7 @@ def _limits(described: Mapping[str, Any]) -> list[str]:
     if rare:
         said.append(f"Less than {RARE:.0%} of the labelled training pixels are {_listed(rare)}.")
     if data and "test" in data["splits"]:
-        said.append("The test tiles were not looked at; `sattile evaluate --split test` does, once.")
+        said.append("Its training did not look at the test tiles; `sattile evaluate --split test` does, once.")
     said.append(
         "Each pixel with data gets one of the classes, also where none of them fits (clouds, shadows, haze). Labels "
         "may be wrong, and what they got wrong it learned. No licence is stated here."
@@ -392,14 +404,15 @@ def _slug(text: str) -> str:
 def _properties(described: Mapping[str, Any]) -> dict[str, Any]:
     network, bands = described["network"], described["bands"]
     arch = _name(described)
-    ours = re.fullmatch("unet-[a-z]+", arch) is not None and "source" not in network
+    ours = ":" not in arch and "arch" in network and "source" not in network
+    start = network.get("start_from")
     # A letter first and no less than three characters: so says the schema.
     name = f"model-{_slug(arch)}" if not re.match("[A-Za-z]..", _slug(arch)) else _slug(arch)
     found: dict[str, Any] = {
         "bands": [{"name": band} for band in bands],
         "mlm:name": name,
-        "mlm:architecture": "U-Net" if ours else arch,
-        "mlm:tasks": ["semantic-segmentation"],
+        "mlm:architecture": "U-Net" if ours and "unet" in arch else arch,
+        "mlm:tasks": ["scene-classification" if arch == "tile-classifier" else "semantic-segmentation"],
         "mlm:framework": "Keras",
         "mlm:accelerator": "amd64",
         "mlm:accelerator_constrained": False,
@@ -414,7 +427,7 @@ def _properties(described: Mapping[str, Any]) -> dict[str, Any]:
     if re.fullmatch(r"\d+\.\d+\.\d+", version):
         found["mlm:framework_version"] = version
     if ours:  # a builder of somebody's own may have begun with anything
-        found |= {"mlm:pretrained": False, "mlm:pretrained_source": None}
+        found |= {"mlm:pretrained": bool(start), "mlm:pretrained_source": storage.name(start) if start else None}
     settings = {key: value for key, value in _settings(described).items() if re.fullmatch("[0-9a-zA-Z_.-]+", key)}
     if settings:
         found["mlm:hyperparameters"] = settings

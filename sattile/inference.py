@@ -147,6 +147,11 @@ def prepare(
 
 def _fill(bundle: Bundle, fill: float | str | Sequence[float] | None) -> tuple[float, ...]:
     if fill is None:
+        if len({one.fill for one in bundle.members}) > 1:
+            raise UsageError(
+                f"the models {bundle.url} were made for other fill values (the means of their training tiles): "
+                f"--fill VALUE gives all of them one for missing pixels"
+            )
         return tuple(bundle.fill)
     try:
         parts = fill.split(",") if isinstance(fill, str) else [fill] if isinstance(fill, int | float) else list(fill)

@@ -114,7 +114,7 @@ def load_models(model: str | Sequence[str]) -> Bundle:
 def _join(bundles: tuple[Bundle, ...]) -> Bundle:
     first = bundles[0]
     for one in bundles[1:]:
-        for name in ("bands", "values", "classes", "input_shape"):
+        for name in ("bands", "values", "classes", "input_shape", "gsd"):
             mine, other = getattr(first, name), getattr(one, name)
             if mine != other:
                 raise UsageError(

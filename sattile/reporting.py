@@ -565,11 +565,18 @@ def _compare(folders: Sequence[Folder], evaluations: Sequence[dict[str, Any]]) -
 
 def _model_names(folders: Sequence[Folder]) -> list[str]:
     """What to call the models of evaluations: their folders' names, with the evaluation's where that is not enough."""
-    names = [storage.name(str(one.run.get("model") or "")) or storage.name(one.url) for one in folders]
+    names = [_model_name(one) for one in folders]
     return [
         name if names.count(name) == 1 else f"{name} ({storage.name(folder.url)})"
         for name, folder in zip(names, folders, strict=True)
     ]
+
+
+def _model_name(folder: Folder) -> str:
+    """Of several models that are averaged all names, and how a window was turned."""
+    models = [storage.name(one) for one in str(folder.run.get("model") or "").split(",")]
+    turns = (folder.run.get("settings") or {}).get("tta")
+    return (" + ".join(filter(None, models)) or storage.name(folder.url)) + (f", {turns}" if turns else "")
 
 
 PANELS = (("image", "image"), ("truth", "labels"), ("prediction", "map"), ("errors", "errors"))

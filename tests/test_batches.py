@@ -217,11 +217,39 @@ def test_rare_classes_are_drawn_as_often_as_common_ones(dataset: str) -> None:
 @given(tiles=st.integers(24, 200), workers=st.sampled_from(DIVISORS))
 def test_a_worker_draws_from_its_own_shards_only(tiles: int, workers: int) -> None:
     weights = np.random.default_rng(tiles).uniform(0, 1, tiles) ** 4
-    rows, real = plan(tiles, 24, seed=0, epoch=3, weights=weights)
-    bounds = [tiles * s // 12 for s in range(13)]
-    for worker in range(workers):
-        own = rows[:, worker::workers][real[:, worker::workers]]
-        assert set((np.searchsorted(bounds, own, side="right") - 1) % workers) == {worker}
+    seen: list[set[int]] = [set() for _ in range(workers)]
+    for epoch in range(3):
+        rows, real = plan(tiles, 24, seed=0, epoch=epoch, weights=weights)
+        for worker in range(workers):
+            seen[worker] |= set(rows[:, worker::workers][real[:, worker::workers]].tolist())
+    assert sum(map(len, seen)) == len(set.union(*seen))
+
+
+def test_a_class_that_lies_at_one_place_is_drawn_as_often_as_the_others() -> None:
+    pixels = np.tile([100, 0], (1200, 1))
+    pixels[600:620] = [50, 50]
+    weights = draw_weights(pixels)
+    rows = np.concatenate([plan(1200, 12, seed=1, epoch=epoch, weights=weights)[0] for epoch in range(5)]).ravel()
+    shown = ((rows >= 600) & (rows < 620)).mean()
+    assert 0.35 < shown < 0.6
+
+
+@given(tiles=st.integers(1, 60), batch=st.integers(1, 20), weighted=st.booleans())
+def test_no_step_is_without_a_tile(tiles: int, batch: int, weighted: bool) -> None:
+    weights = np.arange(tiles, dtype=float) + 1 if weighted else None
+    rows, real = plan(tiles, batch, seed=2, epoch=1, weights=weights)
+    assert real.any(1).all()
+    assert real.sum() == tiles
+    assert len(rows) == len(real)
+
+
+def test_what_lies_under_nodata_may_be_of_any_size() -> None:
+    image = np.full((4, 4, 2), -3.4e38, np.float32)
+    out = np.empty((4, 4, 2), np.float32), np.empty((4, 4), np.uint8)
+    tile = image, np.zeros((4, 4), np.uint8), np.zeros((4, 4), bool)
+    loud = Augmentation(gain=9)
+    for seed in range(5):  # warnings are errors here
+        loud.vary(tile, out, np.random.default_rng(seed), np.ones(2, np.float32), np.ones(2, np.float32))
 
 
 def test_a_tile_drawn_twice_is_varied_twice_and_alike_for_any_number_of_workers(dataset: str) -> None:

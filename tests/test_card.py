@@ -203,6 +203,18 @@ def test_the_card_holds_what_the_bundle_knows() -> None:
     assert result["dataset"]["split"] == "val"
 
 
+def test_card_and_item_say_that_weights_came_from_an_earlier_network() -> None:
+    network = TRAINED["network"] | {"start_from": "/models/water/v1", "warmup": 1.0, "indices": ["ndwi", "a~b"]}
+    found = TRAINED | {"network": network}
+    card, item = model_card(found), model_item(found)
+    assert "began with the weights of an earlier network, v1" in card
+    assert "| `indices` | ndwi, a~b |" in card
+    assert "warmup" not in card
+    assert (item["properties"]["mlm:pretrained"], item["properties"]["mlm:pretrained_source"]) == (True, "v1")
+    assert model_item(TRAINED)["properties"]["mlm:pretrained"] is False
+    assert "training tiles, for there are no validation tiles" in model_card(KINDS["measured on training tiles"])
+
+
 def test_the_card_says_what_is_not_known() -> None:
     card = model_card(FOREIGN)
     for words in (

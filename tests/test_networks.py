@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 # Before TensorFlow starts; test_model says why.
@@ -146,8 +147,14 @@ def test_indices_are_chosen_by_the_names_of_bands() -> None:
     assert indices.choose("auto", ["B02", "B03", "B08"]) == ("ndwi",)
     assert indices.choose("auto", ["b1", "b2", "b3"]) == ()
     assert indices.choose("none", LANDSAT) == ()
-    assert indices.choose("ndvi, nir~red", LANDSAT) == ("ndvi", "nir~red")
-    for text, words in (("ndwii", "did you mean ndwi"), ("nbr", "swir2"), ("a~c", "two of the bands")):
+    assert indices.choose("ndvi, nir~blue", LANDSAT) == ("ndvi", "nir~blue")
+    for text, words in (
+        ("ndwii", "did you mean ndwi"),
+        ("nbr", "swir2"),
+        ("a~c", "two of the bands"),
+        ("red~red", "one band"),
+        ("ndvi,nir~red", "twice"),
+    ):
         with pytest.raises(UsageError, match=words):
             indices.choose(text, ["green", "nir", "red"])
 
@@ -178,6 +185,37 @@ def test_scores_of_known_classes_are_kept() -> None:
     before, after = np.asarray(old(values)), np.asarray(new(values))
     ratio = after[..., 0] / after[..., 2]
     np.testing.assert_allclose(ratio, before[..., 1] / before[..., 0], rtol=1e-3)
+
+
+def test_a_keras_file_that_names_no_bands_must_fit(tmp_path: Path) -> None:
+    make("unet-tiny", ["a", "b", "c"], ["x", "y"]).save(tmp_path / "net.keras")
+    url = str(tmp_path / "net.keras")
+    assert transfer.load(url, bands=["c", "a", "d"], indices=(), classes=["x", "y"]).bands == ("c", "a", "d")
+    for change in ({"bands": ["a", "b"]}, {"classes": ["x", "y", "z"]}, {"indices": ("a~b",)}):
+        given: dict[str, Any] = {"bands": ["a", "b", "c"], "indices": (), "classes": ["x", "y"]} | change
+        with pytest.raises(UsageError, match="sattile bundle --keras net"):
+            transfer.load(url, **given)
+
+
+def test_a_builders_layers_are_taken_in_their_order() -> None:
+    """Keras numbers them from where it is in the process."""
+    statistics = {"a": {"mean": 0, "std": 1}}
+    old = build_foreign(["a"], ["x", "y"], statistics)
+    source = transfer.Source("old", old, ("a",), (), ("x", "y"))
+    new = build_foreign(["a"], ["x", "y"], statistics)
+    assert new.layers[-1].name != old.layers[-1].name
+    transfer.start(new, source, bands=["a"], indices=(), classes=["x", "y"])
+    for one, other in zip(new.get_weights(), old.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("size", [7, 100])
+def test_a_tile_classifier_looks_at_tiles_of_any_size(size: int) -> None:
+    given: dict[str, Any] = {"bands": ["a"], "classes": ["x", "y"], "statistics": {"a": {"mean": 0, "std": 1}}}
+    network = networks.build(networks.CLASSIFIER, size=size, **given)
+    assert network.count_params() > 2000
+    scores = np.asarray(network(np.random.default_rng(0).normal(size=(1, size, size, 1)).astype(np.float32)))
+    assert np.ptp(scores, axis=(1, 2)).max() == 0
 
 
 def test_weights_of_another_architecture_are_refused() -> None:

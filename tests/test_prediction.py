@@ -437,6 +437,11 @@ def test_models_that_do_not_agree_are_not_averaged(models: Path, tmp_path: Path)
     bundle(str(models / "pooling.keras"), bands="x,z", classes="land=0,water=7", out=str(tmp_path / "other"))
     with pytest.raises(UsageError, match="bands of"):
         load_models(f"{models / 'pooling'},{tmp_path / 'other'}")
+    bundle(str(models / "pooling.keras"), bands="x,y", classes="land=0,water=7", out=str(tmp_path / "zero"))
+    mixed = load_models(f"{models / 'pooling'},{tmp_path / 'zero'}")
+    with pytest.raises(UsageError, match="--fill"):  # 3,5 and 0
+        inference.prepare(mixed)
+    assert inference.prepare(mixed, fill="1,2").fill == (1, 2)
     joined = load_models([str(models / "pooling"), str(models / "convolutions")])
     assert (joined.total_stride, joined.receptive_radius) == (2, load_models(str(models / "pooling")).receptive_radius)
 

@@ -60,7 +60,7 @@ def test_each_combination_is_a_bundle_and_a_larger_grid_does_what_is_missing(
     out = tmp_path / "search"
     shared = {"epochs": 2, "batch_size": 12, "arch": "unet-tiny"}
     how: dict[str, Any] = {"dataset": dataset, "out": str(out), "settings": {"train": shared}}
-    best = search(spark, grid="learning_rate=5e-3,1e-9", **how)
+    best = search(spark, grid="learning_rate=5e-3,0.005,1e-9", **how)  # two of them are one
     result = json.loads((out / "search.json").read_text())
     assert [row["learning_rate"] for row in result["trials"]] == [0.005, 1e-9]
     assert best == str(out / "trials" / result["best"])

@@ -23,7 +23,8 @@ from sattile.errors import UsageError
 from sattile.model import load_bundle
 from sattile.prediction import predict
 from sattile.training import loop, train
-from sattile.training.settings import Settings
+from sattile.training.reader import load_dataset
+from sattile.training.settings import Settings, make_settings
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,9 @@ def test_a_version_is_the_latest_once_it_is_whole(
             train(spark, epochs=3, **how)  # other settings: another version
         assert train(spark, epochs=2, **how) == str(root / "v1")  # there is nothing to do
     assert load_bundle(str(root)).url == str(root / "v1")
+    described = load_dataset(dataset)
+    # Whatever is published later, a training goes on from the version that was the latest when it began.
+    assert make_settings(described, {"start_from": str(root)}).start_from == str(root / "v1")
     changed = {str(path.relative_to(root)) for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"v1/_run.json"}
 
@@ -264,6 +268,10 @@ def test_a_builder_that_fails_is_a_usage_error(spark: Any, dataset: str, tmp_pat
         ({"indices": "nbr"}, "swir2"),
         ({"reader": "petastorm"}, "--trust"),
         ({"start_from": "/nowhere/model"}, "does not exist"),
+        ({"seed": -1}, "from 0 to"),
+        ({"learning_rate": float("nan")}, "learning_rate nan"),
+        ({"weight_decay": -1.0}, "or 0"),
+        ({"patience": -3}, "patience"),
         ({"dataset": "/nowhere/tiles"}, "no tiles dataset"),
     ],
 )

@@ -129,9 +129,14 @@ def own_folder() -> str:
     """
     global _own
     if _own[0] != os.getpid():
-        _own = (os.getpid(), *_new_folder())
-        atexit.register(shutil.rmtree, _own[1], ignore_errors=True)
+        with _making:
+            if _own[0] != os.getpid():
+                _own = (os.getpid(), *_new_folder())
+                atexit.register(shutil.rmtree, _own[1], ignore_errors=True)
     return _own[1]
+
+
+_making = threading.Lock()
 
 
 OWN = "sattile-own-"

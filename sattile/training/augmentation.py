@@ -44,8 +44,9 @@ class Augmentation:
         image, labels, valid = tile
         # By whole rows, and pixels moved as one item each: numpy loops over the last axis, and a few bands are short.
         rows, width = image.reshape(len(image), -1), image.shape[1]
-        varied = np.multiply(rows, np.tile(factor, width), dtype=np.float32, casting="unsafe")
-        np.add(varied, np.tile(offset, width), out=varied)
+        with np.errstate(over="ignore", invalid="ignore"):  # whatever lies under nodata
+            varied = np.multiply(rows, np.tile(factor, width), dtype=np.float32, casting="unsafe")
+            np.add(varied, np.tile(offset, width), out=varied)
         pixel = np.dtype((np.void, out[0].shape[-1] * out[0].itemsize))
         out[0].view(pixel)[..., 0] = turned(varied.view(pixel), turns, mirrored)
         out[1][:] = turned(labels, turns, mirrored)

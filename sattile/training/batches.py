@@ -44,14 +44,16 @@ def plan(
     Args:
         tiles: rows of the split.
         batch_size: of the global batch.
-        weights: (tiles,) how often a tile is to be drawn, relative to its shard's others; None is each once.
+        weights: (tiles,) how often a tile is to be drawn, relative to others; None is each once. The shards are then of
+            tiles from everywhere: those of a class may all lie at one place.
 
     Returns:
         rows (steps, batch_size) int64, and real (steps, batch_size) bool: each tile is real exactly once, or, with
         weights, as many slots of its shard are. The other slots make the last batch whole; they hold some tile,
         whose labels do not count. Worker `i` of `N` takes the columns `i::N`.
     """
-    shards = [np.arange(tiles * s // SHARDS, tiles * (s + 1) // SHARDS) for s in range(SHARDS)]
+    order = np.arange(tiles) if weights is None else np.random.default_rng(0).permutation(tiles)
+    shards = [order[tiles * s // SHARDS : tiles * (s + 1) // SHARDS] for s in range(SHARDS)]
     for s, shard in enumerate(shards):
         rng = np.random.default_rng([seed, epoch, s])
         if weights is not None and len(shard) and weights[shard].sum() > 0:
@@ -64,7 +66,9 @@ def plan(
     for s, shard in enumerate(shards):
         own = s + SHARDS * np.arange(len(shard))
         rows[own], real[own] = shard, True
-    return rows.reshape(-1, batch_size), real.reshape(-1, batch_size)
+    rows, real = rows.reshape(-1, batch_size), real.reshape(-1, batch_size)
+    counts = real.any(1)  # a step without a tile would move weights by decay and momentum alone
+    return rows[counts], real[counts]
 
 
 def _shuffle(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -57,8 +57,11 @@ def choose(text: str, bands: Sequence[str]) -> tuple[str, ...]:
         return ()
     if text == "auto":
         return tuple(name for name in AUTO if all(_place(role, bands) is not None for role in INDICES[name]))
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    return tuple(pair.name for pair in parse(names, bands))
+    pairs = parse(tuple(part.strip() for part in text.split(",") if part.strip()), bands)
+    for pair in pairs:
+        if pair.one == pair.other or sum((pair.one, pair.other) == (one.one, one.other) for one in pairs) > 1:
+            raise UsageError(f"indices {text!r}: {pair.name} is of one band, or stands there twice")
+    return tuple(pair.name for pair in pairs)
 
 
 def parse(names: Sequence[str], bands: Sequence[str]) -> list[Pair]:

@@ -24,7 +24,7 @@ from sattile.training import losses, networks, transfer
 from sattile.training.augmentation import Augmentation
 from sattile.training.batches import Batches, draw_weights, plan
 from sattile.training.reader import Dataset, Split, load_dataset, seen_before
-from sattile.training.settings import PRECISIONS, Settings
+from sattile.training.settings import PRECISIONS, Settings, said_by
 
 log = logging.getLogger("sattile")
 
@@ -115,7 +115,7 @@ def fit(
     train_step, validate_step = _steps(strategy, network, optimizer, loss, settings.accumulate)
 
     url = storage.join(work, CHECKPOINT)
-    key = storage.digest([settings.to_dict(), described.digest])
+    key = storage.digest(said_by(settings, described))
     state = _resume(url, key, network, optimizer)
     _agree(strategy, len(state.history))
     callbacks = keras.callbacks.CallbackList([_tensorboard(work)] if worker == 0 else [], model=network)

@@ -116,10 +116,10 @@ def _encoder(x: Any, filters: int, size: int) -> Any:
     import keras
 
     level = 0
-    while size % 2 == 0 and size > 4 and level < 5:
+    while size > 4 and level < 5:
         x = _residual(x, filters << level, f"down{level}")
-        x = keras.layers.MaxPooling2D(name=f"pool{level}")(x)
-        size, level = size // 2, level + 1
+        x = keras.layers.MaxPooling2D(padding="same", name=f"pool{level}")(x)
+        size, level = -(-size // 2), level + 1
     return keras.layers.GlobalAveragePooling2D(keepdims=True, name="pool")(x)
 
 

@@ -23,7 +23,7 @@ from sattile.schema import IGNORE, TILE, SegmentClass, read_classes
 GROUND = 2048
 """Pixels; tiles of a square of this edge follow each other."""
 
-RUN = 16
+GROUP = 16
 """Tiles that are kept together where they come one by one."""
 
 PLACE = ["tile_id", "scene_id", "row", "col"]
@@ -206,7 +206,7 @@ class Split:
             for one in rows:
                 places.append({column: getattr(one, column) for column in PLACE})
                 arrays.append({column: npy(getattr(one, column)) for column in ARRAYS})
-                if len(arrays) == RUN:
+                if len(arrays) == GROUP:
                     flush()
         if arrays:
             flush()

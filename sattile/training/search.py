@@ -38,6 +38,7 @@ def search(
     out: str,
     grid: str,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
     max_failed_fraction: float = 0.1,
 ) -> str:
     """Train one model for each combination of some settings, and say which is best on the validation tiles.
@@ -51,6 +52,7 @@ def search(
         out: folder for the trials and `search.json`.
         grid: options of train and their values, 'arch=unet-small,light-small; learning_rate=1e-3,3e-3'.
         settings: those of train that all share; on the command line --set train.epochs=10.
+        overwrite: begin anew where the folder holds a search on other tiles.
         max_failed_fraction: failed trainings / all above which the command fails (3).
 
     Returns:
@@ -68,12 +70,14 @@ def search(
         raise UsageError(
             f"train.{strange[0]} is nothing that the trainings of a search can share{nearest(strange[0], OPTIONS)}"
         )
-    trials = []
+    by_name: dict[str, Trial] = {}
     for one in parse_grid(grid):
         made = make_settings(described, {**shared, **one})
         check(made, described)
-        trials.append(_trial(out, described, made, one))
-    with Run("search", out, {"dataset": described.digest}, False, max_failed_fraction) as run:
+        trial = _trial(out, described, made, one)
+        by_name.setdefault(trial.name, trial)  # `1e-3` and `0.001` are one
+    trials = list(by_name.values())
+    with Run("search", out, {"dataset": described.digest}, overwrite, max_failed_fraction) as run:
         run.inputs = [{"url": storage.join(dataset, "dataset.json"), "digest": described.digest}]
         run.given = len(trials)
         pixels = described.tiles("train") * described.size**2

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sattile import storage
+from sattile import storage, versions
 from sattile.errors import UsageError
 from sattile.training import indices, networks, transfer
 from sattile.training.batches import SHARDS
@@ -77,12 +78,14 @@ def make_settings(dataset: Dataset, options: Mapping[str, Any]) -> Settings:
     given = dict(options)
     given["indices"] = indices.choose(given.get("indices") or "none", dataset.bands)
     if given.get("start_from"):
-        given["start_from"] = storage.absolute(given["start_from"])
+        # Of a folder of versions the one that is the latest now, whatever is published while this trains.
+        given["start_from"] = versions.resolve(storage.absolute(given["start_from"]))
     return Settings.from_dict(given)
 
 
 def said_by(settings: Settings, dataset: Dataset) -> dict[str, Any]:
-    """What the run record says a model was made of: two trainings of one record give the same weights."""
+    """What the run record says a model was made of: two trainings of one record give the same weights (to the bit with
+    as many threads)."""
     said = {**settings.to_dict(), "dataset": dataset.digest}
     if settings.start_from:
         said["start_from"] = transfer.digest(settings.start_from)
@@ -103,8 +106,12 @@ def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: in
         raise UsageError(f"dataset {dataset.url} has one class, {dataset.classes[0].name}; two are needed at least")
     if settings.epochs < 1 or settings.batch_size < 1:
         raise UsageError(f"epochs {settings.epochs}, batch_size {settings.batch_size}: give at least 1")
-    if settings.learning_rate <= 0:
-        raise UsageError(f"learning_rate {settings.learning_rate:g}: give a positive number")
+    for name in ("learning_rate", "weight_decay", "dice", "patience"):
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value >= 0) or (name == "learning_rate" and value == 0):
+            raise UsageError(f"{name} {value:g}: give a positive number{', or 0' * (name != 'learning_rate')}")
+    if not 0 <= settings.seed < 1 << 32:
+        raise UsageError(f"seed {settings.seed}: give a whole number from 0 to {(1 << 32) - 1}")
     for name, known in CHOICES.items():
         if getattr(settings, name) not in known:
             raise UsageError(f"{name} {getattr(settings, name)!r}: use {' or '.join(known)}")

@@ -40,14 +40,24 @@ def load(url: str, *, bands: Sequence[str], indices: Sequence[str], classes: Seq
     """Read a bundle, or a `.keras` file, whose bands, indices and classes are taken to be those given.
 
     Raises:
-        UsageError: if it is neither, or can't be loaded safely.
+        UsageError: if it is neither, can't be loaded safely, or is a file whose bands or classes are others: it does
+            not name them, as a bundle does.
     """
     from sattile.model import KERAS, load_bundle, load_keras
 
     if url.endswith(".keras"):
         if not storage.exists(url):
             raise UsageError(f"--start-from {url} does not exist")
-        return Source(url, load_keras(storage.open_local(url)), tuple(bands), tuple(indices), tuple(classes))
+        source = Source(url, load_keras(storage.open_local(url)), tuple(bands), tuple(indices), tuple(classes))
+        first = next((one.output.shape[-1] for one in source.network.layers if one.name == FIRST), None)
+        found = (source.network.input_shape[-1], source.network.output_shape[-1], first or len(bands) + len(indices))
+        if found != (len(bands), len(classes), len(bands) + len(indices)):
+            raise UsageError(
+                f"--start-from {url}: the file takes {found[0]} bands, gives {found[1]} scores and does not name them; "
+                f"here are {len(bands)} bands, {len(indices)} indices and {len(classes)} classes. Make a bundle of it "
+                f"(sattile bundle --keras {storage.name(url)} --bands ... --classes ...) and start from that"
+            )
+        return source
     bundle = load_bundle(url)
     network = load_keras(storage.open_local(storage.join(bundle.url, KERAS)))
     known = tuple(bundle.network.get("indices") or ())
@@ -87,8 +97,11 @@ def start(network: Any, source: Source, *, bands: Sequence[str], indices: Sequen
     Raises:
         UsageError: if it is of another architecture.
     """
-    earlier = {layer.name: layer for layer in _layers(source.network)}
-    own = _layers(network)
+    own, theirs_all = _layers(network), _layers(source.network)
+    earlier = {layer.name: layer for layer in theirs_all}
+    if FIRST not in {layer.name for layer in network.layers} and len(own) == len(theirs_all):
+        # A builder's layers are numbered by Keras, from where it is in the process: their order is what stays.
+        earlier = {layer.name: other for layer, other in zip(own, theirs_all, strict=True)}
     inputs = _places((*source.bands, *source.indices), (*bands, *indices))
     scores = _places(source.classes, classes)
     first = _first_layers(network)
@@ -96,7 +109,7 @@ def start(network: Any, source: Source, *, bands: Sequence[str], indices: Sequen
         if layer.name not in earlier:
             raise UsageError(
                 f"--start-from {source.url}: its network ({source.network.name}) has no layer {layer.name}, which "
-                f"{network.name} has: give the --arch that it was trained with"
+                f"{network.name} has: give the --arch that it was trained with, if it is one of ours or a builder"
             )
         theirs, weights = earlier[layer.name].get_weights(), layer.get_weights()
         if layer.name in first:
