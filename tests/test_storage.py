@@ -21,6 +21,25 @@ from sattile.storage import hdfs, jni, libhdfs
 AWKWARD = ["plain.tif", "a b, c.tif", "50%.tif", "20%20.tif", "ü+#;.tif", "q?.tif"]
 
 
+def test_threads_that_ask_at_once_share_one_folder(monkeypatch):
+    """Two would be two locks, of which one is lost, and its folder with it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from sattile.storage import elsewhere
+
+    made = []
+
+    def slow():
+        time.sleep(0.05)
+        made.append(str(len(made)))
+        return made[-1], None
+
+    monkeypatch.setattr(elsewhere, "_own", (0, "", None))
+    monkeypatch.setattr(elsewhere, "_new_folder", slow)
+    with ThreadPoolExecutor(8) as pool:
+        assert {one.result() for one in [pool.submit(elsewhere.own_folder) for _ in range(8)]} == {"0"}
+
+
 @pytest.mark.parametrize("name", AWKWARD)
 def test_names_are_kept_as_they_are(tmp_path, name):
     url = storage.join(str(tmp_path), name)
