@@ -573,10 +573,11 @@ def _model_names(folders: Sequence[Folder]) -> list[str]:
 
 
 def _model_name(folder: Folder) -> str:
-    """Of several models that are averaged all names, and how a window was turned."""
-    models = [storage.name(one) for one in str(folder.run.get("model") or "").split(",")]
+    """Of several models that are averaged the first one's and how many more, and how a window was turned."""
+    models = [storage.name(one) for one in str(folder.run.get("model") or "").split(",") if one]
     turns = (folder.run.get("settings") or {}).get("tta")
-    return (" + ".join(filter(None, models)) or storage.name(folder.url)) + (f", {turns}" if turns else "")
+    more = f" and {len(models) - 1} more" if len(models) > 1 else ""
+    return (models[0] + more if models else storage.name(folder.url)) + (f", {turns}" if turns else "")
 
 
 PANELS = (("image", "image"), ("truth", "labels"), ("prediction", "map"), ("errors", "errors"))
