@@ -7,12 +7,13 @@ and `test/` are one Parquet dataset each (rows: `schema.TILE`), which pyarrow, p
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,48 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
     return file.getvalue()
+
+
+def decode(data: Any) -> np.ndarray:
+    """The array in `.npy` bytes, without copying them (read-only)."""
+    view = memoryview(data)
+    if bytes(view[6:8]) != b"\x01\x00":
+        return np.load(io.BytesIO(view), allow_pickle=False)
+    start = 10 + int.from_bytes(view[8:10], "little")
+    shape, fortran, dtype = _read_header(bytes(view[:start]))
+    return np.frombuffer(view, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+
+
+@functools.lru_cache(maxsize=64)
+def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("object arrays are not read")
+    return shape, fortran, dtype
+
+
+def owners(tiles: Sequence[tuple[str, int, int]], size: int) -> dict[tuple[str, int, int], tuple[tuple[int, int], ...]]:
+    """For each tile (scene_id, row, col), the earlier tiles (row, col) of its scene that share pixels with it.
+
+    What is left of each tile without those parts covers each pixel exactly once.
+    """
+    cells: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+    for scene_id, row, col in tiles:
+        cells.setdefault((scene_id, row // size, col // size), []).append((row, col))
+    found = {}
+    for scene_id, row, col in tiles:
+        near = (
+            other
+            for down in (-1, 0, 1)
+            for right in (-1, 0, 1)
+            for other in cells.get((scene_id, row // size + down, col // size + right), ())
+        )
+        found[scene_id, row, col] = tuple(
+            sorted(one for one in near if one < (row, col) and abs(one[0] - row) < size and abs(one[1] - col) < size)
+        )
+    return found
 
 
 def petastorm_metadata(description: Mapping[str, Any], row_groups: Mapping[str, int]) -> bytes:

@@ -6,7 +6,6 @@ can say how sure the metrics are.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from sattile import comparison, inference, metrics, pictures, prediction, storag
 from sattile import engine as engines
 from sattile import labels as label_module
 from sattile.comparison import BLOCKS
-from sattile.dataset import read_dataset
+from sattile.dataset import decode, owners, read_dataset
 from sattile.errors import UsageError
 from sattile.grid import Geometry, Window, ceil_to
 from sattile.inference import BlockRead, Inference, Labelled, Piece
@@ -476,28 +475,6 @@ def _row_groups(files: Sequence[str], description: Mapping[str, Any], regions: R
     ]
 
 
-def owners(tiles: Sequence[tuple[str, int, int]], size: int) -> dict[tuple[str, int, int], tuple[tuple[int, int], ...]]:
-    """For each tile (scene_id, row, col), the earlier tiles (row, col) of its scene that share pixels with it.
-
-    What is left of each tile without those parts covers each pixel exactly once.
-    """
-    cells: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
-    for scene_id, row, col in tiles:
-        cells.setdefault((scene_id, row // size, col // size), []).append((row, col))
-    found = {}
-    for scene_id, row, col in tiles:
-        near = (
-            other
-            for down in (-1, 0, 1)
-            for right in (-1, 0, 1)
-            for other in cells.get((scene_id, row // size + down, col // size + right), ())
-        )
-        found[scene_id, row, col] = tuple(
-            sorted(one for one in near if one < (row, col) and abs(one[0] - row) < size and abs(one[1] - col) < size)
-        )
-    return found
-
-
 def count_tiles(
     frames: Iterable[pd.DataFrame], *, tasks: Any, job: Inference, places: Sequence[int]
 ) -> Iterator[pd.DataFrame]:
@@ -539,17 +516,13 @@ class _Tile:
 
 def _decode(stored: tuple[Any, bytes, bytes, bytes], places: Sequence[int]) -> _Tile:
     (scene_id, row, col, earlier, stratum), image, labels, valid = stored
-    truth = _npy(labels).copy()
+    truth = decode(labels).copy()
     size = truth.shape[0]
     own = Window(row, col, *truth.shape)
     for other_row, other_col in earlier:
         part = (own & Window(other_row, other_col, size, size)).slices(own)
         truth[part] = IGNORE
-    return _Tile(scene_id, row, col, _npy(image)[..., list(places)], _npy(valid), truth, stratum)
-
-
-def _npy(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    return _Tile(scene_id, row, col, decode(image)[..., list(places)], decode(valid), truth, stratum)
 
 
 def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: Scorer) -> Iterator[Labelled]:

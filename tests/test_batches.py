@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiles_for_tests import SIZE, make_tile, write_dataset
 
+from sattile.dataset import decode
 from sattile.schema import IGNORE
 from sattile.training.augmentation import Augmentation, turned
 from sattile.training.batches import Batches, draw_weights, plan
-from sattile.training.reader import Split, decode, load_dataset, seen_before
+from sattile.training.reader import Split, load_dataset, seen_before
 
 DIVISORS = [1, 2, 3, 4, 6, 12]
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from scenes_for_tests import write_scene
 
 from sattile import inference, metrics, pictures, prediction
+from sattile.dataset import owners
 from sattile.errors import UsageError
-from sattile.evaluation import check_dataset, evaluate, owners
+from sattile.evaluation import check_dataset, evaluate
 from sattile.grid import Window
 from sattile.inference import BlockRead, Piece
 from sattile.model import load_bundle

@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sattile import schema
-from sattile.dataset import npy, petastorm_metadata
+from sattile.dataset import decode, npy, petastorm_metadata
 from sattile.schema import IGNORE
-from sattile.training.reader import decode
 
 BANDS = ("green", "nir", "swir")
 SIZE = 16

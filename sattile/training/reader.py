@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import io
 import os
 import shutil
 import tempfile
@@ -17,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sattile import storage
-from sattile.dataset import npy, petastorm_reader, read_dataset
+from sattile.dataset import decode, npy, owners, petastorm_reader, read_dataset
+from sattile.grid import Window
 from sattile.schema import IGNORE, TILE, SegmentClass, read_classes
 
 GROUND = 2048
@@ -225,44 +224,13 @@ class Split:
         return pa.ipc.open_file(pa.memory_map(path)).read_all()
 
 
-def decode(data: Any) -> np.ndarray:
-    """The array in `.npy` bytes, without copying them (read-only)."""
-    view = memoryview(data)
-    if bytes(view[6:8]) != b"\x01\x00":
-        return np.load(io.BytesIO(view), allow_pickle=False)
-    start = 10 + int.from_bytes(view[8:10], "little")
-    shape, fortran, dtype = _read_header(bytes(view[:start]))
-    return np.frombuffer(view, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
-
-
-@functools.lru_cache(maxsize=64)
-def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    file = io.BytesIO(header)
-    np.lib.format.read_magic(file)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject:
-        raise ValueError("object arrays are not read")
-    return shape, fortran, dtype
-
-
 def seen_before(split: Split) -> list[list[tuple[slice, slice]]]:
     """Per tile, the parts that an earlier tile of its scene covers: so overlapping tiles count a pixel once."""
     size = split.dataset.size
-    by_scene: dict[str, list[tuple[int, int, int]]] = {}
-    for number, (scene, row, col) in enumerate(
-        zip(*(split.index[name].to_pylist() for name in ("scene_id", "row", "col")), strict=True)
-    ):
-        by_scene.setdefault(scene, []).append((row, col, number))
-    hidden: list[list[tuple[slice, slice]]] = [[] for _ in range(len(split))]
-    for tiles in by_scene.values():
-        tiles.sort()
-        first = 0
-        for later, (row, col, number) in enumerate(tiles):
-            while tiles[first][0] <= row - size:
-                first += 1
-            for other_row, other_col, _ in tiles[first:later]:
-                down, right = row - other_row, col - other_col
-                if abs(right) < size:
-                    across = slice(0, size - right) if right >= 0 else slice(-right, size)
-                    hidden[number].append((slice(0, size - down), across))
+    tiles = list(zip(*(split.index[name].to_pylist() for name in ("scene_id", "row", "col")), strict=True))
+    earlier = owners(tiles, size)
+    hidden = []
+    for tile in tiles:
+        own = Window(tile[1], tile[2], size, size)
+        hidden.append([(own & Window(row, col, size, size)).slices(own) for row, col in earlier[tile]])
     return hidden
