@@ -30,7 +30,7 @@ from scenes_for_tests import write_scene
 from test_mosaic import validate
 from test_prediction import bundle_of, maps_of, pooling_network, record_of, whole, window_network
 
-from sattile import mosaic, raster, sheets
+from sattile import inference, mosaic, raster, sheets
 from sattile.errors import TooManyRefused, UsageError
 from sattile.grid import Geometry, Window
 from sattile.inference import Inference
@@ -91,7 +91,7 @@ def layout_of(grid: str | Grid, block: int = 48, sheet: int = 512, **changes: An
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
     def use(function: Callable[..., Any]) -> None:
-        monkeypatch.setattr(sheets, "load_scorer", lambda *_, **__: function)
+        monkeypatch.setattr(inference, "load_scorer", lambda *_, **__: function)
 
     use(pooling_network)
     return use
@@ -226,7 +226,7 @@ def archives(draw: st.DrawFn) -> list[dict[str, Any]]:
 def test_any_archive_on_any_grid_is_the_mean_of_whole_image_inference(
     monkeypatch: pytest.MonkeyPatch, given_: list[dict[str, Any]], grid: str, block: int, apart: bool, seed: int
 ) -> None:
-    monkeypatch.setattr(sheets, "load_scorer", lambda *_, **__: pooling_network)
+    monkeypatch.setattr(inference, "load_scorer", lambda *_, **__: pooling_network)
     monkeypatch.setattr(sheets, "decoder", lambda: Here())
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(seed)
