@@ -60,8 +60,10 @@ def differences(
     """
     groups: dict[str, list[int]] = {}
     mious: list[float] = []
+    tables = [np.stack(list(metrics.by_block(counted).values())) if counted else None for _, counted in models]
     for index, (names, counted) in enumerate(models):
-        miou = metrics.ratios(_by_block(counted).sum(0))["miou"] if counted else np.nan
+        table = tables[index]
+        miou = metrics.ratios(table.sum(0))["miou"] if table is not None else np.nan
         mious.append(float(np.nan_to_num(miou, nan=-1)))
         if counted:
             groups.setdefault(_pixels(names, counted), []).append(index)
@@ -70,10 +72,10 @@ def differences(
     if len(group) < 2:
         return None, found
     best = max(group, key=lambda index: mious[index])
-    tables = {index: _by_block(models[index][1] or {}) for index in group}
     for index in group:
-        if index != best:
-            found[index] = metrics.paired_difference(tables[index], tables[best])
+        mine, other = tables[index], tables[best]
+        if index != best and mine is not None and other is not None:
+            found[index] = metrics.paired_difference(mine, other)
     return best, found
 
 
@@ -83,7 +85,3 @@ def _pixels(names: Sequence[str], counted: Counted) -> str:
     for (scene_id, block, _), table in counted.items():
         true[scene_id, block] = true.get((scene_id, block), 0) + table.sum(1)
     return storage.digest([list(names), [[*key, true[key].tolist()] for key in sorted(true)]])
-
-
-def _by_block(counted: Counted) -> np.ndarray:
-    return np.stack(list(metrics.by_block(counted).values()))

@@ -150,7 +150,7 @@ def evaluate(
     with Run("evaluate", out, json.loads(json.dumps(settings)), overwrite, max_failed_fraction) as run:
         run.extra |= {
             "model": bundle.url,
-            "network": {name: bundle.network.get(name) for name in ("arch", "parameters")},
+            "network": {name: bundle.network.get(name) for name in ("arch", "parameters", "models")},
         }
         if regions is not None:
             entry = storage.stat(regions)

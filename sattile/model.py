@@ -30,7 +30,7 @@ from sattile.errors import SattileError, UsageError
 from sattile.receptive import measure, other_size
 from sattile.schema import SegmentClass, describe_classes, read_classes
 from sattile.scorers import Scorer
-from sattile.versions import BUNDLE, opened, resolve
+from sattile.versions import BUNDLE, is_made, opened, resolve
 
 if TYPE_CHECKING:
     import keras
@@ -412,8 +412,7 @@ def bundle(
         out = run.out
         run.inputs = [{"url": keras, "sha256": source}]
         run.given = 1
-        # In a version's folder, which is never made anew, a bundle is whole and of these settings.
-        if (run.finished_before or versions) and storage.exists(storage.join(out, BUNDLE)):
+        if is_made(run, versions):
             run.skipped = 1
         else:
             with run.stage("bundle"):

@@ -574,10 +574,10 @@ def _model_names(folders: Sequence[Folder]) -> list[str]:
 
 def _model_name(folder: Folder) -> str:
     """Of several models that are averaged the first one's and how many more, and how a window was turned."""
-    models = [storage.name(one) for one in str(folder.run.get("model") or "").split(",") if one]
+    models = (folder.run.get("network") or {}).get("models") or [storage.name(str(folder.run.get("model") or ""))]
     turns = (folder.run.get("settings") or {}).get("tta")
     more = f" and {len(models) - 1} more" if len(models) > 1 else ""
-    return (models[0] + more if models else storage.name(folder.url)) + (f", {turns}" if turns else "")
+    return (models[0] + more if models[0] else storage.name(folder.url)) + (f", {turns}" if turns else "")
 
 
 PANELS = (("image", "image"), ("truth", "labels"), ("prediction", "map"), ("errors", "errors"))

@@ -92,6 +92,14 @@ def opened(
     move_latest(out)
 
 
+def is_made(run: Run, versions: bool) -> bool:
+    """Whether the bundle of a run is there already.
+
+    In a version's folder, which is never made anew, a bundle is whole and of these settings.
+    """
+    return (run.finished_before or versions) and storage.exists(storage.join(run.out, BUNDLE))
+
+
 @contextmanager
 def _held(root: str) -> Iterator[None]:
     """The lease of a folder of versions, which no job keeps for long: waited for."""

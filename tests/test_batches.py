@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
-
-# Before TensorFlow starts; test_model says why.
-os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiles_for_tests import SIZE, make_tile, write_dataset
+from tiles_for_tests import SIZE, make_tile, write_dataset, write_splits
 
 from sattile.dataset import decode
 from sattile.schema import IGNORE
@@ -28,8 +23,7 @@ DIVISORS = [1, 2, 3, 4, 6, 12]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    splits = {split: [make_tile(n, split) for n in range(count)] for split, count in (("train", 43), ("val", 7))}
-    return write_dataset(tmp_path_factory.mktemp("tiles") / "set", splits)
+    return write_splits(tmp_path_factory.mktemp("tiles") / "set", train=43, val=7)
 
 
 @given(tiles=st.integers(1, 400), batch=st.integers(1, 40), epoch=st.integers(0, 3), shuffle=st.booleans())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiles_for_tests import make_tile, write_dataset
+from tiles_for_tests import write_splits
 
 HOW = {"epochs": 3, "batch_size": 12}
 
@@ -66,8 +66,7 @@ def weights(model: Path) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     """41 tiles: the 12 shards, and what is left for the last batch, are uneven."""
-    tiles = {"train": [make_tile(n, "train") for n in range(41)], "val": [make_tile(n, "val") for n in range(5)]}
-    return write_dataset(tmp_path_factory.mktemp("tiles") / "set", tiles)
+    return write_splits(tmp_path_factory.mktemp("tiles") / "set", train=41, val=5)
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-# Before TensorFlow starts; test_model says why.
-os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import pytest
-from tiles_for_tests import make_tile, write_dataset
+from tiles_for_tests import write_splits
 
 from sattile.errors import TooManyRefused, UsageError
 from sattile.model import load_bundle
@@ -21,8 +16,7 @@ from sattile.training.search import parse_grid, search, table
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    splits = {split: [make_tile(n, split) for n in range(count)] for split, count in (("train", 24), ("val", 5))}
-    return write_dataset(tmp_path_factory.mktemp("tiles") / "set", splits)
+    return write_splits(tmp_path_factory.mktemp("tiles") / "set", train=24, val=5)
 
 
 def test_a_grid_is_all_combinations() -> None:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-# Before TensorFlow starts; test_model says why.
-os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import numpy as np
 import pytest
 import rasterio
 from scenes_for_tests import write_scene
-from tiles_for_tests import BANDS, SIZE, make_tile, write_dataset
+from tiles_for_tests import BANDS, SIZE, make_tile, write_dataset, write_splits
 
 from sattile.errors import UsageError
 from sattile.model import load_bundle
@@ -29,8 +24,7 @@ from sattile.training.settings import Settings, make_settings
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    splits = {split: [make_tile(n, split) for n in range(count)] for split, count in (("train", 43), ("val", 7))}
-    return write_dataset(tmp_path_factory.mktemp("tiles") / "set", splits)
+    return write_splits(tmp_path_factory.mktemp("tiles") / "set", train=43, val=7)
 
 
 # --- The loop ------------------------------------------------------------------------------------------------------

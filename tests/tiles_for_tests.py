@@ -39,6 +39,12 @@ def make_tile(number: int, split: str, *, unlabelled: bool = False) -> dict[str,
     }
 
 
+def write_splits(folder: Path, **counts: int) -> str:
+    """A dataset of so many tiles in each split."""
+    splits = {split: [make_tile(number, split) for number in range(count)] for split, count in counts.items()}
+    return write_dataset(folder, splits)
+
+
 def write_dataset(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> str:
     """A tiles dataset, two files a split."""
     described: dict[str, Any] = {}

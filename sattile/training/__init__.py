@@ -33,7 +33,7 @@ from sattile.record import Run
 from sattile.training.loop import PROGRESS, describe
 from sattile.training.reader import Dataset, load_dataset
 from sattile.training.settings import Settings, check, make_settings, said_by
-from sattile.versions import opened
+from sattile.versions import is_made, opened
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -180,8 +180,7 @@ def run_training(
     """
     run.inputs = [{"url": storage.join(job["dataset"], "dataset.json"), "digest": described.digest}]
     run.given = 1
-    # In a version's folder, which is never made anew, a bundle is whole and of these settings.
-    if (run.finished_before or versions) and storage.exists(storage.join(run.out, "bundle.json")):
+    if is_made(run, versions):
         log.info("train: %s is done already", run.out)
         run.skipped = 1
     else:

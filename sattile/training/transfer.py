@@ -88,11 +88,10 @@ def statistics(
     return {band: kept.get(band, found[band]) for band in bands}
 
 
-def start(network: Any, source: Source, *, bands: Sequence[str], indices: Sequence[str], classes: Sequence[str]) -> int:
+def start(
+    network: Any, source: Source, *, bands: Sequence[str], indices: Sequence[str], classes: Sequence[str]
+) -> None:
     """Put the earlier network's weights into a new one of the same architecture.
-
-    Returns:
-        How many layers took weights.
 
     Raises:
         UsageError: if it is of another architecture.
@@ -125,7 +124,6 @@ def start(network: Any, source: Source, *, bands: Sequence[str], indices: Sequen
                 f"are of {shapes[1]}: give the --arch and --indices that it was trained with"
             )
         layer.set_weights(theirs)
-    return len(own)
 
 
 def _layers(network: Any) -> list[Any]:
