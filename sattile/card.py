@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sattile import stac, storage
+from sattile import drift, stac, storage
 from sattile.schema import SegmentClass, read_classes
 
 CARD, ITEM = "README.md", "item.json"
@@ -34,7 +34,11 @@ def training_data(description: Mapping[str, Any]) -> dict[str, Any]:
     splits = {
         name: {one: part.get(one) for one in counts} for name, part in description["splits"].items() if part["tiles"]
     }
-    return kept | {"sources": len(description.get("sources", [])) or None, "splits": splits}
+    statistics = {
+        band: {"percentiles": {at: one for at, one in said["percentiles"].items() if at in drift.PERCENTILES}}
+        for band, said in description["statistics"].items()
+    }
+    return kept | {"statistics": statistics, "sources": len(description.get("sources", [])) or None, "splits": splits}
 
 
 # --- for people ---------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from sattile import drift, metrics, raster, record, storage
 from sattile import labels as label_module
-from sattile import metrics, raster, record, storage
 from sattile.decoder import decoder
 from sattile.errors import Refused, UsageError
 from sattile.grid import Geometry, Placement, Window, ceil_to, choose_geometry
@@ -224,6 +224,7 @@ class Labelled:
         image: (height, width, bands) as read; if asked for.
         wanted: (height, width) bool: pixels with data (and inside the aoi).
         reliability: see `metrics.reliability`; of pieces that had labels.
+        seen: counts of `drift.look`, if the bundle says what it was trained on.
         evaluated: pixels that the network ran on.
         memory_mb: peak of this worker and its decoder.
     """
@@ -237,6 +238,7 @@ class Labelled:
     image: np.ndarray | None = None
     wanted: np.ndarray | None = None
     reliability: np.ndarray | None = None
+    seen: np.ndarray | None = None
     evaluated: int = 0
     memory_mb: float = 0.0
 
@@ -374,8 +376,17 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
     image = read.data[block.slices(read.region)] if job.image else None
     return Labelled(
         piece, labels=labels, scores=scores, coverage=coverage, truth=truth, image=image, wanted=read.wanted,
-        reliability=reliability, evaluated=evaluated, memory_mb=own_peak_mb() + read.memory_mb,
+        reliability=reliability, seen=see(read, block, job), evaluated=evaluated,
+        memory_mb=own_peak_mb() + read.memory_mb,
     )  # fmt: skip
+
+
+def see(read: BlockRead, window: Window, job: Inference) -> np.ndarray | None:
+    """What `drift.look` counts of a window that was read (`read.wanted` is of it)."""
+    known = job.bundle.known
+    if known is None or not read.wanted.any():
+        return None
+    return drift.look(read.data[window.slices(read.region)], read.wanted, known)
 
 
 def batch_for(job: Inference, scene: Scene) -> int:

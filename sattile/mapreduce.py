@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from sattile import engine as engines
 from sattile import mosaic, storage
+from sattile.drift import Sights
 from sattile.errors import Refused
 from sattile.grid import Window
 from sattile.inference import own_peak_mb
@@ -34,13 +35,15 @@ ROW_BYTES = 16_000_000
 MOST_WRITER_THREADS = 4
 
 INFERRED = (
-    "name string, rank int, row int, col int, height int, width int, labels binary, scores binary, "
-    "coverage binary, scenes binary, evaluated long, valid long, moved long, memory_mb double, reason string"
+    "name string, rank int, row int, col int, height int, width int, labels binary, scores binary, coverage binary, "
+    "scenes binary, evaluated long, valid long, moved long, memory_mb double, seen string, reason string"
 )
 """A labelled rectangle of the map `name`; of rank 0, the reason why there will be none. `moved`: bytes that have gone
-from task to task for it before."""
+from task to task for it before. `seen`: of `drift.Sights`, whose pixels it was made from."""
 
-WRITTEN = "name string, staged string, evaluated long, valid long, moved long, memory_mb double, reason string"
+WRITTEN = (
+    "name string, staged string, evaluated long, valid long, moved long, memory_mb double, seen string, reason string"
+)
 """A map that is written to the folder `staged`, or the reason why not. `moved`: bytes sent between tasks for it."""
 
 
@@ -63,20 +66,47 @@ def columns(schema: str) -> list[str]:
     return [part.split()[0] for part in schema.split(", ")]
 
 
+@dataclass
+class Tally:
+    """What it took to make some pixels of a map, added up on the way.
+
+    Attributes:
+        evaluated: pixels that the network ran on.
+        valid: pixels with data.
+        moved: bytes that came from other tasks.
+        memory_mb: the most that a worker held.
+        seen: what was counted of the scenes' values.
+    """
+
+    evaluated: int = 0
+    valid: int = 0
+    moved: int = 0
+    memory_mb: float = 0.0
+    seen: Sights = field(default_factory=Sights)
+
+    def add(self, row: Any) -> Any:
+        """Add a row of `INFERRED`, and hand it on."""
+        self.evaluated += row.evaluated
+        self.valid += row.valid
+        self.moved += row.moved + sum(
+            len(one) for one in (row.labels, row.scores, row.coverage, row.scenes) if one is not None
+        )
+        self.memory_mb = max(self.memory_mb, row.memory_mb)
+        self.seen.merge(row.seen)
+        return row
+
+
 def refused(name: str, reason: str, memory_mb: float) -> tuple[Any, ...]:
     """A row of `INFERRED` that says why a map can't be."""
-    return name, 0, 0, 0, 0, 0, None, None, None, None, 0, 0, 0, memory_mb, reason
+    return name, 0, 0, 0, 0, 0, None, None, None, None, 0, 0, 0, memory_mb, None, reason
 
 
-def rows_of(
-    name: str, part: Part, *, valid: np.ndarray, evaluated: int, memory_mb: float, moved: int = 0
-) -> Iterator[tuple[Any, ...]]:
+def rows_of(name: str, part: Part, valid: np.ndarray, tally: Tally) -> Iterator[tuple[Any, ...]]:
     """Rows of `INFERRED` for one rectangle of the map `name`, each of at most `ROW_BYTES`.
 
     Args:
         valid: (height, width) bool: pixels with data, for the count of them.
-        evaluated: pixels that the network ran on.
-        moved: bytes that came here from other tasks.
+        tally: of the rectangle, but for `valid`; the first row tells it.
     """
     block = part.window
     arrays = [one for one in (part.labels, part.scores, part.coverage, part.scenes) if one is not None]
@@ -90,7 +120,8 @@ def rows_of(
         )
         yield (
             name, 1, block.row + start, block.col, rows.stop - start, block.width, *packed,
-            evaluated if start == 0 else 0, int(valid[rows].sum()), moved if start == 0 else 0, memory_mb, None,
+            tally.evaluated if start == 0 else 0, int(valid[rows].sum()), tally.moved if start == 0 else 0,
+            tally.memory_mb, tally.seen.to_json() if start == 0 else None, None,
         )  # fmt: skip
 
 
@@ -131,7 +162,7 @@ def write(
     rows = _Rows(row for frame in frames for row in frame.itertuples(index=False))
     while (first := rows.peek()) is not None:
         name, reason, staged = first.name, None, None
-        tally = _Tally()
+        tally = Tally()
         if first.rank == 0:
             reasons = {row.reason: None for row in map(tally.add, rows.of(name)) if row.reason}
             reason = "\n".join(reasons)
@@ -146,25 +177,9 @@ def write(
                 deque(parts, maxlen=0)
         memory = max(tally.memory_mb, own_peak_mb())
         yield pd.DataFrame(
-            [(name, staged, tally.evaluated, tally.valid, tally.moved, memory, reason)], columns=columns(WRITTEN)
+            [(name, staged, tally.evaluated, tally.valid, tally.moved, memory, tally.seen.to_json(), reason)],
+            columns=columns(WRITTEN),
         )
-
-
-@dataclass
-class _Tally:
-    evaluated: int = 0
-    valid: int = 0
-    moved: int = 0
-    memory_mb: float = 0.0
-
-    def add(self, row: Any) -> Any:
-        self.evaluated += row.evaluated
-        self.valid += row.valid
-        self.moved += row.moved + sum(
-            len(one) for one in (row.labels, row.scores, row.coverage, row.scenes) if one is not None
-        )
-        self.memory_mb = max(self.memory_mb, row.memory_mb)
-        return row
 
 
 class _Rows:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sattile import card, scorers, storage
+from sattile.drift import Known
 from sattile.errors import SattileError, UsageError
 from sattile.receptive import measure, other_size
 from sattile.schema import SegmentClass, describe_classes, read_classes
@@ -91,6 +92,11 @@ class Bundle:
     openvino: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     members: tuple[Bundle, ...] = ()
+
+    @property
+    def known(self) -> Known | None:
+        """What values it was trained on; None for a network from elsewhere, and bundles of before."""
+        return Known.of(self.bands, self.data.get("statistics") or {})
 
 
 def load_models(model: str | Sequence[str]) -> Bundle:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sattile import engine as engines
 from sattile import labels as label_module
 from sattile import mosaic, raster, record, sheets, storage
+from sattile.drift import Sights
 from sattile.errors import UsageError
 from sattile.inference import (
     Inference,
@@ -29,7 +30,7 @@ from sattile.inference import (
     parse_memory,
     prepare,
 )
-from sattile.mapreduce import INFERRED, columns, deal, refused, rows_of, task_numbers, write_maps
+from sattile.mapreduce import INFERRED, Tally, columns, deal, refused, rows_of, task_numbers, write_maps
 from sattile.model import Bundle, load_models
 from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
@@ -252,7 +253,9 @@ def _rows(done: Labelled) -> Iterator[tuple[Any, ...]]:
     if done.labels is None or done.wanted is None:
         return iter([refused(name, done.reason or "", done.memory_mb)])
     part = Part(done.piece.block, done.labels, done.scores, done.coverage)
-    return rows_of(name, part, valid=done.wanted, evaluated=done.evaluated, memory_mb=done.memory_mb)
+    tally = Tally(evaluated=done.evaluated, memory_mb=done.memory_mb)
+    tally.seen.add(name, done.seen)
+    return rows_of(name, part, done.wanted, tally)
 
 
 def _run_wave(
@@ -458,7 +461,7 @@ def _by_scene(
     for piece in todo.pieces:
         area[piece.scene.scene_id] += piece.block.area
     work = partial(_run_wave, spark, job=job, product=product, staging=staging)
-    with _Figures(spark, run) as figures:
+    with _Figures(spark, run, found, job) as figures:
         for rows in engines.in_waves(spark, waves_of(todo.pieces), work):
             for row in sorted(rows, key=lambda one: one.name):
                 figures.add(row)
@@ -505,7 +508,7 @@ def _on_grid(
         again = f"left out of {', '.join(told[scene_id])}; remove these folders to try it again"
         run.refuse([Refusal(by_id[scene_id].url, "predict", f"{reason} ({again})")])
     published: set[str] = set()
-    with _Figures(spark, run) as figures:
+    with _Figures(spark, run, found, job) as figures:
         while todo:
             for sheet in todo:
                 if (
@@ -535,10 +538,12 @@ def _on_grid(
 class _Figures:
     """The stage that infers and writes, and its figures in the run record. A context manager."""
 
-    def __init__(self, spark: SparkSession, run: Run):
+    def __init__(self, spark: SparkSession, run: Run, scenes: Sequence[Scene], job: Inference):
         self._run, self._stack = run, ExitStack()
+        self._urls, self._known = {scene.scene_id: scene.url for scene in scenes}, job.bundle.known
         self._spark = spark
         self.evaluated = self.delivered = self.valid = self.moved = 0
+        self.seen = Sights()
 
     def __enter__(self) -> _Figures:
         self._stage = self._stack.enter_context(self._run.stage("infer and write"))
@@ -551,6 +556,7 @@ class _Figures:
         self._run.peak_memory = max(self._run.peak_memory, row.memory_mb)
         self.evaluated += row.evaluated
         self.moved += row.moved
+        self.seen.merge(row.seen)
 
     def publish(self, row: Row, pixels: int) -> None:
         self.delivered += pixels
@@ -562,6 +568,12 @@ class _Figures:
         if kind is not None:
             return
         seconds, before = self._stage.seconds, self._run.previous or {}
+        unlike = dict(self.seen.unlike(self._known)) if self._known else {}
+        for scene_id, why in unlike.items():
+            log.warning("predict: %s is unlike what the model was trained on: %s", self._urls[scene_id], why)
+        # What was said of scenes that this run did not have to look at again.
+        earlier = {one: why for one, why in before.get("unlike", {}).items() if one in self._urls}
+        unlike = {one: why for one, why in earlier.items() if one not in self.seen.counts} | unlike
         speeds = {
             "evaluated_mpix_per_s": round(self.evaluated / 1e6 / seconds, 3) if self.evaluated else None,
             "delivered_mpix_per_s": round(self.delivered / 1e6 / seconds, 3) if self.delivered else None,
@@ -574,6 +586,7 @@ class _Figures:
             "delivered_pixels": self.delivered,
             "valid_pixels": self.valid,
             "moved_bytes": self.moved,
+            **({"unlike": unlike} if unlike else {}),
             **speeds,
         }
 

@@ -22,6 +22,7 @@ import numpy as np
 from sattile import engine as engines
 from sattile import mosaic, raster, record, storage, vectors
 from sattile.decoder import decoder
+from sattile.drift import Sights
 from sattile.errors import Refused, UsageError, nearest
 from sattile.grid import Placement, Window, hull
 from sattile.inference import (
@@ -32,8 +33,9 @@ from sattile.inference import (
     own_peak_mb,
     parse_memory,
     run_windows,
+    see,
 )
-from sattile.mapreduce import INFERRED, ROW_BYTES, columns, deal, refused, rows_of, task_numbers, write_maps
+from sattile.mapreduce import INFERRED, ROW_BYTES, Tally, columns, deal, refused, rows_of, task_numbers, write_maps
 from sattile.mosaic import Part, Product, Target
 from sattile.schema import Refusal, Scene, SegmentClass
 from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
@@ -616,7 +618,7 @@ class Sums:
         self.stitcher.add(part, scores, usable, weights.astype(np.int64))
         self.count[here] += usable
 
-    def rows(self, *, evaluated: int, memory_mb: float, moved: int = 0) -> Iterator[tuple[Any, ...]]:
+    def rows(self, tally: Tally) -> Iterator[tuple[Any, ...]]:
         """Rows of `INFERRED`."""
         job, block = self.job, self.work.block
         kept = block & self.frame.window
@@ -640,9 +642,7 @@ class Sums:
         inner = kept.slices(block)
         others = (None if one is None else one[inner] for one in (scores, coverage, count))
         part = Part(relative(kept, self.frame), labels[inner], *others)
-        return rows_of(
-            self.work.name, part, valid=covered[inner], evaluated=evaluated, memory_mb=memory_mb, moved=moved
-        )
+        return rows_of(self.work.name, part, covered[inner], tally)
 
 
 def score_on_grid(got: Got, job: Inference, layout: Layout) -> tuple[np.ndarray | None, np.ndarray | None, int]:
@@ -679,29 +679,31 @@ def stitch(
                     yield work  # the end of it
 
     sums: Sums | None = None
-    evaluated, memory = 0, 0.0
+    tally = Tally()
     for item in read_steps(items(), job, layout):
         work = item if isinstance(item, Work) else item.step.work
         if sums is None:
             sums = Sums(work, _frame(layout.grid, windows.value[work.name]), job, layout)
         if isinstance(item, Work):
-            rows = list(sums.rows(evaluated=evaluated, memory_mb=max(memory, own_peak_mb())))
-            sums, evaluated = None, 0
+            tally.memory_mb = max(tally.memory_mb, own_peak_mb())
+            rows = list(sums.rows(tally))
+            sums, tally = None, Tally(memory_mb=tally.memory_mb)
             yield pd.DataFrame(rows, columns=columns(INFERRED))
         elif item.read is None:
-            row = refusal(work.name, item.step.scene.scene_id, item.reason, memory)
+            row = refusal(work.name, item.step.scene.scene_id, item.reason, tally.memory_mb)
             yield pd.DataFrame([row], columns=columns(INFERRED))
         elif not sums.is_full:
             scores, weights, pixels = score_on_grid(item, job, layout)
-            evaluated += pixels
-            memory = max(memory, own_peak_mb() + item.read.memory_mb)
+            tally.evaluated += pixels
+            tally.seen.add(item.step.scene.scene_id, see(item.read, item.step.cut.need, job))
+            tally.memory_mb = max(tally.memory_mb, own_peak_mb() + item.read.memory_mb)
             if scores is not None and weights is not None:
                 sums.add(item.step.cut.window, scores, weights)
 
 
 SHARES = (
     "name string, row int, col int, height int, width int, rank int, top int, left int, rows int, cols int, "
-    "scores binary, weights binary, evaluated long, memory_mb double, scene string, reason string"
+    "scores binary, weights binary, evaluated long, memory_mb double, seen string, scene string, reason string"
 )
 """What one scene gives to a part of a block (both in pixels of the grid), on the way to where that is added up."""
 
@@ -725,13 +727,16 @@ def infer(
         rows: list[tuple[Any, ...]] = []
         nothing = 0, 0, 0, 0
         if isinstance(item, Work):
-            rows.append((*place, -1, *nothing, None, None, 0, own_peak_mb(), None, None))
+            rows.append((*place, -1, *nothing, None, None, 0, own_peak_mb(), None, None, None))
         elif item.read is None:
-            rows.append((*place, -1, *nothing, None, None, 0, own_peak_mb(), item.step.scene.scene_id, item.reason))
+            row = *place, -1, *nothing, None, None, 0, own_peak_mb(), None, item.step.scene.scene_id, item.reason
+            rows.append(row)
         else:
             scores, weights, pixels = score_on_grid(item, job, layout)
             memory = own_peak_mb() + item.read.memory_mb
-            rows.append((*place, -1, *nothing, None, None, pixels, memory, None, None))
+            seen = Sights()
+            seen.add(item.step.scene.scene_id, see(item.read, item.step.cut.need, job))
+            rows.append((*place, -1, *nothing, None, None, pixels, memory, seen.to_json(), None, None))
             if scores is not None and weights is not None:
                 whole = item.step.cut.window
                 step = max(ROW_BYTES // (whole.width * (4 * scores.shape[-1] + 4)), 1)
@@ -739,7 +744,7 @@ def infer(
                     some = slice(top, min(top + step, whole.height))
                     part = whole.row + top, whole.col, some.stop - top, whole.width
                     packed = mosaic.pack(scores[some]), mosaic.pack(weights[some])
-                    rows.append((*place, item.step.rank, *part, *packed, 0, memory, None, None))
+                    rows.append((*place, item.step.rank, *part, *packed, 0, memory, None, None, None))
         for row in rows:
             yield pd.DataFrame([row], columns=columns(SHARES))
 
@@ -753,22 +758,22 @@ def add_up(frames: Iterable[pd.DataFrame], *, windows: Any, job: Inference, layo
     for (name, *numbers), group in groupby(rows, key=lambda row: (row.name, row.row, row.col, row.height, row.width)):
         work = Work(name, Window(*map(int, numbers)), ())
         sums = Sums(work, _frame(layout.grid, windows.value[name]), job, layout)
-        evaluated, moved, memory = 0, 0, 0.0
+        tally = Tally()
         for row in group:
-            evaluated += row.evaluated
-            memory = max(memory, row.memory_mb, own_peak_mb())
+            tally.evaluated += row.evaluated
+            tally.seen.merge(row.seen)
+            tally.memory_mb = max(tally.memory_mb, row.memory_mb, own_peak_mb())
             if row.reason is not None:
-                yield pd.DataFrame([refusal(name, row.scene, row.reason, memory)], columns=columns(INFERRED))
+                yield pd.DataFrame([refusal(name, row.scene, row.reason, tally.memory_mb)], columns=columns(INFERRED))
             elif row.scores is not None:
                 part = Window(int(row.top), int(row.left), int(row.rows), int(row.cols))
                 scores = mosaic.unpack(row.scores, "float32", (*part.shape, classes))
                 weights = mosaic.unpack(row.weights, "uint32", part.shape)
                 assert scores is not None
                 assert weights is not None
-                moved += len(row.scores) + len(row.weights)
+                tally.moved += len(row.scores) + len(row.weights)
                 sums.add(part, scores, weights)
-        rows_ = sums.rows(evaluated=evaluated, memory_mb=memory, moved=moved)
-        yield pd.DataFrame(list(rows_), columns=columns(INFERRED))
+        yield pd.DataFrame(list(sums.rows(tally)), columns=columns(INFERRED))
 
 
 # --- on the driver ------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ DATASET: dict[str, Any] = {
         "test": {"tiles": 0, "scenes": 0, "class_pixels": {"2": 0, "7": 0}},
     },
     "footprint": SQUARE,
+    "statistics": {"red": {"mean": 5.0, "percentiles": {"1": 1.0, "25": 3.0, "50": 4.0, "99": 90.0}}},
     "interval": ["2020-06-01T10:00:00Z", "2021-07-02T10:00:00Z"],
 }
 TRAINED: dict[str, Any] = {

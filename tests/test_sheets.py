@@ -34,7 +34,7 @@ from sattile import inference, mosaic, raster, sheets
 from sattile.errors import TooManyRefused, UsageError
 from sattile.grid import Geometry, Window
 from sattile.inference import Inference
-from sattile.mapreduce import INFERRED, columns
+from sattile.mapreduce import INFERRED, Tally, columns
 from sattile.prediction import predict
 from sattile.reporting import report
 from sattile.scenes import describe, find
@@ -390,7 +390,7 @@ def test_coverage_does_not_wrap(archive: Path) -> None:
     sums = sheets.Sums(work, frame, job_of(), layout_of(SAME))
     for _ in range(3):
         sums.add(work.block, np.ones((2, 3, 2), np.float32), np.full((2, 3), 2**31, np.uint32))
-    [row] = sums.rows(evaluated=0, memory_mb=0)
+    [row] = sums.rows(Tally())
     coverage = mosaic.unpack(row[columns(INFERRED).index("coverage")], "uint32", (2, 3))
     assert (coverage == 2**32 - 1).all()
 
