@@ -35,7 +35,7 @@ def training_data(description: Mapping[str, Any]) -> dict[str, Any]:
         name: {one: part.get(one) for one in counts} for name, part in description["splits"].items() if part["tiles"]
     }
     statistics = {
-        band: {"percentiles": {at: one for at, one in said["percentiles"].items() if at in drift.PERCENTILES}}
+        band: {"percentiles": {at: one for at, one in said.get("percentiles", {}).items() if at in drift.PERCENTILES}}
         for band, said in description["statistics"].items()
     }
     return kept | {"statistics": statistics, "sources": len(description.get("sources", [])) or None, "splits": splits}

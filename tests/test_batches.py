@@ -207,6 +207,9 @@ def test_rare_classes_are_drawn_as_often_as_common_ones(dataset: str) -> None:
     split = Split(load_dataset(dataset), "train")
     counted = split.class_pixels()
     assert counted.sum(0).tolist() == split.dataset.class_pixels("train").tolist()
+    for row in range(len(split)):
+        _, labels, valid = split.read(row)
+        assert counted[row].tolist() == [(labels[valid] == one).sum() for one in range(len(split.dataset.classes))]
 
 
 @given(tiles=st.integers(24, 200), workers=st.sampled_from(DIVISORS))

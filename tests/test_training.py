@@ -201,7 +201,7 @@ def test_training_goes_on_from_an_earlier_bundle(spark: Any, dataset: str, tmp_p
     before, after = (load_bundle(url) for url in (first, second))
     assert after.network["indices"] == ["nir~swir", "ndwi"]
     assert after.metrics["miou"] > before.metrics["miou"] - 0.02  # with a learning rate that learns nothing
-    with pytest.raises(UsageError, match="--arch"):
+    with pytest.raises(UsageError, match=r"is a unet-tiny.*: say --arch unet-tiny"):
         train(spark, dataset=dataset, out=str(tmp_path / "third"), **(how | {"arch": "resunet-small"}))
 
 

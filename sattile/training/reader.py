@@ -145,13 +145,19 @@ class Split:
         return image, self._class_index[labels], valid
 
     def class_pixels(self) -> np.ndarray:
-        """Labelled pixels of each class by tile, (tiles, classes) int64."""
-        classes = len(self.dataset.classes)
+        """Labelled pixels of each class by tile, (tiles, classes) int64. No image is read for it."""
+        classes, needed = len(self.dataset.classes), ["labels", "valid"]
         counts = np.zeros((len(self), classes), np.int64)
-        for row in range(len(self)):
-            _, labels, valid = self.read(row)
-            counts[row] = np.bincount(labels[valid & (labels < classes)], minlength=classes)
-        return counts
+        for number, first in enumerate(self._firsts.tolist()):
+            table = self._mapped.get(number)
+            if table is None:
+                file, group = self._groups[number]
+                table = self._file(file).read_row_group(group, columns=needed, use_threads=False)
+            for place, packed in enumerate(zip(*(table[name] for name in needed), strict=True), start=first):
+                labels, valid = (decode(one.as_buffer()) for one in packed)
+                labels = self._class_index[labels[valid]]
+                counts[place] = np.bincount(labels[labels < classes], minlength=classes)
+        return counts[self._order]
 
     def _read_group(self, number: int) -> pa.Table:
         if number in self._mapped:

@@ -135,3 +135,9 @@ def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: in
         networks.check_name(settings.arch)
     if settings.start_from:
         transfer.digest(settings.start_from)  # it is there, and a network
+        earlier = transfer.arch(settings.start_from)
+        if earlier and earlier != settings.arch and ":" not in earlier + settings.arch:
+            raise UsageError(
+                f"start_from {settings.start_from} is a {earlier}, whose weights a {settings.arch} has no place for: "
+                f"say --arch {earlier}"
+            )

@@ -73,6 +73,13 @@ def digest(url: str) -> str:
     return load_bundle(url).digest
 
 
+def arch(url: str) -> str | None:
+    """The name under which a bundle's network was built; None if it is not known."""
+    from sattile.model import load_bundle
+
+    return None if url.endswith(".keras") else load_bundle(url).network.get("arch")
+
+
 def statistics(
     source: Source, bands: Sequence[str], found: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:

@@ -198,6 +198,44 @@ def test_a_mosaic_is_that_of_one_machine_a_second_run_does_nothing_and_too_few_s
         assert (remote / name).read_bytes() == (tmp_path / "grid" / name).read_bytes(), name
 
 
+def test_a_search_on_yarn_finds_what_one_machine_finds_and_all_of_training_runs_there(
+    water: Path, tmp_path: Path
+) -> None:
+    """Its trials have the same weights; and what else training offers ends well in the same application."""
+    sattile("tile", "--pairs", str(water / "pairs.csv"), "--out", str(tmp_path / "tiles"), "--size", "128",
+            "--classes", "land,water")  # fmt: skip
+    grid, tiles = "arch=light-small,pixel-mlp", {"dataset": "hdfs:///loop/tiles"}
+    sattile("search", "--dataset", str(tmp_path / "tiles"), "--grid", grid, "--set", "train.epochs=1", "--master",
+            "local[2]", "--out", str(tmp_path / "search"))  # fmt: skip
+    ours = json.loads((tmp_path / "search" / "search.json").read_text())
+    trials = {one["trial"]: f"hdfs:///search/trials/{one['trial']}" for one in ours["trials"]}
+    light = next(url for name, url in trials.items() if name.startswith("light"))
+    every = {
+        "start_from": light, "arch": "light-small", "indices": "ndwi", "epochs": 1, "workers": 2, "accumulate": 2,
+        "sampling": "balanced", "class_weights": "balanced", "label_smoothing": 0.1, "hard_share": 0.5,
+        "precision": "bfloat16", "versions": True,
+    }  # fmt: skip
+    averaged = {"model": ",".join(trials.values()), "split": "val", "tta": "flips"}
+    submit(
+        "yarn",
+        *steps(
+            ("search", tiles | {"grid": grid, "settings": {"train": {"epochs": 1}}, "out": "hdfs:///search"}),
+            ("train", tiles | every | {"out": "hdfs:///every"}),
+            ("evaluate", tiles | averaged | {"out": "hdfs:///averaged"}),
+        ),
+    )
+    theirs = storage.read_json("hdfs:///search/search.json")
+    assert [(one["trial"], one["val_miou"]) for one in theirs["trials"]] == [
+        (one["trial"], one["val_miou"]) for one in ours["trials"]
+    ]
+    for name, url in trials.items():
+        remote = fetch(url, tmp_path / name)
+        here = weights(tmp_path / "search" / "trials" / name)
+        assert all(map(np.array_equal, here, weights(remote))), name
+    assert storage.read_json("hdfs:///every/latest.json")
+    assert storage.read_json("hdfs:///averaged/metrics.json")["pixels"]
+
+
 def executors(application: str) -> list[int]:
     """Processes of an application's executors (their JVMs)."""
     found = []
