@@ -48,17 +48,18 @@ class Known:
         return cls(tuple(bands), low, quarter, high)
 
 
-def look(data: np.ndarray, wanted: np.ndarray, known: Known) -> np.ndarray:
+def look(data: np.ndarray, wanted: np.ndarray, known: Known, rescale: tuple[float, float] = (1.0, 0.0)) -> np.ndarray:
     """Count a sample of pixels.
 
     Args:
         data: (height, width, bands).
         wanted: (height, width) bool: pixels with data.
+        rescale: factor and offset that bring them to the numbers that the network takes.
 
     Returns:
         (bands, 4) int64: pixels looked at; of these, below `low`, below `quarter`, above `high`.
     """
-    values = data[::STEP, ::STEP][wanted[::STEP, ::STEP]]
+    values = data[::STEP, ::STEP][wanted[::STEP, ::STEP]] * rescale[0] + rescale[1]
     low, quarter, high = (np.asarray(one, np.float64) for one in (known.low, known.quarter, known.high))
     looked = np.full(len(known.bands), len(values), np.int64)
     return np.stack([looked, *(np.count_nonzero(one, 0) for one in (values < low, values < quarter, values > high))], 1)
@@ -77,7 +78,7 @@ def judge(counts: np.ndarray, known: Known) -> str | None:
         return (
             "it is brighter than the training tiles in every band (a quarter of them lay below "
             f"{', '.join(f'{one:g}' for one in known.quarter)}, hardly a pixel of it does); was an offset not taken "
-            "off (Sentinel-2's products hold 1000 more since 2022), or is it all cloud?"
+            "off (Sentinel-2's products hold 1000 more since 2022; --rescale 1,-1000 takes it off), or is it all cloud?"
         )
     outside = (counts[:, 1] + counts[:, 3]) / looked
     worst = int(outside.argmax())
@@ -89,7 +90,8 @@ def judge(counts: np.ndarray, known: Known) -> str | None:
         f"{outside[worst]:.0%} of its pixels hold values of {known.bands[worst]} that the training tiles hardly had, "
         f"most {where} their {known.low[worst]:g} to {known.high[worst]:g}"
         + (f" (as in {many} of {len(looked)} bands)" if many > 1 else "")
-        + "; does it have their scale, offset and correction (top of atmosphere or surface)?"
+        + "; has it their scale and offset (--rescale FACTOR,OFFSET brings others to them), and their correction (top "
+        "of the atmosphere, or surface)?"
     )
 
 

@@ -69,6 +69,7 @@ def evaluate(
     fill: float | str | Sequence[float] | None = None,
     engine: str = "auto",
     tta: str = "none",
+    rescale: str | Sequence[float] | None = None,
     worker_memory: int | str = "3g",
     max_gsd_ratio: float = 1.5,
     regions: str | None = None,
@@ -103,6 +104,7 @@ def evaluate(
         fill: what the model sees for missing pixels; the bundle's own if not given.
         engine: as for predict.
         tta: as for predict.
+        rescale: as for predict; of a dataset's tiles, too.
         worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
         max_gsd_ratio: scenes whose pixel size differs by more than this factor from the model's are refused.
         regions: vector file; metrics for each of its regions, too. A tile belongs to the region that holds its middle,
@@ -126,7 +128,7 @@ def evaluate(
     shared: dict[str, Any] = {
         "engine": engine, "gpu": engines.gpus_a_task(spark) > 0,
         "threads": int(spark.conf.get("spark.task.cpus", "1") or 1), "fill": fill, "threshold": threshold,
-        "nodata": nodata, "worker_memory": worker_memory, "tta": tta,
+        "nodata": nodata, "worker_memory": worker_memory, "tta": tta, "rescale": rescale,
     }  # fmt: skip
     areas = strata.read_regions(regions, region_attribute)
     settings: dict[str, Any] = {"samples": samples, "regions": areas.digest if areas else None}
@@ -534,7 +536,7 @@ def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: Scorer) -> Iter
         batch = np.empty((job.batch, *shape, len(job.bundle.bands)), np.float32)
         batch[:] = np.asarray(job.fill, np.float32)
         for index, one in enumerate(tiles):
-            batch[index, :height, :width][one.valid] = one.image[one.valid]
+            job.present(one.image, one.valid, batch[index, :height, :width])
         together = {index: scores[:height, :width] for index, scores in enumerate(scorer(batch)[: len(tiles)])}
     for index, one in enumerate(tiles):
         window = Window(0, 0, height, width)

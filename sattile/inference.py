@@ -57,6 +57,7 @@ class Inference:
         scores, coverage: whether these are wanted beside the labels.
         image: whether to hand out the pixels read, too.
         tta: the turns that scores are averaged over: a name of `scorers.TURNS`.
+        rescale: (factor, offset) of what scenes hold, to the numbers that the network knows.
     """
 
     bundle: Bundle
@@ -72,6 +73,23 @@ class Inference:
     coverage: bool = False
     image: bool = False
     tta: str = "none"
+    rescale: tuple[float, float] = (1.0, 0.0)
+
+    def present(self, data: np.ndarray, valid: np.ndarray, out: np.ndarray) -> None:
+        """Write pixels as the network is to see them: rescaled, and `fill` where they are not valid.
+
+        Args:
+            data: (height, width, bands); valid: (height, width) bool.
+            out: (height, width, bands) float32.
+        """
+        out[:] = data
+        factor, offset = self.rescale
+        if self.rescale != (1.0, 0.0):
+            with np.errstate(over="ignore", invalid="ignore"):  # whatever lies under nodata
+                out *= np.float32(factor)
+                out += np.float32(offset)
+        if not valid.all():
+            out[~valid] = np.asarray(self.fill, np.float32)
 
     @property
     def scorer(self) -> Scorer:
@@ -117,11 +135,12 @@ def prepare(
     coverage: bool = False,
     worker_memory: int | str = "3g",
     tta: str = "none",
+    rescale: str | Sequence[float] | None = None,
 ) -> Inference:
     """Everything about a run that does not depend on the scenes, checked.
 
     Raises:
-        UsageError: for a geometry, engine, fill or threshold that cannot be.
+        UsageError: for a geometry, engine, fill, threshold or rescaling that cannot be.
     """
     chosen = choose_engine(bundle, engine, gpu=gpu)
     if tta not in TURNS:
@@ -141,8 +160,20 @@ def prepare(
     batch = max(min(BATCH_PIXELS // geometry.input_size**2, 16), 1)
     return Inference(
         bundle, geometry, batch, chosen, threads, given,
-        threshold, nodata, aoi, scores, coverage, tta=tta,
+        threshold, nodata, aoi, scores, coverage, tta=tta, rescale=_parse_rescale(rescale),
     )  # fmt: skip
+
+
+def _parse_rescale(given: str | Sequence[float] | None) -> tuple[float, float]:
+    if given is None:
+        return 1.0, 0.0
+    try:
+        parts = [float(one) for one in (given.split(",") if isinstance(given, str) else given)]
+    except (TypeError, ValueError):
+        parts = []
+    if len(parts) != 2 or not parts[0] or not all(map(math.isfinite, parts)):
+        raise UsageError(f"rescale {given!r}: give a factor and an offset, such as 1,-1000")
+    return parts[0], parts[1]
 
 
 def _fill(bundle: Bundle, fill: float | str | Sequence[float] | None) -> tuple[float, ...]:
@@ -195,6 +226,7 @@ def describe_job(job: Inference) -> dict[str, Any]:
                 "threads": job.threads, "fill": job.fill, "threshold": job.threshold, "nodata": job.nodata,
                 "aoi": storage.digest([job.aoi[0].hex(), job.aoi[1]]) if job.aoi else None,
                 **({"tta": job.tta} if job.tta != "none" else {}),
+                **({"rescale": job.rescale} if job.rescale != (1.0, 0.0) else {}),
             }
         )
     )  # fmt: skip
@@ -386,7 +418,7 @@ def see(read: BlockRead, window: Window, job: Inference) -> np.ndarray | None:
     known = job.bundle.known
     if known is None or not read.wanted.any():
         return None
-    return drift.look(read.data[window.slices(read.region)], read.wanted, known)
+    return drift.look(read.data[window.slices(read.region)], read.wanted, known, job.rescale)
 
 
 def batch_for(job: Inference, scene: Scene) -> int:
@@ -416,10 +448,7 @@ def run_windows(
                 batch[index] = fill
                 continue
             part = group[index].read.slices(read.region)
-            batch[index] = read.data[part]
-            valid = read.valid[part]
-            if not valid.all():
-                batch[index][~valid] = fill
+            job.present(read.data[part], read.valid[part], batch[index])
         scores = scorer(batch)
         yield from zip(group, scores, strict=False)
 

@@ -296,6 +296,7 @@ def predict(
     fill: float | str | Sequence[float] | None = None,
     engine: str = "auto",
     tta: str = "none",
+    rescale: str | Sequence[float] | None = None,
     grid: str | None = None,
     like: str | None = None,
     sheet: int = sheets.SHEET,
@@ -333,6 +334,8 @@ def predict(
         engine: `tensorflow`, `openvino` (faster on CPUs), or `auto`: OpenVINO where it is installed and gave 99.9 % of
             the pixels of validation tiles the label that TensorFlow gives them.
         tta: test-time augmentation: `flips` (4) or `turns` (8) of each window, whose scores are averaged; or `none`.
+        rescale: 'FACTOR,OFFSET' that bring the scenes' values to those that the model was trained on: 1,-1000 for
+            Sentinel-2 since 2022 where the model knows it without the offset.
         grid: one mosaic of all scenes, `EPSG:N@RES`, with pixels of RES units of that CRS.
         like: the same on the grid of this raster.
         sheet: edge of the files of such a mosaic, in pixels.
@@ -363,6 +366,7 @@ def predict(
         bundle, merge=merge, size=size, stride=stride, halo=halo, engine=engine, gpu=engines.gpus_a_task(spark) > 0,
         threads=int(spark.conf.get("spark.task.cpus", "1") or 1), fill=fill, threshold=threshold, nodata=nodata,
         aoi=area, scores=scores, coverage=coverage, worker_memory=worker_memory, tta=tta,
+        rescale=rescale,
     )  # fmt: skip
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
     settings = describe_job(job) | {

@@ -205,6 +205,9 @@ def _summary(
     for folder in by_command.get("predict", []):
         speed = folder.run.get("delivered_mpix_per_s")
         said.append(f"{_scene_count(folder)} were mapped{f', at {number(speed)} Mpix/s' if speed else ''}.")
+        if folder.run.get("unlike"):
+            scenes = _times(len(folder.run["unlike"]), "of them is", "of them are")
+            said.append(f"{scenes} unlike what the model was trained on, so look at those maps twice.")
     if quarantine:
         files = len({one["url"] for one in quarantine})
         said.append(f"{_times(files, 'scene was', 'scenes were')} refused; the reasons are below.")
@@ -609,7 +612,15 @@ def _describe_mosaics(folder: Folder) -> dict[str, Any]:
         if uri and len(maps) < MAX_MAPS:
             maps.append({"name": storage.name(entry.url), "uri": uri})
     left_out = max(0, len(scenes) - MAX_MAPS)
-    return {"url": folder.url, "maps": maps, "left_out": left_out, "on_grid": on_grid, "overview": overview}
+    unlike = folder.run.get("unlike")
+    return {
+        "url": folder.url,
+        "maps": maps,
+        "left_out": left_out,
+        "on_grid": on_grid,
+        "overview": overview,
+        "unlike": sorted(unlike.items()) if isinstance(unlike, dict) else [],
+    }
 
 
 def _thumbnail(folder: str) -> str | None:

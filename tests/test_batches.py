@@ -17,6 +17,7 @@ from sattile.schema import IGNORE
 from sattile.training.augmentation import Augmentation, turned
 from sattile.training.batches import Batches, draw_weights, plan
 from sattile.training.reader import Split, load_dataset, seen_before
+from sattile.training.spectrum import haze
 
 DIVISORS = [1, 2, 3, 4, 6, 12]
 
@@ -122,9 +123,9 @@ def test_image_labels_and_valid_turn_together(seed: int) -> None:
     valid = labels % 7 > 0
     image, out = np.empty((SIZE, SIZE, 2), np.float32), np.empty((SIZE, SIZE), np.uint8)
     tile = (np.stack([labels, 255 - labels], -1), labels, valid)
-    still = Augmentation(gain=0, brightness=0, jitter=0)
+    still = Augmentation(gain=0, brightness=0, jitter=0, haze=0)
     mean = np.zeros(2, np.float32)
-    left = still.vary(tile, (image, out), np.random.default_rng(seed), mean, mean)
+    left = still.vary(tile, (image, out), np.random.default_rng(seed), mean, mean, mean)
     np.testing.assert_array_equal(image[..., 0], out)
     np.testing.assert_array_equal(image[..., 1], 255 - out)
     np.testing.assert_array_equal(left, out % 7 > 0)
@@ -247,7 +248,24 @@ def test_what_lies_under_nodata_may_be_of_any_size() -> None:
     tile = image, np.zeros((4, 4), np.uint8), np.zeros((4, 4), bool)
     loud = Augmentation(gain=9)
     for seed in range(5):  # warnings are errors here
-        loud.vary(tile, out, np.random.default_rng(seed), np.ones(2, np.float32), np.ones(2, np.float32))
+        loud.vary(tile, out, np.random.default_rng(seed), *np.ones((3, 2), np.float32))
+
+
+def test_haze_is_blue_and_of_half_of_the_tiles() -> None:
+    mean = np.array([1800, 400, 500, 900], np.float32)
+    sky = haze(("SWIR16", "coastal", "B02", "quality"), mean)
+    assert sky[1] == 400
+    np.testing.assert_allclose(sky[[0, 2]], [400 * (0.443 / 1.61) ** 4, 400 * (0.443 / 0.49) ** 4], rtol=1e-6)
+    assert sky[3] == 0
+    assert not haze(("b1", "b2"), mean[:2]).any()
+    assert not haze(("blue", "nir"), np.array([-0.1, 0.2], np.float32)).any()
+    hazy = Augmentation(gain=0, brightness=0, jitter=0, haze=1)
+    offsets = np.stack([hazy.recolouring(np.random.default_rng(one), mean, mean, sky)[1] for one in range(900)])
+    shares = offsets[:, 1] / 400
+    np.testing.assert_allclose(offsets, shares[:, None] * sky, atol=1e-3)
+    assert 0.4 < (shares != 0).mean() < 0.6
+    assert -1 / 3 < shares.min() < -0.3
+    assert 0.95 < shares.max() < 1
 
 
 def test_a_tile_drawn_twice_is_varied_twice_and_alike_for_any_number_of_workers(dataset: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 from hypothesis import given
 from hypothesis import strategies as st
 from scenes_for_tests import write_scene
@@ -18,6 +19,11 @@ from sattile.drift import ENOUGH, STEP, Known, Sights, judge, look
 from sattile.prediction import predict
 
 BANDS = ("blue", "nir")
+
+
+def labels_of(folder: Path) -> np.ndarray:
+    with rasterio.open(folder / "labels.tif") as file:
+        return file.read(1)
 
 
 def landscape(seed: int, height: int, width: int) -> np.ndarray:
@@ -133,15 +139,19 @@ def test_a_prediction_says_which_scenes_are_unlike_what_it_was_trained_on(
 
     laid = {"grid": grid, "sheet": 512} if grid else {}
 
-    def go() -> dict[str, Any]:
-        predict(spark, model=str(model), scenes=[str(scenes)], out=str(out), **laid)
+    def go(**more: Any) -> dict[str, Any]:
+        predict(spark, model=str(model), scenes=[str(scenes)], out=str(out), **laid, **more)
         return record_of(out)
 
     scene("plain", 0, 600_000)
     scene("offset", 1000, 601_000)  # overlaps the other
     assert list(go()["unlike"]) == ["offset"]
+    plain = None if grid else labels_of(out / "plain")
     assert "unlike what the model was trained on: it is brighter" in caplog.text
     scene("third", 0, 607_000)
     assert list(go()["unlike"]) == ["offset"]  # it was not looked at again
+    assert list(go(rescale="1,-1000", overwrite=True)["unlike"]) == ["plain", "third"]
+    if grid is None:
+        np.testing.assert_array_equal(labels_of(out / "offset"), plain)
     scene("offset", 0, 601_000)
-    assert "unlike" not in go()
+    assert "unlike" not in go(overwrite=True)

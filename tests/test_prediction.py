@@ -138,6 +138,19 @@ def test_crop_equals_whole_image_inference(
     np.testing.assert_array_equal(found["labels"], np.where(valid, ids, 255))
 
 
+@given(images(), st.sampled_from([(2.0, -6.0), (-1.0, 0.0), (1.0, 9.0)]))
+@quick
+def test_rescaled_pixels_are_what_the_network_sees_and_missing_ones_stay_its_own(
+    image: tuple[np.ndarray, np.ndarray], rescale: tuple[float, float]
+) -> None:
+    data, valid = image
+    job = job_of(Geometry("crop", 8, 8, 4, 2))
+    found = run(replace(job, rescale=rescale), pooling_network, data, valid, 16)
+    expected = run(job, pooling_network, data * rescale[0] + rescale[1], valid, 16)
+    for name in ("labels", "scores"):
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
 @given(images(), st.integers(1, 8), st.sampled_from(sorted(scorers.TURNS)), st.integers(1, 70))
 @quick
 def test_turns_and_several_networks_are_means_of_whole_image_inference(
@@ -294,6 +307,9 @@ def test_scenes_within_the_ratio_or_without_a_gsd_are_fine_and_bands_come_in_the
         ({"fill": (1.0, 2.0, 3.0)}, "x, y"),
         ({"fill": "a,b"}, "a,b"),
         ({"threshold": float("nan")}, "threshold"),
+        ({"rescale": "1"}, "a factor and an offset"),
+        ({"rescale": "0,5"}, "a factor and an offset"),
+        ({"rescale": "one,2"}, "a factor and an offset"),
         ({"merge": "crop", "halo": 2}, "use halo 8"),
     ],
 )

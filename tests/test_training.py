@@ -260,6 +260,7 @@ def test_a_builder_that_fails_is_a_usage_error(spark: Any, dataset: str, tmp_pat
         ({"hard_share": 0.0}, "above 0"),
         ({"label_smoothing": 1.0}, "below 1"),
         ({"indices": "nbr"}, "swir2"),
+        ({"haze": 1.0, "augment": False}, "part of augment"),
         ({"reader": "petastorm"}, "--trust"),
         ({"start_from": "/nowhere/model"}, "does not exist"),
         ({"seed": -1}, "from 0 to"),

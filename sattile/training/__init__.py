@@ -69,6 +69,7 @@ def train(
     class_weights: str = "none",
     sampling: str = "uniform",
     augment: bool = True,
+    haze: float = 0.0,
     patience: int = 0,
     seed: int = 0,
     max_restarts: int = 3,
@@ -108,6 +109,8 @@ def train(
         class_weights: 'none', or 'balanced' to weigh rare classes more (by the root of their inverse share).
         sampling: 'uniform', each tile once an epoch, or 'balanced': tiles of rare classes more often.
         augment: flips, quarter turns, brightness and band jitter.
+        haze: add up to so much haze to half of the tiles (1 doubles the bluest band), for networks that will see scenes
+            of another atmospheric correction, or none; on scenes like the training tiles it costs accuracy.
         patience: stop after so many epochs without a better validation mIoU; 0 never does.
         seed: of weights, order and augmentation.
         max_restarts: how often several workers begin again from the last epoch when one of them is lost.
@@ -131,8 +134,8 @@ def train(
             "arch": arch, "indices": indices, "start_from": start_from, "epochs": epochs, "batch_size": batch_size,
             "accumulate": accumulate, "learning_rate": learning_rate, "weight_decay": weight_decay,
             "precision": precision, "dice": dice, "label_smoothing": label_smoothing, "hard_share": hard_share,
-            "class_weights": class_weights, "sampling": sampling, "augment": augment, "patience": patience,
-            "seed": seed,
+            "class_weights": class_weights, "sampling": sampling, "augment": augment, "haze": haze,
+            "patience": patience, "seed": seed,
         },
     )  # fmt: skip
     check(settings, described, workers=workers, devices=max(engine.gpus_a_task(spark), 1))

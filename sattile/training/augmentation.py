@@ -9,17 +9,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The 8 flips and quarter turns, and changes of the values, in standard deviations of a band.
+    """The 8 flips and quarter turns, and changes of the values.
 
     Attributes:
         gain: spread of a factor on the distance from the mean, common to all bands.
-        brightness: spread of an offset common to all bands.
-        jitter: spread of an offset of each band.
+        brightness: spread of an offset common to all bands, in standard deviations of a band.
+        jitter: spread of an offset of each band, in its standard deviations.
+        haze: most of `spectrum.haze` that is added to a tile, or a third as much taken off; half of the tiles stay.
     """
 
     gain: float = 0.1
     brightness: float = 0.1
     jitter: float = 0.05
+    haze: float = 0.0
 
     def vary(
         self,
@@ -28,6 +30,7 @@ class Augmentation:
         rng: np.random.Generator,
         mean: np.ndarray,
         std: np.ndarray,
+        haze: np.ndarray,
     ) -> np.ndarray:
         """Write a varied tile into its place in a batch.
 
@@ -35,11 +38,12 @@ class Augmentation:
             tile: image (size, size, bands), labels (size, size) uint8, valid (size, size) bool.
             out: image (size, size, bands) float32 and labels (size, size) uint8, to be written.
             mean, std: of the bands, (bands,) float32.
+            haze: see `spectrum.haze`, (bands,) float32.
 
         Returns:
             Which pixels of `out` are valid, (size, size) bool.
         """
-        factor, offset = self.recolouring(rng, mean, std)
+        factor, offset = self.recolouring(rng, mean, std, haze)
         turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
         image, labels, valid = tile
         # By whole rows, and pixels moved as one item each: numpy loops over the last axis, and a few bands are short.
@@ -52,11 +56,16 @@ class Augmentation:
         out[1][:] = turned(labels, turns, mirrored)
         return turned(valid, turns, mirrored)
 
-    def recolouring(self, rng: np.random.Generator, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def recolouring(
+        self, rng: np.random.Generator, mean: np.ndarray, std: np.ndarray, haze: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A factor and an offset for each band, (bands,) float32."""
         factor = 1 + self.gain * rng.uniform(-1, 1)
         offset = self.brightness * rng.normal() + self.jitter * rng.normal(size=len(mean))
-        return np.full(len(mean), factor, np.float32), (mean * (1 - factor) + std * offset).astype(np.float32)
+        offsets = mean * (1 - factor) + std * offset
+        if self.haze and rng.random() < 0.5:
+            offsets += haze * (self.haze * rng.uniform(-1 / 3, 1))
+        return np.full(len(mean), factor, np.float32), offsets.astype(np.float32)
 
 
 def turned(array: np.ndarray, turns: int, mirrored: bool) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 
 from sattile.errors import UsageError
 from sattile.schema import IGNORE
+from sattile.training import spectrum
 from sattile.training.augmentation import Augmentation
 from sattile.training.reader import Split
 
@@ -133,6 +134,7 @@ class Batches:
         self._slots = list(zip(rows[:, worker::workers], real[:, worker::workers], strict=True))
         self._split, self._seed, self._epoch = split, seed, epoch
         self._augmentation, self._hidden = augmentation, hidden
+        self._haze = spectrum.haze(split.dataset.bands, split.dataset.mean)
         self._batch_size, self._worker, self._workers = batch_size, worker, workers
         self._drawn_once = weights is None
         self._threads = threads or min(len(os.sched_getaffinity(0)), 8)
@@ -197,7 +199,7 @@ class Batches:
             rng = np.random.default_rng([*key, _number(split.tile_ids[row])])
             dataset = split.dataset
             tile, out = (image, labels, valid), (image_out, labels_out)
-            valid = self._augmentation.vary(tile, out, rng, dataset.mean, dataset.std)
+            valid = self._augmentation.vary(tile, out, rng, dataset.mean, dataset.std, self._haze)
         # Last, as at prediction; floats may hold NaN there, and one would spoil a batch's statistics.
         if not valid.all():
             image_out[~valid] = split.dataset.mean

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sattile.errors import UsageError, nearest
+from sattile.training.spectrum import place
 
 INDICES = {
     "ndvi": ("nir", "red"),  # vegetation: Rouse et al. 1974
@@ -20,17 +21,7 @@ INDICES = {
     "nbr": ("nir", "swir2"),  # burnt: Key and Benson 1999
     "ndbi": ("swir1", "nir"),  # built-up: Zha et al. 2003
 }
-"""The two bands of an index, by their common names in STAC's eo extension."""
-
-ALIASES = {
-    "blue": ("blue", "b02"),
-    "green": ("green", "b03"),
-    "red": ("red", "b04"),
-    "nir": ("nir", "nir08", "b08", "b8a", "b08a"),
-    "swir1": ("swir1", "swir16", "b11"),
-    "swir2": ("swir2", "swir22", "b12"),
-}
-"""Names of bands: their own, STAC's, Sentinel-2's. Landsat's B3 to B7 are other bands on each of its sensors."""
+"""The two bands of an index, by their common names: see `spectrum`."""
 
 AUTO = ("ndwi", "mndwi", "ndvi")
 
@@ -56,7 +47,7 @@ def choose(text: str, bands: Sequence[str]) -> tuple[str, ...]:
     if text in ("none", ""):
         return ()
     if text == "auto":
-        return tuple(name for name in AUTO if all(_place(role, bands) is not None for role in INDICES[name]))
+        return tuple(name for name in AUTO if all(place(role, bands) is not None for role in INDICES[name]))
     pairs = parse(tuple(part.strip() for part in text.split(",") if part.strip()), bands)
     for pair in pairs:
         if pair.one == pair.other or sum((pair.one, pair.other) == (one.one, one.other) for one in pairs) > 1:
@@ -82,7 +73,7 @@ def _pair(name: str, bands: Sequence[str]) -> Pair:
         return Pair(name, bands.index(ends[0]), bands.index(ends[1]))
     if name not in INDICES:
         raise UsageError(f"index {name!r}: use {', '.join(INDICES)}, or two bands, as a~b{nearest(name, INDICES)}")
-    places = [_place(role, bands) for role in INDICES[name]]
+    places = [place(role, bands) for role in INDICES[name]]
     if places[0] is None or places[1] is None:
         wanted = " and ".join(INDICES[name])
         raise UsageError(
@@ -90,10 +81,6 @@ def _pair(name: str, bands: Sequence[str]) -> Pair:
             f"--bands`, or write the two bands as a~b"
         )
     return Pair(name, places[0], places[1])
-
-
-def _place(role: str, bands: Sequence[str]) -> int | None:
-    return next((place for place, band in enumerate(bands) if band.lower() in ALIASES[role]), None)
 
 
 def layers(values: Any, pairs: Sequence[Pair], statistics: Mapping[str, Mapping[str, Any]]) -> list[Any]:
@@ -107,7 +94,7 @@ def layers(values: Any, pairs: Sequence[Pair], statistics: Mapping[str, Mapping[
     means = [max(float(one["mean"]), 0.0) for one in statistics.values()]
     made = []
     for pair in pairs:
-        one, other = (keras.ops.maximum(values[..., place : place + 1], 0.0) for place in (pair.one, pair.other))
+        one, other = (keras.ops.maximum(values[..., at : at + 1], 0.0) for at in (pair.one, pair.other))
         floor = 0.02 * (means[pair.one] + means[pair.other]) or 1e-6
         made.append(GAIN * (one - other) / (one + other + floor))
     return made

@@ -96,7 +96,7 @@ def fit(
     shared: dict[str, Any] = {"batch_size": settings.batch_size, "worker": worker, "workers": workers}
     training = shared | {
         "seed": settings.seed,
-        "augmentation": Augmentation() if settings.augment else None,
+        "augmentation": Augmentation(haze=settings.haze) if settings.augment else None,
         "weights": draw_weights(split.class_pixels()) if settings.sampling == "balanced" else None,
     }
     validating = shared | {"shuffle": False, "hidden": seen_before(held_out)}

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from sattile import storage, versions
 from sattile.errors import UsageError
-from sattile.training import indices, networks, transfer
+from sattile.training import indices, networks, spectrum, transfer
 from sattile.training.batches import SHARDS
 from sattile.training.reader import Dataset
 
@@ -42,7 +44,7 @@ class Settings:
         class_weights: `none`, or `balanced`: (1 / share of a class) ** 0.5, mean 1 over the labelled pixels.
         sampling: `uniform`, each tile once an epoch, or `balanced`: see `batches.draw_weights`.
         patience: epochs without a better validation mIoU after which it ends; 0 is never.
-        augment: see `augmentation`.
+        augment, haze: see `augmentation`.
         seed: of weights, order and augmentation.
     """
 
@@ -63,10 +65,13 @@ class Settings:
     sampling: str = "uniform"
     patience: int = 0
     augment: bool = True
+    haze: float = 0.0
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"indices": list(self.indices)}
+        """As JSON; what came later and is not used is left out, so that earlier trainings have the same settings."""
+        values = asdict(self) | {"indices": list(self.indices)}
+        return {name: value for name, value in values.items() if name != "haze" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
@@ -106,7 +111,7 @@ def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: in
         raise UsageError(f"dataset {dataset.url} has one class, {dataset.classes[0].name}; two are needed at least")
     if settings.epochs < 1 or settings.batch_size < 1:
         raise UsageError(f"epochs {settings.epochs}, batch_size {settings.batch_size}: give at least 1")
-    for name in ("learning_rate", "weight_decay", "dice", "patience"):
+    for name in ("learning_rate", "weight_decay", "dice", "patience", "haze"):
         value = getattr(settings, name)
         if not (math.isfinite(value) and value >= 0) or (name == "learning_rate" and value == 0):
             raise UsageError(f"{name} {value:g}: give a positive number{', or 0' * (name != 'learning_rate')}")
@@ -119,6 +124,11 @@ def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: in
         raise UsageError(f"label_smoothing {settings.label_smoothing:g}: give a share below 1, such as 0.1")
     if not 0 < settings.hard_share <= 1:
         raise UsageError(f"hard_share {settings.hard_share:g}: give a share above 0, such as 0.25; 1 counts all pixels")
+    if settings.haze and not (settings.augment and spectrum.haze(dataset.bands, np.ones(len(dataset.bands))).any()):
+        raise UsageError(
+            f"haze {settings.haze:g}: it is a part of augment, for bands whose wavelength their name says (coastal, "
+            f"blue, green, red, nir, swir1, swir2, or B01 to B12 of Sentinel-2); here are {', '.join(dataset.bands)}"
+        )
     parts = devices * settings.accumulate
     if settings.accumulate < 1 or settings.batch_size % parts:
         raise UsageError(
