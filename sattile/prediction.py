@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from sattile.model import Bundle, load_models
 from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
 from sattile.schema import Refusal, Scene
+from sattile.spectrum import match
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,7 +166,8 @@ def fitting(
         aoi, on_grid: each needs scenes with a CRS.
         also: further bands that are wanted, after the bundle's.
     """
-    good, refused = [], []
+    good: list[Scene] = []
+    refused: list[Refusal] = []
     for scene in scenes:
         reason = _misfit(scene, bundle, max_gsd_ratio)
         missing = [name for name in also if name not in scene.band_names]
@@ -177,19 +179,25 @@ def fitting(
         if reason:
             refused.append(Refusal(scene.url, stage, reason))
         else:
-            good.append(scene.select([*bundle.bands, *also]))
+            called = match(bundle.bands, scene.band_names) or {}
+            if any(name != own for name, own in called.items()) and not good:
+                log.info("%s: %s are %s in %s", stage, *map(", ".join, (called, called.values())), scene.url)
+            chosen = scene.select_as(called)
+            good.append(replace(chosen, bands=(*chosen.bands, *scene.select(also).bands)))
     return good, refused
 
 
 def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float) -> str | None:
-    missing = [name for name in bundle.bands if name not in scene.band_names]
-    if missing:
+    called = match(bundle.bands, scene.band_names)
+    if called is None:
+        missing = [name for name in bundle.bands if name not in scene.band_names]
         return (
             f"lacks band {', '.join(missing)} that the model wants ({', '.join(bundle.bands)}); it has "
             f"{', '.join(scene.band_names)}; name its bands with --bands in file order"
         )
     if bundle.values == "scaled":
-        unsaid = [band.name for band in scene.select(bundle.bands).bands if band.scale is None and band.offset is None]
+        bands = scene.select_as(called).bands
+        unsaid = [band.name for band in bands if band.scale is None and band.offset is None]
         if unsaid:
             return (
                 f"states no scale and offset for {', '.join(unsaid)}, and the model takes scaled values (Sentinel-2's "

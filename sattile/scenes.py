@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from sattile import engine, record, storage
+from sattile import engine, record, spectrum, storage
 from sattile.errors import Refused, SattileError, UsageError
 from sattile.schema import Band, Refusal, Scene
 
@@ -290,6 +290,8 @@ class _Pattern:
         any_file = min(url for same in files.values() for url in same.values())
         folder = "/".join(any_file.split("/")[: -self.depth])
         url = (folder + "/" if folder or any_file.startswith("/") else "") + self.text.replace("{scene}", scene)
+        if self.bands is not None and (called := spectrum.match(self.bands, files)):
+            files = {name: files[own] for name, own in called.items()}
         names = list(self.bands) if self.bands is not None else sorted(files)
         missing = [name for name in names if name not in files]
         double = next((name for name in names if len(files.get(name, ())) > 1), None)
@@ -410,12 +412,14 @@ def _item_sources(url: str, item: Any, bands: Sequence[str] | None) -> list[Sour
         picked = {}
         order = data + [key for key in images if key not in data]
         missing = []
+        called = spectrum.match(bands, {name for key in order for hint in hinted[key] for name in hint.names}) or {}
         for name in bands:
+            own = called.get(name, name)
             places = [
-                (hint.names.index(name), rank, key, hint)
+                (hint.names.index(own), rank, key, hint)
                 for rank, key in enumerate(order)
                 for hint in hinted[key]
-                if name in hint.names
+                if own in hint.names
             ]
             if places:
                 _, _, key, hint = min(places, key=lambda one: one[:2])
@@ -601,27 +605,27 @@ def describe(
 def _trusted(scene: Scene, bands: Sequence[str] | None) -> Scene | None:
     """A catalogue's scene with the bands wanted, if its files are as they were; None if it is to be described again."""
     if bands is not None:
-        missing = [name for name in bands if name not in scene.band_names]
-        if missing:
+        called = spectrum.match(bands, scene.band_names)
+        if called is None:
+            missing = [name for name in bands if name not in scene.band_names]
             raise Refused(f"has no band {', '.join(missing)}; the catalogue has {', '.join(scene.band_names)}")
+        scene = scene.select_as(called)
     for url, identity in scene.identity.items():
         entry = storage.stat(url)
         if entry is None:
             raise Refused(f"the file is gone: {url}; run `sattile index` again")
         if [entry.size, entry.mtime] != list(identity):
             return None
-    if bands is None:
-        return scene
-    chosen = scene.select(bands)
     # With fewer files, another of them may have the finest grid.
-    files = {band.url for band in chosen.bands}
-    return chosen if files == set(scene.identity) else None
+    files = {band.url for band in scene.bands}
+    return scene if bands is None or files == set(scene.identity) else None
 
 
 def _again(candidate: Candidate, scene: Scene, bands: Sequence[str] | None) -> Candidate:
     """A candidate from a catalogue's row, with what it says of its bands."""
     sources: dict[str, list[Hint]] = {}
-    for band in scene.bands if bands is None else scene.select(bands).bands:
+    called = None if bands is None else spectrum.match(bands, scene.band_names)
+    for band in (scene if called is None else scene.select_as(called)).bands:
         hint = Hint((band.name,), band.index, band.nodata, band.scale, band.offset, band.forced)
         sources.setdefault(band.url, []).append(hint)
     made = tuple(Source(url, tuple(hints)) for url, hints in sources.items())
@@ -715,6 +719,10 @@ def _name_own(info: FileInfo, bands: Sequence[str] | None) -> list[Band]:
     described = [name for name in own if name]
     if set(bands) <= set(own):
         return [band for band in info.bands if band.name in bands]
+    called = spectrum.match(bands, described)
+    if called is not None and len(set(described)) == len(described):
+        by_name = dict(zip(own, info.bands, strict=True))
+        return [replace(by_name[mine], name=name) for name, mine in called.items()]
     taken = list(zip(own, bands, strict=False))
     if set(bands) & set(described) and (len(bands) > len(own) or any(said and said != name for said, name in taken)):
         # The file names its bands in these very words: in file order, one would get the name of another.

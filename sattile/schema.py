@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -78,6 +78,11 @@ class Scene:
         """The same scene with these bands, in this order. KeyError names the first that is missing."""
         by_name = {band.name: band for band in self.bands}
         return replace(self, bands=tuple(by_name[name] for name in names))
+
+    def select_as(self, names: Mapping[str, str]) -> Scene:
+        """The same with some bands under other names: {new name: its own}, in that order."""
+        chosen = self.select(list(names.values())).bands
+        return replace(self, bands=tuple(replace(band, name=name) for name, band in zip(names, chosen, strict=True)))
 
     def to_json(self) -> str:
         value = asdict(self)

@@ -24,7 +24,7 @@ LAYERS = [
     {"versions", "card"},
     {"raster", "cog", "decoder", "dataset", "receptive", "record", "engine", "metrics", "figures", "scorers", "stac"},
     {"schema", "stitch"},
-    {"drift", "grid", "split", "statistics", "storage"},
+    {"drift", "grid", "spectrum", "split", "statistics", "storage"},
     {"errors"},
 ]
 """From top to bottom. A module imports from layers below its own."""

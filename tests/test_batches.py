@@ -14,10 +14,10 @@ from tiles_for_tests import SIZE, make_tile, write_dataset, write_splits
 
 from sattile.dataset import decode
 from sattile.schema import IGNORE
+from sattile.spectrum import haze
 from sattile.training.augmentation import Augmentation, turned
 from sattile.training.batches import Batches, draw_weights, plan
 from sattile.training.reader import Split, load_dataset, seen_before
-from sattile.training.spectrum import haze
 
 DIVISORS = [1, 2, 3, 4, 6, 12]
 

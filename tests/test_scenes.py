@@ -155,6 +155,28 @@ def test_band_files_by_pattern(tmp_path):
     assert one_of(f"{tmp_path}/*", pattern=pattern, bands=["B02"]).band_names == ("B02",)
 
 
+def test_bands_called_otherwise_are_found_in_files_items_and_catalogues(spark, tmp_path):
+    """However a scene comes, it is the same pixels under the names asked for."""
+    own, wanted = ("B02", "B04", "B08", "B11"), ["swir1", "nir", "blue"]
+    for at, band in enumerate(own):
+        tiff(tmp_path / "apart" / f"s_{band}.tif", value=10 + at)
+    tiff(tmp_path / "one" / "s.tif", count=4, names=own, value=10)
+    assets = {band: {"href": f"apart/s_{band}.tif", "type": TIFF_TYPE, "roles": ["data"]} for band in own}
+    stac = item(tmp_path / "s.json", assets)
+    pattern = "{scene}_{band}.tif"
+    scenes.index(spark, str(tmp_path / "apart"), out=str(tmp_path / "catalog"), pattern=pattern)
+    (listed,) = scenes.resolve(spark, str(tmp_path / "catalog"), bands=wanted).scenes
+    for scene in (
+        one_of(str(tmp_path / "apart"), pattern=pattern, bands=wanted),
+        one_of(str(tmp_path / "one" / "s.tif"), bands=wanted),
+        one_of(stac, bands=wanted),
+        listed,
+    ):
+        assert [name for name in scene.band_names if name in wanted] == wanted
+        data, _ = raster.read(scene.select(wanted), Window(0, 0, 12, 20))
+        assert (data == [13, 12, 10]).all()
+
+
 @pytest.mark.parametrize(
     ("pattern", "files", "expected"),
     [

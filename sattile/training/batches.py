@@ -16,9 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from sattile import spectrum
 from sattile.errors import UsageError
 from sattile.schema import IGNORE
-from sattile.training import spectrum
 from sattile.training.augmentation import Augmentation
 from sattile.training.reader import Split
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sattile.errors import UsageError, nearest
-from sattile.training.spectrum import place
+from sattile.spectrum import place
 
 INDICES = {
     "ndvi": ("nir", "red"),  # vegetation: Rouse et al. 1974

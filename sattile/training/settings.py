@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sattile import storage, versions
+from sattile import spectrum, storage, versions
 from sattile.errors import UsageError
-from sattile.training import indices, networks, spectrum, transfer
+from sattile.training import indices, networks, transfer
 from sattile.training.batches import SHARDS
 from sattile.training.reader import Dataset
 
