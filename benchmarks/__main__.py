@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--folder", help="keeps the scenes for the next run; a temporary one if not given")
     parser.add_argument("--data", type=Path, help="folder of the water mosaics, for `water`")
     parser.add_argument("--seeds", type=int, default=3, help="of `water` (default: 3)")
+    parser.add_argument("--haze", type=float, default=0.0, help="of the trainings of `water` (default: 0)")
     parser.add_argument("--worker-memory", default="3g", help="of `networks` (default: 3g)")
     parser.add_argument("--engines", default="tensorflow,openvino", help="of `networks` (default: both)")
     given = parser.parse_args()
@@ -40,7 +41,8 @@ def main() -> None:
         folder = Path(given.folder or temporary)
         for name in given.names or ALL:
             if name == "water":
-                water.main(folder / "water", given.data or parser.error("water needs --data DIR"), given.seeds)
+                data = given.data or parser.error("water needs --data DIR")
+                water.main(folder / "water", data, given.seeds, haze=given.haze)
             elif name == "growth":
                 growth.main(folder, sizes, given.repeats, keep=bool(given.folder))
             elif name == "peers":

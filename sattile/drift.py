@@ -16,11 +16,11 @@ import numpy as np
 PERCENTILES = ("1", "25", "99")
 """Of the training tiles, that scenes are compared with."""
 
-STEP = 8
+STEP = 16
 """Every so many rows and columns a pixel is looked at."""
 
-ENOUGH = 1000
-"""Looked-at pixels (64 times as many in the scene) below which nothing is said: a pond is no wrong scale."""
+ENOUGH = 400
+"""Looked-at pixels (256 times as many in the scene) below which nothing is said: a pond is no wrong scale."""
 
 STRANGE = 0.5
 """Share of a band outside of what 98 % of the training pixels lie in, above which a scene is unlike them."""

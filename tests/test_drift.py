@@ -73,9 +73,10 @@ def test_what_was_stored_otherwise_is_told(change: Any, words: str | None) -> No
 
 
 def test_a_scene_of_one_kind_of_ground_is_no_wrong_scale() -> None:
-    image = landscape(2, 400, 333)
+    image = landscape(2, 900, 700)
     dark = image[image[..., 1] < np.percentile(image[..., 1], 30)]  # water, say: the dark third of one band
-    assert said(dark[: 200 * 190].reshape(200, 190, 2)) is None
+    assert said(dark[: 400 * 390].reshape(400, 390, 2)) is None
+    assert said(dark[: 400 * 390].reshape(400, 390, 2) + np.uint16(5000))
 
 
 def test_little_is_not_judged_and_missing_pixels_do_not_count() -> None:
@@ -84,10 +85,10 @@ def test_little_is_not_judged_and_missing_pixels_do_not_count() -> None:
     assert said(image)
     assert said(image[:100, :100]) is None
     valid = np.zeros(image.shape[:2], bool)
-    valid[:, :200] = True
-    image[:, 200:] = 0
+    valid[:, :300] = True
+    image[:, 300:] = 0
     counts = look(image, valid, KNOWN)
-    assert counts[0, 0] == 50 * 25
+    assert counts[0, 0] == 25 * 19
     assert judge(counts, KNOWN)
 
 
