@@ -160,6 +160,8 @@ def test_indices_are_chosen_by_the_names_of_bands() -> None:
 @pytest.mark.parametrize("arch", ["unet-tiny", "resunet-small", "light-small", "deeplab-small", "pixel-mlp"])
 def test_a_wider_network_begins_with_what_the_earlier_one_said(arch: str) -> None:
     """Whatever the new bands and their order: same scores, though the new tiles have other statistics."""
+    import keras
+
     old = make(arch, ["green", "nir", "red"], ["land", "water"], index_names=("ndwi",))
     source = transfer.Source("old", old, ("green", "nir", "red"), ("ndwi",), ("land", "water"))
     bands, classes = ["swir1", "red", "green", "nir"], ["land", "water"]
@@ -168,6 +170,14 @@ def test_a_wider_network_begins_with_what_the_earlier_one_said(arch: str) -> Non
     new = networks.build(arch, bands=bands, classes=classes, statistics=kept, size=32, index_names=index_names)
     transfer.start(new, source, bands=bands, indices=index_names, classes=classes)
     values = some_values(4)
+    np.testing.assert_allclose(np.asarray(new(values)), np.asarray(old(values[..., [2, 3, 1]])), atol=2e-5)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        coarse = networks.build(arch, bands=bands, classes=classes, statistics=kept, size=32, index_names=index_names)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    transfer.start(coarse, source, bands=bands, indices=index_names, classes=classes)
+    new.set_weights(coarse.get_weights())  # which are float32
     np.testing.assert_allclose(np.asarray(new(values)), np.asarray(old(values[..., [2, 3, 1]])), atol=2e-5)
 
 

@@ -160,8 +160,8 @@ def _first_layers(network: Any) -> set[str]:
     while todo:
         for node in todo.pop()._outbound_nodes:
             layer = node.operation
-            if layer.weights:
+            if getattr(layer, "weights", None):
                 found.add(layer.name)
-            if "Depthwise" in type(layer).__name__:
+            if "Depthwise" in type(layer).__name__ or type(layer).__name__ == "Cast":  # to 16 bits: no layer
                 todo.append(layer)
     return found
