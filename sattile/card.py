@@ -168,14 +168,22 @@ def _input(described: Mapping[str, Any]) -> list[str]:
     }[described["values"]]
     mean = " (the mean of the training tiles)" if described["dataset_digest"] else ""
     rows = [
-        (index, _plain(name), f"{fill:.6g}")
+        [index, _plain(name), f"{fill:.6g}"]
         for index, (name, fill) in enumerate(zip(described["bands"], described["fill"], strict=True))
     ]
+    head, known = ["channel", "band", "fill value"], _known(described)
+    if known is not None:
+        head += ["1 % of the training pixels below", "1 % above"]
+        rows = [[*row, f"{low:.6g}", f"{high:.6g}"] for row, low, high in zip(rows, known.low, known.high, strict=True)]
     return [
         f"A float32 tensor (batch, height, width, {len(described['bands'])}), channels last. Values: {values}. Pixels "
         f"without data are set to the fill value{mean}, and get no class in the maps.",
-        _table(("channel", "band", "fill value"), rows, words=2),
+        _table(head, rows, words=2),
     ]
+
+
+def _known(described: Mapping[str, Any]) -> drift.Known | None:
+    return drift.Known.of(described["bands"], (described.get("data") or {}).get("statistics") or {})
 
 
 def _output(described: Mapping[str, Any]) -> list[str]:
@@ -329,6 +337,10 @@ def _engines(described: Mapping[str, Any]) -> list[str]:
 def _limits(described: Mapping[str, Any]) -> list[str]:
     classes, data, measured = read_classes(described["classes"]), described.get("data") or {}, described["metrics"]
     said = []
+    if _known(described):
+        said.append(
+            "Scenes that hold other values than its training tiles did are told by `sattile predict`, and mapped."
+        )
     if described["gsd"]:
         said.append(
             f"It was trained for pixels of {described['gsd']:g} m; scenes of other resolutions show it other things "

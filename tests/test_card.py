@@ -46,7 +46,10 @@ DATASET: dict[str, Any] = {
         "test": {"tiles": 0, "scenes": 0, "class_pixels": {"2": 0, "7": 0}},
     },
     "footprint": SQUARE,
-    "statistics": {"red": {"mean": 5.0, "percentiles": {"1": 1.0, "25": 3.0, "50": 4.0, "99": 90.0}}},
+    "statistics": {
+        name: {"mean": 700.0, "percentiles": {"1": 50.0 + at, "25": 300.0, "50": 400.0, "99": 9000.5}}
+        for at, name in enumerate(("B03", "B08", "SWIR"))
+    },
     "interval": ["2020-06-01T10:00:00Z", "2021-07-02T10:00:00Z"],
 }
 TRAINED: dict[str, Any] = {
@@ -171,7 +174,11 @@ def test_the_item_says_what_the_network_takes_and_gives() -> None:
 def test_the_card_holds_what_the_bundle_knows() -> None:
     card = model_card(TRAINED)
     found = tables(card)
-    assert found["What goes in"][1:] == [["0", "B03", "700"], ["1", "B08", "800.5"], ["2", "SWIR", "900"]]
+    assert found["What goes in"][1:] == [
+        ["0", "B03", "700", "50", "9000.5"],
+        ["1", "B08", "800.5", "51", "9000.5"],
+        ["2", "SWIR", "900", "52", "9000.5"],
+    ]
     assert found["What comes out"][1:] == [
         ["0", "2", "land", "`#ddcc77`"],
         ["1", "7", "open water", "`#332288`"],
