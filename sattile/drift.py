@@ -25,6 +25,9 @@ ENOUGH = 400
 STRANGE = 0.5
 """Share of a band outside of what 98 % of the training pixels lie in, above which a scene is unlike them."""
 
+ROUGH = 0.01
+"""How far off percentiles of floats may be, relatively."""
+
 DARK = 0.01
 """Share in the training pixels' lower quarter. With less than this in every band something was added to them all."""
 
@@ -57,12 +60,18 @@ def look(data: np.ndarray, wanted: np.ndarray, known: Known, rescale: tuple[floa
         rescale: factor and offset that bring them to the numbers that the network takes.
 
     Returns:
-        (bands, 4) int64: pixels looked at; of these, below `low`, below `quarter`, above `high`.
+        (bands, 4) int64: pixels looked at; of these, below `low`, no brighter than `quarter`, above `high`. Percentiles
+        of floats are a per cent off at most (`statistics`), so that much is let pass.
     """
     values = data[::STEP, ::STEP][wanted[::STEP, ::STEP]] * rescale[0] + rescale[1]
     low, quarter, high = (np.asarray(one, np.float64) for one in (known.low, known.quarter, known.high))
     looked = np.full(len(known.bands), len(values), np.int64)
-    return np.stack([looked, *(np.count_nonzero(one, 0) for one in (values < low, values < quarter, values > high))], 1)
+    counted = (
+        values < low - ROUGH * np.abs(low),
+        values <= quarter + ROUGH * np.abs(quarter),
+        values > high + ROUGH * np.abs(high),
+    )
+    return np.stack([looked, *(np.count_nonzero(one, 0) for one in counted)], 1)
 
 
 def judge(counts: np.ndarray, known: Known) -> str | None:
@@ -74,21 +83,21 @@ def judge(counts: np.ndarray, known: Known) -> str | None:
     looked = counts[:, 0]
     if looked.min() < ENOUGH:
         return None
-    if (counts[:, 2] < DARK * looked).all():
-        return (
-            "it is brighter than the training tiles in every band (a quarter of them lay below "
-            f"{', '.join(f'{one:g}' for one in known.quarter)}, hardly a pixel of it does); was an offset not taken "
-            "off (Sentinel-2's products hold 1000 more since 2022; --rescale 1,-1000 takes it off), or is it all cloud?"
-        )
     outside = (counts[:, 1] + counts[:, 3]) / looked
-    worst = int(outside.argmax())
-    if outside[worst] <= STRANGE:
+    worst, many = int(outside.argmax()), int(np.count_nonzero(outside > STRANGE))
+    if 2 * many <= len(looked) and (counts[:, 2] < DARK * looked).all():
+        return (
+            "it is brighter than the training tiles in every band (a quarter of their pixels did not exceed "
+            f"{', '.join(f'{one:.6g}' for one in known.quarter)}, hardly one of it does not); was an offset not taken "
+            "off? --rescale 1,OFFSET does it (1,-1000 where Sentinel-2's reflectance is stored x 10,000 + 1,000, as "
+            "since 2022); or is it all cloud?"
+        )
+    if not many:
         return None
     where = "below" if counts[worst, 1] > counts[worst, 3] else "above"
-    many = np.count_nonzero(outside > STRANGE)
     return (
         f"{outside[worst]:.0%} of its pixels hold values of {known.bands[worst]} that the training tiles hardly had, "
-        f"most {where} their {known.low[worst]:g} to {known.high[worst]:g}"
+        f"most {where} their {known.low[worst]:.6g} to {known.high[worst]:.6g}"
         + (f" (as in {many} of {len(looked)} bands)" if many > 1 else "")
         + "; has it their scale and offset (--rescale FACTOR,OFFSET brings others to them), and their correction (top "
         "of the atmosphere, or surface)?"

@@ -20,6 +20,7 @@ from sattile import engine as engines
 from sattile import labels as label_module
 from sattile.comparison import BLOCKS
 from sattile.dataset import decode, owners, read_dataset
+from sattile.drift import Sights
 from sattile.errors import UsageError
 from sattile.grid import Geometry, Window, ceil_to
 from sattile.inference import BlockRead, Inference, Labelled, Piece
@@ -40,7 +41,7 @@ METRICS = "metrics.json"
 
 COUNTED = (
     "scene_id string, row int, col int, height int, width int, strata string, confusions binary, reliability binary, "
-    "undecided long, labelled long, evaluated long, memory_mb double, pictures string, reason string"
+    "undecided long, labelled long, evaluated long, memory_mb double, pictures string, seen string, reason string"
 )
 COLUMNS = [part.split()[0] for part in COUNTED.split(", ")]
 
@@ -277,6 +278,7 @@ def _on_scenes(
         stage.pixels = sum(row.height * row.width for row in rows)
     run.refuse([Refusal(urls[key], "evaluate", reason) for key, reason in sorted(bad.items())])
     run.done = len(found) - len(bad)
+    _tell(run, job, rows, urls)
     shown = [_sample_window(by_id(found)[row.scene_id], row) for row in _telling(rows, samples)]
     with run.stage("pictures"), engines.few_rows_a_batch(spark):
         if shown:
@@ -349,7 +351,7 @@ def _count(done: Labelled, job: Inference, parts: Iterable[tuple[Window, Stratum
     block = done.piece.block
     place = (done.piece.scene.scene_id, block.row, block.col, block.height, block.width)
     if done.labels is None or done.truth is None:
-        return (*place, None, None, None, 0, 0, 0, done.memory_mb, None, done.reason)
+        return (*place, None, None, None, 0, 0, 0, done.memory_mb, None, None, done.reason)
     assert done.wanted is not None
     assert done.reliability is not None
     class_ids = job.class_ids.tolist()
@@ -360,7 +362,7 @@ def _count(done: Labelled, job: Inference, parts: Iterable[tuple[Window, Stratum
             table = metrics.confusion(done.truth[inside], done.labels[inside], class_ids)
             tables[stratum] = tables[stratum] + table if stratum in tables else table
     except ValueError as error:
-        return (*place, None, None, None, 0, 0, 0, done.memory_mb, None, f"labels: {error}")
+        return (*place, None, None, None, 0, 0, 0, done.memory_mb, None, None, f"labels: {error}")
     truth = np.where(done.wanted, done.truth, np.uint8(IGNORE))
     labelled = int((truth != IGNORE).sum())
     decided = sum(int(table.sum()) for table in tables.values())
@@ -368,9 +370,11 @@ def _count(done: Labelled, job: Inference, parts: Iterable[tuple[Window, Stratum
     if job.image and done.image is not None and done.image.shape[-1]:
         drawn = pictures.draw(job.bundle.bands, job.bundle.classes, done.image, done.wanted, truth, done.labels)
     confusions = np.stack(list(tables.values())).tobytes()
+    seen = Sights()
+    seen.add(done.piece.scene.scene_id, done.seen)
     return (
         *place, json.dumps(list(tables)), confusions, done.reliability.tobytes(), labelled - decided, labelled,
-        done.evaluated, done.memory_mb, drawn, None,
+        done.evaluated, done.memory_mb, drawn, seen.to_json(), None,
     )  # fmt: skip
 
 
@@ -437,6 +441,7 @@ def _on_tiles(
         pictures.write(run.out, drawn)
     run.done = len(rows)
     urls = {one["scene_id"]: one["url"] for one in description["sources"]}
+    _tell(run, job, rows, urls)
     _write_metrics(run, job, rows, state, urls)
 
 
@@ -548,6 +553,7 @@ def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: Scorer) -> Iter
                 Piece(scene, window), labels=labels, truth=one.truth, wanted=one.valid,
                 reliability=metrics.reliability(together[index], one.truth, labels, job.class_ids.tolist()),
                 image=one.image if job.image else None,
+                seen=inference.see(BlockRead(window, one.image, one.valid, one.valid, None, 0.0), window, job),
                 evaluated=batch[..., 0].size * job.passes if index == 0 else 0, memory_mb=inference.own_peak_mb(),
             )  # fmt: skip
         else:
@@ -563,11 +569,26 @@ def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: Scorer) -> Iter
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
+def _tell(run: Run, job: Inference, rows: Sequence[Any], urls: Mapping[str, str]) -> None:
+    """Say which scenes are unlike what the model was trained on: their metrics say little of the model."""
+    seen = Sights()
+    for row in rows:
+        seen.merge(row.seen)
+    unlike = dict(seen.unlike(job.bundle.known)) if job.bundle.known else {}
+    for scene_id, why in unlike.items():
+        log.warning("evaluate: %s is unlike what the model was trained on: %s", urls.get(scene_id, scene_id), why)
+    if unlike:
+        run.extra["unlike"] = unlike
+
+
 def _is_done(run: Run, state: str, samples: int) -> bool:
     url = storage.join(run.out, METRICS)
     if not (run.finished_before and storage.exists(url) and storage.exists(storage.join(run.out, BLOCKS))):
         return False
-    return storage.read_json(url).get("state") == state
+    if storage.read_json(url).get("state") != state:
+        return False
+    run.extra |= {name: one for name, one in (run.previous or {}).items() if name == "unlike"}
+    return True
 
 
 def _write_metrics(run: Run, job: Inference, rows: Sequence[Any], state: str, urls: Mapping[str, str]) -> None:

@@ -142,6 +142,7 @@ def _join(bundles: tuple[Bundle, ...]) -> Bundle:
         network={"models": [storage.name(one.url) for one in bundles]},
         openvino={"agreement": min(agreements)} if all(one.openvino for one in bundles) else {},
         members=bundles,
+        data=next((one.data for one in bundles if one.known), {}),
     )
 
 

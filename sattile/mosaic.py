@@ -387,12 +387,25 @@ def write_collection(out: str, product: Product) -> None:
 
 
 def _extents(boxes: Sequence[list[float]]) -> list[list[float]]:
-    """The whole first, as STAC wants; a box across the antimeridian makes it the whole circle."""
+    """The whole first, as STAC wants; it crosses the antimeridian (west > east) where that is the shorter way."""
     if not boxes:
         return [[-180.0, -90.0, 180.0, 90.0]]
-    crossing = any(box[0] > box[2] for box in boxes)
-    west, east = (-180.0, 180.0) if crossing else (min(box[0] for box in boxes), max(box[2] for box in boxes))
+    west, east = _longitudes([(box[0], box[2]) for box in boxes])
     return [[west, min(box[1] for box in boxes), east, max(box[3] for box in boxes)]]
+
+
+def _longitudes(spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The shortest span that holds all; one with west > east crosses the antimeridian."""
+    ordered = sorted((west, east if east >= west else east + 360) for west, east in spans)
+    ordered.append((ordered[0][0] + 360, ordered[0][0] + 360))
+    end, gaps = ordered[0][1], []
+    for west, east in ordered[1:]:
+        gaps.append((west - end, end, west))
+        end = max(end, east)
+    gap, last, first = max(gaps)
+    if gap <= 0:
+        return -180.0, 180.0
+    return tuple(one if -180 <= one <= 180 else (one + 180) % 360 - 180 for one in (first, last))  # type: ignore[return-value]
 
 
 # --- all sheets of a grid as one ----------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from sattile import engine as engines
 from sattile import labels as label_module
-from sattile import mosaic, raster, record, sheets, storage
-from sattile.drift import Sights
+from sattile import mosaic, raster, record, sheets, spectrum, storage
+from sattile.drift import Sights, judge
 from sattile.errors import UsageError
 from sattile.inference import (
     Inference,
@@ -35,7 +35,6 @@ from sattile.model import Bundle, load_models
 from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
 from sattile.schema import Refusal, Scene
-from sattile.spectrum import match
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +178,7 @@ def fitting(
         if reason:
             refused.append(Refusal(scene.url, stage, reason))
         else:
-            called = match(bundle.bands, scene.band_names) or {}
+            called = spectrum.match(bundle.bands, scene.band_names) or {}
             if any(name != own for name, own in called.items()) and not good:
                 log.info("%s: %s are %s in %s", stage, *map(", ".join, (called, called.values())), scene.url)
             chosen = scene.select_as(called)
@@ -188,12 +187,12 @@ def fitting(
 
 
 def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float) -> str | None:
-    called = match(bundle.bands, scene.band_names)
+    called = spectrum.match(bundle.bands, scene.band_names)
     if called is None:
-        missing = [name for name in bundle.bands if name not in scene.band_names]
+        missing = [name for name in bundle.bands if name not in spectrum.known(bundle.bands, scene.band_names)]
         return (
             f"lacks band {', '.join(missing)} that the model wants ({', '.join(bundle.bands)}); it has "
-            f"{', '.join(scene.band_names)}; name its bands with --bands in file order"
+            f"{', '.join(scene.band_names)}{spectrum.why(scene.band_names)}; name its bands with --bands in file order"
         )
     if bundle.values == "scaled":
         bands = scene.select_as(called).bands
@@ -473,7 +472,8 @@ def _by_scene(
     for piece in todo.pieces:
         area[piece.scene.scene_id] += piece.block.area
     work = partial(_run_wave, spark, job=job, product=product, staging=staging)
-    with _Figures(spark, run, found, job) as figures:
+    kept = {scene.scene_id for scene in found} - {scene.scene_id for scene in stale}
+    with _Figures(spark, run, found, job, kept) as figures:
         for rows in engines.in_waves(spark, waves_of(todo.pieces), work):
             for row in sorted(rows, key=lambda one: one.name):
                 figures.add(row)
@@ -520,7 +520,8 @@ def _on_grid(
         again = f"left out of {', '.join(told[scene_id])}; remove these folders to try it again"
         run.refuse([Refusal(by_id[scene_id].url, "predict", f"{reason} ({again})")])
     published: set[str] = set()
-    with _Figures(spark, run, found, job) as figures:
+    kept = {one for sheet in every if sheet.target.name in done for one in sheet.scenes}
+    with _Figures(spark, run, found, job, kept) as figures:
         while todo:
             for sheet in todo:
                 if (
@@ -550,10 +551,16 @@ def _on_grid(
 class _Figures:
     """The stage that infers and writes, and its figures in the run record. A context manager."""
 
-    def __init__(self, spark: SparkSession, run: Run, scenes: Sequence[Scene], job: Inference):
+    def __init__(self, spark: SparkSession, run: Run, scenes: Sequence[Scene], job: Inference, kept: set[str]):
+        """
+        Args:
+            kept: ids of scenes in maps of an earlier run with these settings: what it said of them still holds.
+        """
         self._run, self._stack = run, ExitStack()
         self._urls, self._known = {scene.scene_id: scene.url for scene in scenes}, job.bundle.known
         self._spark = spark
+        earlier = {} if run.replacing else (run.previous or {}).get("unlike", {})
+        self.unlike = {scene_id: why for scene_id, why in earlier.items() if scene_id in kept}
         self.evaluated = self.delivered = self.valid = self.moved = 0
         self.seen = Sights()
 
@@ -568,7 +575,16 @@ class _Figures:
         self._run.peak_memory = max(self._run.peak_memory, row.memory_mb)
         self.evaluated += row.evaluated
         self.moved += row.moved
+        fresh = Sights(row.seen)
         self.seen.merge(row.seen)
+        for scene_id in sorted(fresh.counts):
+            why = judge(self.seen.counts[scene_id], self._known) if self._known else None
+            if why and scene_id not in self.unlike:
+                log.warning("predict: %s is unlike what the model was trained on: %s", self._urls[scene_id], why)
+            if why:
+                self.unlike[scene_id] = why
+        if self.unlike:
+            self._run.note(unlike=self.unlike)
 
     def publish(self, row: Row, pixels: int) -> None:
         self.delivered += pixels
@@ -580,12 +596,6 @@ class _Figures:
         if kind is not None:
             return
         seconds, before = self._stage.seconds, self._run.previous or {}
-        unlike = dict(self.seen.unlike(self._known)) if self._known else {}
-        for scene_id, why in unlike.items():
-            log.warning("predict: %s is unlike what the model was trained on: %s", self._urls[scene_id], why)
-        # What was said of scenes that this run did not have to look at again.
-        earlier = {one: why for one, why in before.get("unlike", {}).items() if one in self._urls}
-        unlike = {one: why for one, why in earlier.items() if one not in self.seen.counts} | unlike
         speeds = {
             "evaluated_mpix_per_s": round(self.evaluated / 1e6 / seconds, 3) if self.evaluated else None,
             "delivered_mpix_per_s": round(self.delivered / 1e6 / seconds, 3) if self.delivered else None,
@@ -598,7 +608,7 @@ class _Figures:
             "delivered_pixels": self.delivered,
             "valid_pixels": self.valid,
             "moved_bytes": self.moved,
-            **({"unlike": unlike} if unlike else {}),
+            **({"unlike": dict(sorted(self.unlike.items()))} if self.unlike else {}),
             **speeds,
         }
 

@@ -33,6 +33,9 @@ QUARANTINE = "_quarantine.parquet"
 STARTED = "_started.json"
 """Settings of a run while it goes on: what a killed one leaves, so that the next run with them may finish it."""
 
+NOTES = ("unlike",)
+"""What a run finds out that the next one has to know, though it does not find it out again."""
+
 
 def versions() -> dict[str, str]:
     """Versions of all that shapes a result."""
@@ -109,8 +112,16 @@ class Run:
             self._lease.__enter__()
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise UsageError(f"--out {self.out} can't be written: {error.strerror or error}") from error
-        storage.write_json(storage.join(self.out, STARTED), {"command": self.command, "settings": self.settings})
+        earlier = {} if self.replacing else self.previous or {}
+        self._notes = {name: earlier[name] for name in NOTES if name in earlier}
+        self.note()
         return self
+
+    def note(self, **noted: Any) -> None:
+        """Keep something for the run that goes on, should this one be killed: of the names in `NOTES`."""
+        self._notes |= noted
+        started = {"command": self.command, "settings": self.settings, **self._notes}
+        storage.write_json(storage.join(self.out, STARTED), started)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None and not self._visible():

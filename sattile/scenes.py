@@ -723,11 +723,13 @@ def _name_own(info: FileInfo, bands: Sequence[str] | None) -> list[Band]:
     if called is not None and len(set(described)) == len(described):
         by_name = dict(zip(own, info.bands, strict=True))
         return [replace(by_name[mine], name=name) for name, mine in called.items()]
-    taken = list(zip(own, bands, strict=False))
-    if set(bands) & set(described) and (len(bands) > len(own) or any(said and said != name for said, name in taken)):
+    taken, known = list(zip(own, bands, strict=False)), spectrum.known(bands, described)
+    if known and (len(bands) > len(own) or any(said and said != known.get(name) for said, name in taken)):
         # The file names its bands in these very words: in file order, one would get the name of another.
-        missing = [name for name in bands if name not in described]
-        raise Refused(f"has no band {', '.join(missing)}; its bands are {', '.join(described)}")
+        missing = [name for name in bands if name not in known]
+        raise Refused(
+            f"has no band {', '.join(missing)}; its bands are {', '.join(described)}{spectrum.why(described)}"
+        )
     if len(bands) > len(info.bands):
         raise Refused(
             f"has {len(info.bands)} band{'s' * (len(info.bands) != 1)} ({', '.join(numbered)}), and {len(bands)} are "

@@ -20,11 +20,12 @@ BANDS = {
 """By common name: the wavelength in micrometres, and how it is written: plainly, as in STAC's eo extension, as
 Sentinel-2's files have it."""
 
-SENTINEL = re.compile(r"b(0?[1-9]|0?8a|1[0-2])")
+NUMBER = re.compile(r"b\d+a?")
+"""A band's number. It says nothing by itself: b4 may be the fourth of a file without names."""
 
-TELLING = {"b08", "b8a", "b08a", "b12"}
-"""Names by which a file is seen to number its bands as Sentinel-2 does: Landsat's B05 is another band, and its B11 is
-thermal."""
+TELLING = {"b8a", "b08a", "b12"}
+"""Names by which a file that writes B01 and not B1 is seen to number its bands as Sentinel-2 does. Landsat has none of
+them: its B05 is the near infrared, its B08 panchromatic, its B11 thermal."""
 
 
 def place(name: str, bands: Sequence[str]) -> int | None:
@@ -34,13 +35,20 @@ def place(name: str, bands: Sequence[str]) -> int | None:
 
 
 def match(wanted: Sequence[str], own: Iterable[str]) -> dict[str, str] | None:
-    """Which of a file's own bands are the wanted ones: {wanted: own}; None if one is missing.
+    """Which of a file's own bands are the wanted ones: {wanted: own}; None if one is missing."""
+    found = known(wanted, own)
+    return {name: found[name] for name in wanted} if len(found) == len({*wanted}) else None
+
+
+def known(wanted: Sequence[str], own: Iterable[str]) -> dict[str, str]:
+    """Which of the wanted bands are among a file's own: {wanted: own}.
 
     A band of the very name goes first. Else one that is called otherwise: `blue` is `B02` in a file of Sentinel-2.
     """
     own = list(own)
     found = {name: name for name in wanted if name in own}
-    numbered = bool(TELLING & {one.lower() for one in own})
+    words = {one.lower() for one in own}
+    numbered = bool(TELLING & words) and any(NUMBER.fullmatch(one) and one[1] == "0" for one in words)
     for name in wanted:
         if name in found:
             continue
@@ -49,18 +57,25 @@ def match(wanted: Sequence[str], own: Iterable[str]) -> dict[str, str] | None:
         fits = [
             (names.index(one.lower()), one)
             for one in own
-            if one not in taken and one.lower() in names and (numbered or not SENTINEL.fullmatch(one.lower()))
+            if one not in taken and one.lower() in names and (numbered or not NUMBER.fullmatch(one.lower()))
         ]
-        if not fits:
-            return None
-        found[name] = min(fits)[1]
-    return {name: found[name] for name in wanted}
+        if fits:
+            found[name] = min(fits)[1]
+    return found
+
+
+def why(own: Iterable[str]) -> str:
+    """What to add to a refusal where bands are numbered, and nobody knows how."""
+    numbered = [one for one in own if NUMBER.fullmatch(one.lower()) and "0" in one]
+    if not numbered or TELLING & {one.lower() for one in own}:
+        return ""
+    return " (numbers are read as Sentinel-2's only beside B8A or B12, since Landsat's mean other bands)"
 
 
 def _names(name: str) -> tuple[str, ...]:
     """How a band may be called, the best first. The near infrared is the wide one, or else the narrow one."""
-    known = next((names for _, names in BANDS.values() if name in names), (name,))
-    return (*known, *BANDS["nir08"][1]) if name == "nir" else known
+    names = next((names for _, names in BANDS.values() if name in names), (name,))
+    return (*names, *BANDS["nir08"][1]) if name == "nir" else names
 
 
 def haze(bands: Sequence[str], mean: np.ndarray) -> np.ndarray:
@@ -73,10 +88,10 @@ def haze(bands: Sequence[str], mean: np.ndarray) -> np.ndarray:
     Args:
         mean: of the bands, (bands,).
     """
-    known = {at: length for name, (length, _) in BANDS.items() if (at := place(name, bands)) is not None}
+    lengths = {at: length for name, (length, _) in BANDS.items() if (at := place(name, bands)) is not None}
     added = np.zeros(len(bands), np.float32)
-    if known:
-        first = min(known, key=lambda at: known[at])
-        for at, length in known.items():
-            added[at] = max(float(mean[first]), 0.0) * (known[first] / length) ** 4
+    if lengths:
+        first = min(lengths, key=lambda at: lengths[at])
+        for at, length in lengths.items():
+            added[at] = max(float(mean[first]), 0.0) * (lengths[first] / length) ** 4
     return added

@@ -233,7 +233,7 @@ class Warp:
         corners = np.stack([at[:, :-1, :-1], at[:, 1:, :-1], at[:, :-1, 1:], at[:, 1:, 1:]])
         low, high = corners.min(axis=0), corners.max(axis=0)
         size = (high - low).max(axis=0)
-        usual = float(np.median(size[np.isfinite(size)])) if np.isfinite(size).any() else float(edge)
+        usual = self._usual(height / (len(rows) - 1), width / (len(cols) - 1)) or float(edge)
         torn = ~(size <= 8 * usual + 4)
         # A straight side of one CRS is a curve in the other.
         pads = 2 + 0.1 * size[~torn]
@@ -247,6 +247,20 @@ class Warp:
         windows = [Window(row * edge, col * edge, edge, edge) for row, col in sorted(found)]
         limits = self.grid.limits
         return windows if limits is None else [one for one in windows if (one & limits).area]
+
+    def _usual(self, height: float, width: float) -> float:
+        """How far, in pixels of the grid, a part of the scene of so many rows and columns usually goes; 0 if nowhere.
+
+        By small steps: of a few large ones a seam may run through most.
+        """
+        rows, cols = (np.linspace(0, extent, 33) for extent in self.shape)
+        at = self._forward(*np.meshgrid(rows, cols, indexing="ij"))
+        found = 0.0
+        for axis, share in ((1, height / self.shape[0]), (2, width / self.shape[1])):
+            steps = np.abs(np.diff(at, axis=axis)).max(axis=0)
+            if np.isfinite(steps).any():
+                found = max(found, 32 * share * float(np.median(steps[np.isfinite(steps)])))
+        return found
 
     def extent(self) -> Window | None:
         """The smallest window of the grid that holds the scene; None where a seam of the grid's CRS cuts it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from scenes_for_tests import write_scene
 from test_prediction import models, record_of  # noqa: F401
 
-from sattile import drift
+from sattile import drift, mosaic
 from sattile.drift import ENOUGH, STEP, Known, Sights, judge, look
+from sattile.evaluation import evaluate
 from sattile.prediction import predict
+from sattile.statistics import BandStatistics
 
 BANDS = ("blue", "nir")
 
@@ -79,6 +82,34 @@ def test_a_scene_of_one_kind_of_ground_is_no_wrong_scale() -> None:
     assert said(dark[: 400 * 390].reshape(400, 390, 2) + np.uint16(5000))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.full((900, 700), 7, np.uint16),
+        np.full((900, 700), 288.7, np.float32),
+        (np.random.default_rng(0).random((900, 700)) < 0.2).astype(np.uint8),
+        np.random.default_rng(1).normal(289, 0.4, (900, 700)).astype(np.float32),
+        np.random.default_rng(2).integers(1000, 1005, (900, 700)).astype(np.int16),
+        np.random.default_rng(3).normal(0, 1, (900, 700)).astype(np.float32),
+        np.zeros((900, 700), np.float32),
+    ],
+)
+def test_no_scene_is_unlike_itself(values: np.ndarray) -> None:
+    """Whatever its values: also where most percentiles are one number."""
+    statistics = BandStatistics(values.dtype.name)
+    statistics.add(values.ravel())
+    itself = Known.of(("band",), {"band": statistics.summary()})
+    assert itself is not None
+    assert judge(look(values[..., None], np.ones(values.shape, bool), itself), itself) is None
+
+
+def test_another_scale_is_told_as_such_though_it_is_brighter_too() -> None:
+    told = said(landscape(1, 900, 700) * 10_000.0)
+    assert told is not None
+    assert "FACTOR,OFFSET" in told
+    assert "-1000" not in told
+
+
 def test_little_is_not_judged_and_missing_pixels_do_not_count() -> None:
     image = landscape(3, 400, 333) + 1000
     assert (400 // STEP) * (333 // STEP) > ENOUGH
@@ -112,6 +143,18 @@ def test_bundles_of_before_know_nothing() -> None:
     assert Known.of(BANDS, {"blue": {"percentiles": {}}, "nir": {"percentiles": {}}}) is None
 
 
+def stopped_after(count: int) -> Any:
+    """`mosaic.publish` that is interrupted after so many maps."""
+    publish, done = mosaic.publish, []
+
+    def once(*arguments: Any) -> None:
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(publish(*arguments))
+
+    return once
+
+
 @pytest.mark.parametrize("grid", [None, "EPSG:32632@20"])
 def test_a_prediction_says_which_scenes_are_unlike_what_it_was_trained_on(
     spark: Any,
@@ -119,6 +162,7 @@ def test_a_prediction_says_which_scenes_are_unlike_what_it_was_trained_on(
     tmp_path: Path,
     grid: str | None,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scenes, model, out = tmp_path / "scenes", models / f"known-{grid}", tmp_path / "out"
     model.mkdir()
@@ -151,6 +195,26 @@ def test_a_prediction_says_which_scenes_are_unlike_what_it_was_trained_on(
     assert "unlike what the model was trained on: it is brighter" in caplog.text
     scene("third", 0, 607_000)
     assert list(go()["unlike"]) == ["offset"]  # it was not looked at again
+    if grid:
+        small = min(out.glob("r*_c*"), key=lambda one: rasterio.open(one / "labels.tif").height)
+        shutil.rmtree(small)
+        assert list(go()["unlike"]) == ["offset"]  # only a part of it was
+    else:
+        monkeypatch.setattr("sattile.mosaic.publish", stopped_after(1))
+        scene("fourth", 1000, 630_000)
+        scene("zlast", 1000, 640_000)
+        with pytest.raises(KeyboardInterrupt):
+            go()
+        monkeypatch.undo()
+        assert list(go()["unlike"]) == ["fourth", "offset", "zlast"]
+        for name in ("fourth", "zlast"):
+            (scenes / f"{name}.tif").unlink()
+            shutil.rmtree(out / name)
+        write_scene(tmp_path / "truth.tif", np.zeros((1, 410, 305), np.uint8), west=601_000)
+        told = {"scenes": [str(scenes / "offset.tif")], "labels": str(tmp_path / "truth.tif")}
+        for _ in range(2):  # the second finds nothing to do
+            evaluate(spark, model=str(model), **told, out=str(tmp_path / "evaluation"))
+            assert list(record_of(tmp_path / "evaluation")["unlike"]) == ["offset"]
     assert list(go(rescale="1,-1000", overwrite=True)["unlike"]) == ["plain", "third"]
     if grid is None:
         np.testing.assert_array_equal(labels_of(out / "offset"), plain)

@@ -306,3 +306,21 @@ def test_parts_travel_packed() -> None:
     assert mosaic.pack(None) is None
     assert mosaic.unpack(None, "float32", (2, 3, 2)) is None
     assert Window(0, 0, 2, 3).area == 6
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([(10, 20), (15, 30)], (10, 30)),
+        ([(-120, -60), (10, 40)], (-120, 40)),
+        ([(170, 180), (-180, -175)], (170, -175)),
+        ([(179, -179), (-180, -178.5)], (179, -178.5)),
+        ([(-180, 180)], (-180, 180)),
+        ([(-180, 0), (0, 180)], (-180, 180)),
+        ([(5, 5)], (5, 5)),
+    ],
+)
+def test_the_longitudes_of_all_maps_are_the_shortest_way_around(
+    spans: list[tuple[float, float]], expected: tuple[float, float]
+) -> None:
+    assert mosaic._longitudes(spans) == expected

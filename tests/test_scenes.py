@@ -157,7 +157,7 @@ def test_band_files_by_pattern(tmp_path):
 
 def test_bands_called_otherwise_are_found_in_files_items_and_catalogues(spark, tmp_path):
     """However a scene comes, it is the same pixels under the names asked for."""
-    own, wanted = ("B02", "B04", "B08", "B11"), ["swir1", "nir", "blue"]
+    own, wanted = ("B02", "B08", "B11", "B12"), ["swir1", "nir", "blue"]
     for at, band in enumerate(own):
         tiff(tmp_path / "apart" / f"s_{band}.tif", value=10 + at)
     tiff(tmp_path / "one" / "s.tif", count=4, names=own, value=10)
@@ -174,7 +174,11 @@ def test_bands_called_otherwise_are_found_in_files_items_and_catalogues(spark, t
     ):
         assert [name for name in scene.band_names if name in wanted] == wanted
         data, _ = raster.read(scene.select(wanted), Window(0, 0, 12, 20))
-        assert (data == [13, 12, 10]).all()
+        assert (data == [12, 11, 10]).all()
+    for names in (own, ("blue", "nir", None, None)):  # never in file order where the file says what they are
+        stack = tiff(tmp_path / "other.tif", count=4, names=names)
+        _, bad = described(stack, bands=["nir", "red", "blue", "swir1"])
+        assert "has no band red" in bad[stack]
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,19 @@ def expected_pixels(scene: Scene, grid: Grid, counted: np.ndarray) -> float:
     return float((ratio * pixel)[counted].sum())
 
 
+@pytest.mark.parametrize(("pixels", "edge"), [(200, 200), (150, 512), (400, 512), (1000, 2048)])
+def test_a_small_scene_at_the_antimeridian_reaches_a_few_blocks_on_either_side(pixels: int, edge: int) -> None:
+    """Of as few cells as it has, a seam runs through most."""
+    x, y = pyproj.Transformer.from_crs(4326, 32601, always_xy=True).transform(-180, -17)
+    scene = scene_of((pixels, pixels), "EPSG:32701", (10, 0, round(x) - 900, 0, -10, round(y + 1e7) + 1000))
+    warp = Warp(parse_grid("EPSG:4326@0.0002"), scene)
+    found = warp.reach(edge)
+    assert len(found) <= 12
+    rows, cols = np.meshgrid(np.linspace(1, pixels - 1, 60), np.linspace(1, pixels - 1, 60))
+    at = np.floor(warp._forward(rows, cols) / edge).reshape(2, -1).T
+    assert {(int(row) * edge, int(col) * edge) for row, col in at} <= {(one.row, one.col) for one in found}
+
+
 def test_scenes_that_share_no_ground_with_a_grid_reach_nothing() -> None:
     like = Grid("EPSG:32631", (10, 0, 600_000, 0, -10, 5_000_000), Window(0, 0, 100, 100), True)
     far = scene_of((50, 50), "EPSG:32655", (10, 0, 500_000, 0, -10, 1_000_000))

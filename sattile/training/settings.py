@@ -124,10 +124,12 @@ def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: in
         raise UsageError(f"label_smoothing {settings.label_smoothing:g}: give a share below 1, such as 0.1")
     if not 0 < settings.hard_share <= 1:
         raise UsageError(f"hard_share {settings.hard_share:g}: give a share above 0, such as 0.25; 1 counts all pixels")
-    if settings.haze and not (settings.augment and spectrum.haze(dataset.bands, np.ones(len(dataset.bands))).any()):
+    if settings.haze and not settings.augment:
+        raise UsageError(f"haze {settings.haze:g}: it is a part of augment, which is off; leave one of them out")
+    if settings.haze and not spectrum.haze(dataset.bands, np.ones(len(dataset.bands))).any():
         raise UsageError(
-            f"haze {settings.haze:g}: it is a part of augment, for bands whose wavelength their name says (coastal, "
-            f"blue, green, red, nir, swir1, swir2, or B01 to B12 of Sentinel-2); here are {', '.join(dataset.bands)}"
+            f"haze {settings.haze:g}: the wavelength of no band is known by its name; name them coastal, blue, green, "
+            f"red, nir, swir1, swir2 at `sattile tile`, or leave haze out; here are {', '.join(dataset.bands)}"
         )
     parts = devices * settings.accumulate
     if settings.accumulate < 1 or settings.batch_size % parts:
