@@ -92,7 +92,7 @@ def evaluate(
         split: which part of it: train, val or test.
         scenes: instead of a dataset: files, globs, folders, STAC items, or a catalogue; with labels.
         labels: one file, matched by location, or a folder with a file named after each scene_id; rasters or vectors.
-        bands: names of the files' bands.
+        bands: names of the files' bands; 'blue=B02,...' says which is which.
         pattern: how band files are named, such as '{scene}, {band}.tiff'.
         nodata: missing value of the scenes, whatever the files declare.
         attribute: of vector labels, the one that names the class.

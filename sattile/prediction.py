@@ -192,7 +192,8 @@ def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float) -> str | None:
         missing = [name for name in bundle.bands if name not in spectrum.known(bundle.bands, scene.band_names)]
         return (
             f"lacks band {', '.join(missing)} that the model wants ({', '.join(bundle.bands)}); it has "
-            f"{', '.join(scene.band_names)}{spectrum.why(scene.band_names)}; name its bands with --bands in file order"
+            f"{', '.join(scene.band_names)}{spectrum.why(scene.band_names)}; say which is which: "
+            f"--bands {missing[0]}=ITS_NAME,..."
         )
     if bundle.values == "scaled":
         bands = scene.select_as(called).bands
@@ -328,7 +329,7 @@ def predict(
         model: a bundle; or several, a,b,c (seeds of one training, say), whose scores are averaged.
         scenes: files, globs, folders, STAC items, or a catalogue.
         out: folder for the maps.
-        bands: names of the files' bands, see the README.
+        bands: names of the files' bands, see the README; 'blue=B02,...' says which is which.
         pattern: how band files are named, such as '{scene}, {band}.tiff'.
         nodata: missing value, whatever the files declare.
         merge: `crop` or `blend`; the model decides if not given.

@@ -297,7 +297,10 @@ class _Pattern:
         double = next((name for name in names if len(files.get(name, ())) > 1), None)
         reason = None
         if missing:
-            reason = f"has no file of band {', '.join(missing)}; it has {', '.join(sorted(files))}"
+            reason = (
+                f"has no file of band {', '.join(missing)}; it has {', '.join(sorted(files))}{spectrum.why(files)}; "
+                f"--bands {missing[0]}=ITS_NAME,... says which is which"
+            )
         elif double:
             reason = f"has several files of band {double}: {', '.join(sorted(files[double].values()))}"
         sources = () if reason else tuple(_source(next(iter(files[name])), [Hint((name,))]) for name in names)
@@ -500,7 +503,8 @@ def resolve(
     """Scenes from what a user names: `find`, then headers in Spark tasks.
 
     Args:
-        arguments, bands, pattern: see `find`.
+        arguments, pattern: see `find`.
+        bands: as in `find`; `blue=B02` gives the files' B02 the name blue.
         nodata: missing value of all bands, before whatever the files say.
 
     Returns:
@@ -508,9 +512,31 @@ def resolve(
         same for any order of arguments.
 
     Raises:
-        UsageError: see `find`.
+        UsageError: see `find`; for a name that is given twice.
     """
-    return _resolve(spark, find(arguments, bands=bands, pattern=pattern), bands, nodata)
+    called = called_otherwise(bands)
+    own = None if called is None else list(called.values())
+    found = _resolve(spark, find(arguments, bands=own, pattern=pattern), own, nodata)
+    return found if called is None else replace(found, scenes=[scene.select_as(called) for scene in found.scenes])
+
+
+def called_otherwise(bands: Sequence[str] | None) -> dict[str, str] | None:
+    """{name: the files' name} of bands as they are asked for: `red`, or `red=B04`.
+
+    Raises:
+        UsageError: for a name that is given twice, or empty.
+    """
+    if bands is None:
+        return None
+    found: dict[str, str] = {}
+    for one in bands:
+        name, equals, own = (part.strip() for part in one.partition("="))
+        if not name or (equals and not own) or name in found:
+            raise UsageError(
+                f"bands {','.join(bands)}: {one!r} is no band, or stands there twice; write red, or red=B04"
+            )
+        found[name] = own or name
+    return found
 
 
 def _resolve(
@@ -785,7 +811,8 @@ def index(
     Args:
         scenes: files, globs, folders, STAC items or collections, a catalogue.
         out: folder.
-        bands: names wanted, in order; of files that name none, the first ones in file order.
+        bands: names wanted, in order; of files that name none, the first ones in file order. 'blue=B02,...' gives them
+            other names.
         pattern: how band files are named, such as '{scene}, {band}.tiff'.
         nodata: missing value, whatever the files declare.
         overwrite: replace a catalogue made with other settings.
@@ -799,12 +826,16 @@ def index(
         TooManyRefused: the catalogue holds the others.
     """
     bands = [name.strip() for name in bands.split(",")] if isinstance(bands, str) else bands
-    candidates = find(scenes, bands=bands, pattern=pattern)  # wrong usage ends it before anything is written
+    called = called_otherwise(bands)
+    own = None if called is None else list(called.values())
+    candidates = find(scenes, bands=own, pattern=pattern)  # wrong usage ends it before anything is written
     url = storage.join(out, CATALOG)
     settings = {"bands": None if bands is None else list(bands), "pattern": pattern, "nodata": plain(nodata)}
     with record.Run("index", out, settings, overwrite, max_failed_fraction) as run:
         with run.stage("index") as stage:
-            resolved = _resolve(spark, candidates, bands, nodata)
+            resolved = _resolve(spark, candidates, own, nodata)
+            if called is not None:
+                resolved = replace(resolved, scenes=[scene.select_as(called) for scene in resolved.scenes])
             stage.pixels = sum(scene.height * scene.width for scene in resolved.scenes)
             content = _catalog_bytes(resolved.scenes)
             same = storage.exists(url) and storage.read_bytes(url) == content

@@ -88,7 +88,7 @@ def tile(
         pairs: instead of both, a CSV with columns scene, labels and, if wanted, split (train, val, test).
         size: edge of a tile in pixels.
         stride: distance between tiles in pixels; size if not given.
-        bands: names to take, in this order; all if not given.
+        bands: names to take, in this order; all if not given. 'blue=B02,...' gives them other names.
         pattern: how band files are named, such as '{scene}, {band}.tiff'.
         nodata: missing value, whatever the files declare.
         values: raw (stored numbers) or scaled (scale and offset applied; scenes that state none are refused).
@@ -115,7 +115,7 @@ def tile(
         UsageError: wrong settings, missing files, no tile left.
         TooManyRefused: see max_failed_fraction.
     """
-    from sattile.scenes import plain, resolve
+    from sattile.scenes import called_otherwise, plain, resolve
 
     stride = size if stride is None else stride
     if size < 1 or stride < 1:
@@ -156,7 +156,7 @@ def tile(
             resolved = resolve(spark, arguments, bands=asked, pattern=pattern, nodata=nodata)
         run.given = resolved.given
         run.refuse(resolved.refused)
-        found, refused = _with_bands(resolved.scenes, asked)
+        found, refused = _with_bands(resolved.scenes, asked and list(called_otherwise(asked) or ()))
         run.refuse(refused)
         if values == "scaled":
             found, refused = _that_state_scales(found)

@@ -175,6 +175,21 @@ def test_bands_called_otherwise_are_found_in_files_items_and_catalogues(spark, t
         assert [name for name in scene.band_names if name in wanted] == wanted
         data, _ = raster.read(scene.select(wanted), Window(0, 0, 12, 20))
         assert (data == [12, 11, 10]).all()
+    # Said by hand, where numbers alone tell nothing: pixels are those of the files' own names, in the order given.
+    rgb = tiff(tmp_path / "rgb" / "t.tif", count=3, names=("B02", "B03", "B04"), value=5)
+    for band in ("B02", "B03", "B04"):
+        tiff(tmp_path / "rgb apart" / f"t_{band}.tif", value=3 + int(band[1:]))
+    asked = ["red=B04", "blue=B02"]
+    for where, how in (([rgb], None), ([str(tmp_path / "rgb apart")], pattern)):
+        (scene,) = scenes.resolve(spark, where, bands=asked, pattern=how).scenes
+        assert scene.band_names == ("red", "blue")
+        assert (raster.read(scene, Window(0, 0, 12, 20))[0] == [7, 5]).all()
+    scenes.index(spark, rgb, out=str(tmp_path / "named"), bands=",".join(asked))
+    (listed,) = scenes.resolve(spark, str(tmp_path / "named"), bands=["blue"]).scenes
+    assert (raster.read(listed, Window(0, 0, 12, 20))[0] == 5).all()
+    for wrong in (["red=B04", "red=B03"], ["=B04"], ["red="]):
+        with pytest.raises(UsageError, match="write red, or red=B04"):
+            scenes.resolve(spark, rgb, bands=wrong)
     for names in (own, ("blue", "nir", None, None)):  # never in file order where the file says what they are
         stack = tiff(tmp_path / "other.tif", count=4, names=names)
         _, bad = described(stack, bands=["nir", "red", "blue", "swir1"])
