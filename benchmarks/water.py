@@ -13,7 +13,7 @@ import io
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,19 @@ BANDS = "coastal,blue,green,red,nir,swir1,swir2"
 ARCHITECTURES = ("unet-small", "pixel-mlp")
 
 
+def tiles(dataset: Path, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Image (height, width, bands) and labels (height, width) uint8 of each tile."""
+    for name in json.loads((dataset / "dataset.json").read_text())["splits"][split]["files"]:
+        for row in pq.read_table(dataset / split / name, columns=["image", "labels"]).to_pylist():
+            yield np.load(io.BytesIO(row["image"])), np.load(io.BytesIO(row["labels"]))
+
+
 def pixels(dataset: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Labelled pixels of a split, (n, bands) float32 and (n,) uint8."""
     values, labels = [], []
-    for name in json.loads((dataset / "dataset.json").read_text())["splits"][split]["files"]:
-        for row in pq.read_table(dataset / split / name, columns=["image", "labels"]).to_pylist():
-            marks = np.load(io.BytesIO(row["labels"]))
-            values.append(np.load(io.BytesIO(row["image"]))[marks != 255])
-            labels.append(marks[marks != 255])
+    for image, marks in tiles(dataset, split):
+        values.append(image[marks != 255])
+        labels.append(marks[marks != 255])
     return np.concatenate(values).astype(np.float32), np.concatenate(labels)
 
 
@@ -77,15 +82,11 @@ def elsewhere(model: str, dataset: Path) -> dict[str, float]:
     from sattile.model import load_bundle, load_scorer
 
     score = load_scorer(load_bundle(model), engine="tensorflow", threads=2)
-    chips, truth = [], []
-    for name in json.loads((dataset / "dataset.json").read_text())["splits"]["val"]["files"]:
-        for row in pq.read_table(dataset / "val" / name, columns=["image", "labels"]).to_pylist():
-            chips.append(np.load(io.BytesIO(row["image"])).astype(np.float32))
-            truth.append(np.load(io.BytesIO(row["labels"])))
+    chips = [(image.astype(np.float32), marks) for image, marks in tiles(dataset, "val")]
     found = {}
     for name, change in PROVIDERS.items():
         both = either = 0
-        for chip, marks in zip(chips, truth, strict=True):
+        for chip, marks in chips:
             scores = score(change(chip[None]))[0]
             step = len(scores) // len(marks)
             water = scores[step // 2 :: step, step // 2 :: step, 1] > 0.5

@@ -576,15 +576,16 @@ class _Figures:
         self._run.peak_memory = max(self._run.peak_memory, row.memory_mb)
         self.evaluated += row.evaluated
         self.moved += row.moved
-        fresh = Sights(row.seen)
-        self.seen.merge(row.seen)
-        for scene_id in sorted(fresh.counts):
+        found: dict[str, str] = {}
+        for scene_id, counts in sorted(Sights(row.seen).counts.items()):
+            self.seen.add(scene_id, counts)
             why = judge(self.seen.counts[scene_id], self._known) if self._known else None
             if why and scene_id not in self.unlike:
                 log.warning("predict: %s is unlike what the model was trained on: %s", self._urls[scene_id], why)
-            if why:
-                self.unlike[scene_id] = why
-        if self.unlike:
+            if why and why != self.unlike.get(scene_id):
+                found[scene_id] = why
+        if found:
+            self.unlike |= found
             self._run.note(unlike=self.unlike)
 
     def publish(self, row: Row, pixels: int) -> None:

@@ -515,9 +515,7 @@ def resolve(
         UsageError: see `find`; for a name that is given twice.
     """
     called = called_otherwise(bands)
-    own = None if called is None else list(called.values())
-    found = _resolve(spark, find(arguments, bands=own, pattern=pattern), own, nodata)
-    return found if called is None else replace(found, scenes=[scene.select_as(called) for scene in found.scenes])
+    return _resolve(spark, find(arguments, bands=_own(called), pattern=pattern), called, nodata)
 
 
 def called_otherwise(bands: Sequence[str] | None) -> dict[str, str] | None:
@@ -539,23 +537,30 @@ def called_otherwise(bands: Sequence[str] | None) -> dict[str, str] | None:
     return found
 
 
+def _own(called: Mapping[str, str] | None) -> list[str] | None:
+    """The files' names of the bands that are wanted."""
+    return None if called is None else list(called.values())
+
+
 def _resolve(
-    spark: SparkSession, candidates: Sequence[Candidate], bands: Sequence[str] | None, nodata: float | None
+    spark: SparkSession, candidates: Sequence[Candidate], called: Mapping[str, str] | None, nodata: float | None
 ) -> Resolved:
-    wanted = tuple(bands) if bands is not None else None
+    """`called`: see `called_otherwise`."""
+    own = _own(called)
     outcomes: list[tuple[int, str | None, str | None, list[str]]] = []
     if candidates:
         context = spark.sparkContext
         # Several tasks a core, so that a slow disk or a crash does not hold up the rest; small ones cost 10 ms each.
         tasks = max(1, min(len(candidates), max(4 * context.defaultParallelism, len(candidates) // 200)))
         rows = context.parallelize(list(enumerate(candidates)), tasks)
-        outcomes = rows.mapPartitions(engine.on_worker(partial(_describe_all, bands=wanted, nodata=nodata))).collect()
+        outcomes = rows.mapPartitions(engine.on_worker(partial(_describe_all, bands=own, nodata=nodata))).collect()
     scenes, refused = [], []
     striped = []
     for at, text, reason, urls in sorted(outcomes):
         striped += urls
         if text is not None:
-            scenes.append(Scene.from_json(text))
+            scene = Scene.from_json(text)
+            scenes.append(scene if called is None else scene.select_as(called))
         else:
             refused.append(Refusal(candidates[at].url, STAGE, reason or "unknown"))
     if striped:
@@ -568,7 +573,7 @@ def _resolve(
 
 
 def _describe_all(
-    rows: Iterable[tuple[int, Candidate]], *, bands: tuple[str, ...] | None, nodata: float | None
+    rows: Iterable[tuple[int, Candidate]], *, bands: Sequence[str] | None, nodata: float | None
 ) -> Iterator[tuple[int, str | None, str | None, list[str]]]:
     """In a Spark task: (number, scene's JSON or None, reason or None, striped files) of each candidate."""
     from sattile import raster
@@ -827,15 +832,12 @@ def index(
     """
     bands = [name.strip() for name in bands.split(",")] if isinstance(bands, str) else bands
     called = called_otherwise(bands)
-    own = None if called is None else list(called.values())
-    candidates = find(scenes, bands=own, pattern=pattern)  # wrong usage ends it before anything is written
+    candidates = find(scenes, bands=_own(called), pattern=pattern)  # wrong usage ends it before anything is written
     url = storage.join(out, CATALOG)
     settings = {"bands": None if bands is None else list(bands), "pattern": pattern, "nodata": plain(nodata)}
     with record.Run("index", out, settings, overwrite, max_failed_fraction) as run:
         with run.stage("index") as stage:
-            resolved = _resolve(spark, candidates, own, nodata)
-            if called is not None:
-                resolved = replace(resolved, scenes=[scene.select_as(called) for scene in resolved.scenes])
+            resolved = _resolve(spark, candidates, called, nodata)
             stage.pixels = sum(scene.height * scene.width for scene in resolved.scenes)
             content = _catalog_bytes(resolved.scenes)
             same = storage.exists(url) and storage.read_bytes(url) == content

@@ -47,8 +47,7 @@ def known(wanted: Sequence[str], own: Iterable[str]) -> dict[str, str]:
     """
     own = list(own)
     found = {name: name for name in wanted if name in own}
-    words = {one.lower() for one in own}
-    numbered = bool(TELLING & words) and any(NUMBER.fullmatch(one) and one[1] == "0" for one in words)
+    numbered = _are_padded(own) and _are_sentinel(own)
     for name in wanted:
         if name in found:
             continue
@@ -66,10 +65,19 @@ def known(wanted: Sequence[str], own: Iterable[str]) -> dict[str, str]:
 
 def why(own: Iterable[str]) -> str:
     """What to add to a refusal where bands are numbered, and nobody knows how."""
-    numbered = [one for one in own if NUMBER.fullmatch(one.lower()) and "0" in one]
-    if not numbered or TELLING & {one.lower() for one in own}:
+    own = list(own)
+    if not _are_padded(own) or _are_sentinel(own):
         return ""
     return " (numbers are read as Sentinel-2's only beside B8A or B12, since Landsat's mean other bands)"
+
+
+def _are_padded(own: Iterable[str]) -> bool:
+    """Whether bands are numbered as B01: a file without names has b1."""
+    return any(NUMBER.fullmatch(one.lower()) and one[1] == "0" for one in own)
+
+
+def _are_sentinel(own: Iterable[str]) -> bool:
+    return bool(TELLING & {one.lower() for one in own})
 
 
 def _names(name: str) -> tuple[str, ...]:

@@ -63,8 +63,8 @@ class Augmentation:
         factor = 1 + self.gain * rng.uniform(-1, 1)
         offset = self.brightness * rng.normal() + self.jitter * rng.normal(size=len(mean))
         offsets = mean * (1 - factor) + std * offset
-        if self.haze and rng.random() < 0.5:
-            offsets += haze * (self.haze * rng.uniform(-1 / 3, 1))
+        if self.haze:
+            offsets += haze * (self.haze * rng.uniform(-1 / 3, 1) * (rng.random() < 0.5))
         return np.full(len(mean), factor, np.float32), offsets.astype(np.float32)
 
 
