@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
+from xml.etree import ElementTree as Xml
 
 import numpy as np
 import rasterio
@@ -67,6 +69,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _profile(layer: Layer, height: int, width: int) -> dict[str, Any]:
+    """Of a scratch file; uncompressed, so that a tile written twice takes no second place."""
+    return {
+        "driver": "GTiff", "height": height, "width": width, "count": len(layer.bands), "dtype": layer.dtype,
+        "nodata": layer.nodata, "tiled": True, "blockxsize": TILE, "blockysize": TILE, "interleave": "band",
+        "bigtiff": "IF_SAFER", "sparse_ok": True,
+    }  # fmt: skip
+
+
 class Canvas:
     """A raster that takes blocks in any order, on local scratch. Use as a context manager, then `to_cog`.
 
@@ -91,12 +102,7 @@ class Canvas:
         transform: tuple[float, float, float, float, float, float],
     ):
         self.path, self.layer = path, layer
-        # Tiles of a TIFF are multiples of 16; uncompressed, so that a tile written twice takes no second place.
-        self._profile = {
-            "driver": "GTiff", "height": height, "width": width, "count": len(layer.bands), "dtype": layer.dtype,
-            "crs": crs, "transform": Affine(*transform), "nodata": layer.nodata, "tiled": True, "blockxsize": TILE,
-            "blockysize": TILE, "interleave": "band", "bigtiff": "IF_SAFER", "sparse_ok": True,
-        }  # fmt: skip
+        self._profile = _profile(layer, height, width) | {"crs": crs, "transform": Affine(*transform)}
 
     def __enter__(self) -> Canvas:
         with _quiet():
@@ -132,15 +138,80 @@ def to_cog(canvas: Canvas, path: str, threads: int = 1) -> None:
     DEFLATE, because everything that reads GeoTIFF reads it; tiles without data take no space. The bytes do not depend
     on the number of threads.
     """
-    layer = canvas.layer
+    layer, source, overviews = canvas.layer, canvas.path, [canvas.path]
     with _quiet():
+        if layer.overviews == "mode":
+            while smaller := _halved(overviews[-1], layer):
+                overviews.append(smaller)
+            source = _with_overviews(*overviews)
         rasterio.shutil.copy(
-            canvas.path, path, driver="COG", BLOCKSIZE=TILE, COMPRESS="DEFLATE", LEVEL=6,
+            source, path, driver="COG", BLOCKSIZE=TILE, COMPRESS="DEFLATE", LEVEL=6,
             PREDICTOR="NO" if layer.colors else "YES", OVERVIEW_RESAMPLING=layer.overviews.upper(),
             OVERVIEW_COMPRESS="DEFLATE", BIGTIFF="IF_SAFER", SPARSE_OK="YES", GEOTIFF_VERSION="AUTO",
             NUM_THREADS=threads,
         )  # fmt: skip
-    os.remove(canvas.path)
+    for scratch in {source, *overviews}:
+        os.remove(scratch)
+
+
+def _halved(path: str, layer: Layer) -> str | None:
+    """A file of one band at half the resolution, by `mode`; None if it would be smaller than a tile."""
+    with rasterio.open(path) as source:
+        if max(source.shape) <= TILE:
+            return None
+        height, width = (-(-side // 2) for side in source.shape)
+        profile = _profile(layer, height, width)
+        with rasterio.open(smaller := f"{path}.2", "w", **profile) as target:
+            for row in range(0, height, 4 * TILE):
+                for col in range(0, width, 4 * TILE):
+                    rows, cols = min(4 * TILE, height - row), min(4 * TILE, width - col)
+                    values = source.read(1, window=RasterWindow(2 * col, 2 * row, 2 * cols, 2 * rows))
+                    place = RasterWindow(col, row, cols, rows)
+                    target.write(mode(values, layer.nodata), 1, window=place)
+    return smaller
+
+
+def mode(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    """The most frequent of each two by two values: GDAL's resampling `mode`, in a fraction of its time.
+
+    Most pixels of a map are like their neighbours, and two of them are compared as one number.
+
+    Args:
+        values: (height, width) of an unsigned integer type; where a side is odd, its last pixels stand for two.
+        nodata: does not count where anything else is there.
+
+    Returns:
+        (ceil(height / 2), ceil(width / 2)); of equally frequent ones the first, row by row.
+    """
+    values = np.pad(values, [(0, side % 2) for side in values.shape], mode="edge")
+    bits = 8 * values.itemsize
+    pairs = values.view(f"u{2 * values.itemsize}")
+    upper, lower = pairs[0::2], pairs[1::2]
+    found = upper.astype(values.dtype)  # the first of the pair: its lower bits
+    mixed = np.nonzero((upper != lower) | (upper >> bits != found))
+    if mixed[0].size:
+        four = np.stack([part for pair in (upper[mixed], lower[mixed]) for part in (pair, pair >> bits)])
+        four = four.astype(values.dtype)
+        votes = (four[:, None] == four).sum(axis=1)
+        if nodata is not None:
+            votes[four == nodata] = 0
+        found[mixed] = np.take_along_axis(four, votes.argmax(axis=0)[None], axis=0)[0]
+    return found
+
+
+def _with_overviews(path: str, *overviews: str) -> str:
+    """A VRT of a raster of one band whose overviews are these files; the raster itself if there are none."""
+    if not overviews:
+        return path
+    rasterio.shutil.copy(path, name := f"{path}.vrt", driver="VRT")
+    tree = Xml.parse(name)
+    (band,) = tree.iter("VRTRasterBand")
+    for one in overviews:
+        overview = Xml.SubElement(band, "Overview")
+        Xml.SubElement(overview, "SourceFilename").text = one
+        Xml.SubElement(overview, "SourceBand").text = "1"
+    tree.write(name)
+    return name
 
 
 def preview(path: str, edge: int = 1024) -> np.ndarray:

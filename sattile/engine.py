@@ -33,6 +33,9 @@ MAX_JAVA_OF_SPARK_3 = 20
 """Arrow in Spark 3.5 calls a constructor of direct buffers that Java 21 has no more: tasks fail, not the start."""
 SECONDS_A_LINE = 15
 LOGGING = f"-Dlog4j.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"
+LOCAL_JAVA = f"{LOGGING} -XX:TieredStopAtLevel=1"
+"""For the one JVM of a local session. It plans and hands bytes on, in native code mostly: what its optimising compiler
+would gain there is less than the processor time that it takes from the tasks."""
 LAUNCHER = str(Path(__file__).with_name("java"))
 """A Java home whose `java` starts that of `SATTILE_JAVA_HOME` without a module that Spark 4 asks for and JREs lack."""
 
@@ -82,7 +85,7 @@ def session(
             "spark.driver.host": "127.0.0.1",
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.memory": "1g",
-            "spark.driver.extraJavaOptions": LOGGING,
+            "spark.driver.extraJavaOptions": LOCAL_JAVA,
             "spark.executor.extraJavaOptions": LOGGING,  # of local-cluster
             "spark.ui.enabled": "false",
         }

@@ -89,11 +89,13 @@ def to_labels(
     if scores.shape[-1] == 2:
         # Twice as fast as argmax over an axis of two, and most networks have two classes.
         first, second = scores[..., 0], scores[..., 1]
-        best = (second > first if threshold is None else second >= threshold).astype(np.intp)
-        decided = valid & ~np.isnan(first) & ~np.isnan(second)
+        best = (second > first if threshold is None else second >= threshold).view(np.uint8)
+        decided = valid & ~(np.isnan(first) | np.isnan(second))
     else:
         best = scores.argmax(axis=-1)
         top = np.take_along_axis(scores, best[..., None], axis=-1)[..., 0]
         # argmax takes a NaN for the largest.
         decided = valid & (~np.isnan(top) if threshold is None else top >= threshold)
-    return np.where(decided, class_ids[best], np.uint8(NODATA)).astype(np.uint8)
+    labels: np.ndarray = class_ids.take(best)  # `where` guesses wrong at every edge between classes
+    np.copyto(labels, NODATA, where=~decided)
+    return labels

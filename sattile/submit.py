@@ -133,7 +133,7 @@ def _local(where: str, options: Sequence[str], job: Path, arguments: Sequence[st
     settings = _environment(PYSPARK_DRIVER_PYTHON=sys.executable, SPARK_LOCAL_IP="127.0.0.1", PYTHONPATH=path)
     command = [
         f"{settings['SPARK_HOME']}/bin/spark-submit", "--master", master,
-        "--properties-file", _properties("local.conf"), "--driver-java-options", engine.LOGGING,
+        "--properties-file", _properties("local.conf"), "--driver-java-options", engine.LOCAL_JAVA,
         *options, str(job), *arguments,
     ]  # fmt: skip
     os.execve(command[0], command, settings)

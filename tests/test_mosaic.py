@@ -13,8 +13,10 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
+import rasterio.shutil
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from rasterio.crs import CRS
 from rio_cogeo import cog_validate
 
@@ -146,6 +148,50 @@ def test_a_finished_folder_is_valid_and_keeps_the_scene_s_grid(scene: Scene, tmp
     assert asset.extra_fields["file:checksum"] == "1220" + hashlib.sha256(data).hexdigest()
     assert item.properties["proj:shape"] == [scene.height, scene.width]
     assert item.properties.get("proj:code") == ("EPSG:32633" if scene.crs else None)
+
+
+@settings(deadline=None)
+@given(
+    hnp.arrays(
+        st.sampled_from([np.uint8, np.uint16]),
+        st.tuples(st.integers(1, 9), st.integers(1, 9)),
+        elements=st.sampled_from([0, 1, 7, 255]),
+    ),
+    st.sampled_from([255, None]),
+)
+def test_an_overview_s_pixel_is_the_most_frequent_of_four(values: np.ndarray, nodata: int | None) -> None:
+    found = cog.mode(values, nodata)
+    assert found.dtype == values.dtype
+    assert found.shape == (-(-values.shape[0] // 2), -(-values.shape[1] // 2))
+    for row, col in np.ndindex(found.shape):
+        four = values[2 * row : 2 * row + 2, 2 * col : 2 * col + 2].ravel().tolist()
+        voting = [one for one in four if one != nodata] or four
+        assert found[row, col] == max(voting, key=voting.count)  # the first of the most frequent
+
+
+def test_all_overviews_of_labels_are_modes_as_gdal_makes_them(tmp_path: Path) -> None:
+    """Larger than what is halved at once; sides that stay even and blobs, as GDAL rounds and decides ties otherwise."""
+    scene = scene_of(shape=(4512, 1120))
+    rows, cols = np.mgrid[: scene.height, : scene.width]
+    labels = np.where(rows < 64, 255, np.where((rows // 64 + cols // 128) % 3 == 0, 7, 0)).astype(np.uint8)
+    part = Part(Window(0, 0, *labels.shape), labels)
+    mosaic.write_map(Target.of(scene), [part], Product(CLASSES, "x"), str(tmp_path / "s"))
+    rasterio.shutil.copy(
+        tmp_path / "s" / "labels.tif",
+        tmp_path / "gdal.tif",
+        driver="COG",
+        overview_resampling="mode",
+        overviews="IGNORE_EXISTING",
+    )
+    level, expected = 0, labels
+    while max(expected.shape) > 512:
+        expected = cog.mode(expected, 255)
+        for path in ("s/labels.tif", "gdal.tif"):
+            with rasterio.open(tmp_path / path, overview_level=level) as file:
+                np.testing.assert_array_equal(file.read(1), expected)
+        level += 1
+    with rasterio.open(tmp_path / "s" / "labels.tif") as file:
+        assert len(file.overviews(1)) == level == 4
 
 
 @settings(deadline=None, max_examples=8)
