@@ -191,7 +191,9 @@ def job(name: str, given: argparse.Namespace) -> Iterator[Callable[[], int]]:
 
     scene, out, model, size, halo = given.scene, given.out, given.model, given.size, given.halo
     with rasterio.open(scene) as file:
-        read = [(bottom - top, right - left) for (top, left, bottom, right), _ in cells(*file.shape, size, halo)]
+        read = [
+            (bottom - top, right - left) for (top, left, bottom, right), _ in cells(file.height, file.width, size, halo)
+        ]
     clipped = sum(height * width for height, width in read)  # windows end at the scene's edge
     if name == "loop":
 

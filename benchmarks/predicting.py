@@ -49,7 +49,7 @@ def unet_bundle(folder: Path) -> str:
     out = folder / "unet"
     if not (out / "bundle.json").exists():
         statistics = {name: {"mean": 1200.0, "std": 500.0} for name in BANDS}
-        net = build("unet-small", bands=BANDS, classes=CLASSES.split(","), statistics=statistics)
+        net = build("unet-small", bands=BANDS, classes=CLASSES.split(","), statistics=statistics, size=256)
         net.save(folder / "unet.keras")
         bundle(keras=str(folder / "unet.keras"), bands=",".join(BANDS), classes=CLASSES, out=str(out))
     return str(out)

@@ -30,7 +30,8 @@ from sattile.grid import Window
 TILE = 512
 """Edge of the COG's internal tiles, in pixels."""
 
-CACHE_MB = 64
+CACHE_BYTES = 64_000_000
+"""In bytes: rasterio does not take a small number for megabytes, as GDAL does."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _quiet() -> Iterator[None]:
     # A scene without georeference is kept as it is: nothing to warn of.
     with (
         warnings.catch_warnings(),
-        rasterio.Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED="NO", GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_PAM_ENABLED="NO", GDAL_TIFF_INTERNAL_MASK=True),
     ):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield
@@ -162,9 +163,9 @@ def _halved(path: str, layer: Layer) -> str | None:
         height, width = (-(-side // 2) for side in source.shape)
         profile = _profile(layer, height, width)
         with rasterio.open(smaller := f"{path}.2", "w", **profile) as target:
-            for row in range(0, height, 4 * TILE):
-                for col in range(0, width, 4 * TILE):
-                    rows, cols = min(4 * TILE, height - row), min(4 * TILE, width - col)
+            for row in range(0, height, TILE):
+                for col in range(0, width, TILE):
+                    rows, cols = min(TILE, height - row), min(TILE, width - col)
                     values = source.read(1, window=RasterWindow(2 * col, 2 * row, 2 * cols, 2 * rows))
                     place = RasterWindow(col, row, cols, rows)
                     target.write(mode(values, layer.nodata), 1, window=place)
@@ -183,7 +184,8 @@ def mode(values: np.ndarray, nodata: float | None) -> np.ndarray:
     Returns:
         (ceil(height / 2), ceil(width / 2)); of equally frequent ones the first, row by row.
     """
-    values = np.pad(values, [(0, side % 2) for side in values.shape], mode="edge")
+    odd = [(0, side % 2) for side in values.shape]
+    values = np.pad(values, odd, mode="edge") if any(map(any, odd)) else np.ascontiguousarray(values)
     bits = 8 * values.itemsize
     pairs = values.view(f"u{2 * values.itemsize}")
     upper, lower = pairs[0::2], pairs[1::2]

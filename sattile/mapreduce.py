@@ -48,17 +48,24 @@ WRITTEN = (
 
 
 def deal(items: Sequence[T], costs: Sequence[int], *, most: int, slots: int) -> list[list[T]]:
-    """Tasks: runs of neighbours, four a core at least so that the end is even, each of about `most` at most."""
-    limit = min(max(sum(costs) // max(4 * slots, 1), 1), most)
-    found: list[list[T]] = [[]]
-    load = 0
+    """Tasks: runs of neighbours that cost about the same, four a core at least so that the end is even.
+
+    In the order in which to start them: cores take turns, and each finds next to its last run what it read for that.
+
+    Args:
+        costs: of each item.
+        most: that a task should cost.
+        slots: cores.
+    """
+    total = sum(costs)
+    turns = max(-(-total // (most * slots)), 4)
+    count = turns * slots
+    found: list[list[T]] = [[] for _ in range(count)]
+    before = 0
     for item, cost in zip(items, costs, strict=True):
-        if found[-1] and load + cost / 2 > limit:
-            found.append([])
-            load = 0
-        found[-1].append(item)
-        load += cost
-    return [group for group in found if group]
+        found[(2 * before + cost) * count // (2 * total)].append(item)
+        before += cost
+    return [group for turn in range(turns) for group in found[turn::turns] if group]
 
 
 def columns(schema: str) -> list[str]:

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes_for_tests import write_scene
 
-from sattile import inference, mosaic, prediction, scorers
+from sattile import inference, mapreduce, mosaic, prediction, scorers
 from sattile.errors import TooManyRefused, UsageError
 from sattile.grid import Geometry, Window, blocks, ceil_to
 from sattile.inference import BlockRead, Inference, Piece, label_block
@@ -271,11 +271,26 @@ def test_a_plan_counts_pixels_and_cuts_tasks_and_waves(monkeypatch: pytest.Monke
     # No window is over 120. Of a 3 x 5: (300 + 2 * 20) / 3 and (500 + 4 * 20) / 5 pixels; of c 10 x 3; of b one.
     assert plan.evaluated == 3 * 114 * 5 * 116 + 10 * 118 * 3 * 98 + 90 * 40
     tasks = prediction.tasks_of(plan.pieces, job, 2)
-    assert [piece for task in tasks for piece in task] == list(plan.pieces)
+    assert sorted((piece for task in tasks for piece in task), key=plan.pieces.index) == list(plan.pieces)
     monkeypatch.setattr(prediction, "WAVE_PIXELS", 200_000)
     waves = prediction.waves_of(plan.pieces)
     assert [piece for wave in waves for piece in wave] == list(plan.pieces)
     assert [{piece.scene.scene_id for piece in wave} for wave in waves] == [{"a", "b"}, {"c"}]
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200), st.integers(1, 9))
+def test_tasks_are_even_runs_of_neighbours_and_each_core_s_lie_side_by_side(
+    costs: list[int], most: int, slots: int
+) -> None:
+    items = list(range(len(costs)))
+    tasks = mapreduce.deal(items, costs, most=most, slots=slots)
+    assert sorted(item for task in tasks for item in task) == items
+    assert all(task == list(range(task[0], task[-1] + 1)) for task in tasks)
+    share = max(min(sum(costs) / (4 * slots), most), 1)
+    assert all(sum(costs[item] for item in task) <= share + max(costs) for task in tasks)
+    full = mapreduce.deal(list(range(40 * slots)), [1] * 40 * slots, most=10, slots=slots)
+    for core in range(slots):
+        assert [item for task in full[core::slots] for item in task] == list(range(40 * core, 40 * core + 40))
 
 
 @pytest.mark.parametrize(
