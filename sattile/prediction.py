@@ -516,6 +516,8 @@ def _on_grid(
     if outside:
         run.extra["outside"] = len(outside)
         log.warning("predict: %d scenes lie outside the grid or the area of interest", len(outside))
+    if said := sheets.stretched(every, layout.grid):
+        log.warning("predict: %s", said)
     _clean(out, {sheet.target.name for sheet in every}, run.replacing, product)
     for scene_id, reason in sorted(bad.items()):
         again = f"left out of {', '.join(told[scene_id])}; remove these folders to try it again"

@@ -380,13 +380,19 @@ def ground_sample_distance(crs: str | None, transform: Sequence[float], height: 
         return None
     _, _, metres = pyproj.Geod(ellps="WGS84").inv([lons[0]] * 2, [lats[0]] * 2, lons[1:], lats[1:])
     measured = math.sqrt(metres[0] * metres[1])
-    definition = pyproj.CRS.from_user_input(crs)
-    if definition.is_projected:
-        unit = definition.axis_info[0].unit_conversion_factor
-        nominal = unit * math.sqrt(math.hypot(affine.a, affine.d) * math.hypot(affine.b, affine.e))
-        if abs(measured - nominal) <= 0.01 * nominal:
-            return nominal
+    nominal = nominal_distance(crs, transform)
+    if nominal is not None and abs(measured - nominal) <= 0.01 * nominal:
+        return nominal
     return measured if measured > 0 else None
+
+
+def nominal_distance(crs: str, transform: Sequence[float]) -> float | None:
+    """Pixel size in metres as a projected CRS has it, whatever it is on the ground; None for other CRSs."""
+    definition = pyproj.CRS.from_user_input(crs)
+    if not definition.is_projected:
+        return None
+    a, b, _, d, e, _ = transform
+    return float(definition.axis_info[0].unit_conversion_factor * math.sqrt(math.hypot(a, d) * math.hypot(b, e)))
 
 
 def footprint(crs: str | None, transform: Sequence[float], height: int, width: int) -> bytes | None:

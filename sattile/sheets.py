@@ -64,6 +64,9 @@ TASK_PIXELS = 24_000_000
 WAVE_PIXELS = 1_000_000_000
 """Pixels after which finished sheets are published; a sheet of the usual edge has a quarter of them."""
 
+MOST_STRETCHED = 0.02
+"""Share by which a pixel on the ground may differ from what the CRS says; 0.012 in the zones beside one of UTM."""
+
 REFUSED = "sattile:refused"
 """Of a sheet: {scene id: reason} of scenes that reach it and could not be read."""
 
@@ -326,6 +329,23 @@ def unfit(scenes: Sequence[Scene], layout: Layout) -> dict[str, str]:
     if found and len(found) == len(scenes):
         raise UsageError(next(iter(found.values())))
     return found
+
+
+def stretched(sheets: Sequence[Sheet], grid: Grid) -> str | None:
+    """What to say where a projected grid's pixels are not what its CRS calls them, as far outside of a UTM zone."""
+    nominal = raster.nominal_distance(grid.crs, grid.transform)
+    sizes = [(sheet.target.gsd / nominal, sheet) for sheet in sheets if nominal and sheet.target.gsd]
+    ratio, worst = max(sizes, key=lambda one: abs(math.log(one[0])), default=(1.0, None))
+    if worst is None or worst.target.footprint is None or abs(ratio - 1) <= MOST_STRETCHED:
+        return None
+    import shapely
+
+    middle = shapely.from_wkb(worst.target.footprint).representative_point()
+    zone = 32600 + (100 if middle.y < 0 else 0) + int((middle.x + 180) // 6) % 60 + 1
+    return (
+        f"pixels that the grid's CRS calls {nominal:.4g} m are {ratio * (nominal or 1):.4g} m on the ground in sheet "
+        f"{worst.target.name}; where sizes matter, take a CRS made for it, such as EPSG:{zone}"
+    )
 
 
 def in_order(scenes: Sequence[Scene], rule: str) -> list[Scene]:
@@ -883,6 +903,7 @@ def announce_plan(
         else "time        unknown: no run has been recorded in this folder",
         *(f"refused     {one.url}: {one.reason}" for one in refused),
         *(f"outside     {one.url}" for one in outside),
+        *(f"stretched   {said}" for said in [stretched(sheets, layout.grid)] if said),
     ]
     for line in lines:
         record.announce(line)

@@ -434,6 +434,28 @@ def test_sheets_keep_name_and_source_when_the_archive_grows_elsewhere(tmp_path: 
     assert changed == [first[0].target.name]
 
 
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ("EPSG:32632@10", None),
+        ("EPSG:32631@10", None),  # its neighbour
+        ("EPSG:4326@0.0001", None),  # degrees promise no metres
+        ("EPSG:32638@10", "calls 10 m are "),
+        ("EPSG:3857@10", "calls 10 m are "),
+    ],
+)
+def test_a_grid_whose_pixels_are_not_what_its_crs_calls_them_is_told(
+    archive: Path, grid: str, says: str | None
+) -> None:
+    layout = layout_of(grid)
+    planned, _ = sheets.plan_sheets(scenes_of(archive), layout)
+    said = sheets.stretched(planned, layout.grid)
+    assert (said is None) == (says is None)
+    if said and says:
+        assert says in said
+        assert said.endswith("EPSG:32632")
+
+
 def test_blocks_follow_from_model_grid_and_memory_alone() -> None:
     def block(memory: int = 3_000_000_000, grid: str = SAME, **changes: Any) -> int:
         bundle = bundle_of(gsd=10.0, activation_bytes=600.0, **changes)
