@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -850,7 +851,7 @@ def describe_plan(
 ) -> dict[str, Any]:
     """What will be computed, in numbers: estimates. `speed` is that of an earlier run, in evaluated Mpix/s."""
     works = [work for sheet in sheets for work in sheet.works]
-    used = {name for work in works for name in work.scenes}
+    used = Counter(name for work in works for name in work.scenes)
     geometry, evaluated = job.geometry, 0.0
     ratio = 1.0
     for name in sorted(used):
@@ -862,7 +863,8 @@ def describe_plan(
             scene.height, scene.width, Window(0, 0, *(max(min(round(need), one), 1) for one in warp.shape))
         )
         price = sum(one.read.area for one in shape) / max(sum(one.keep.area for one in shape), 1)
-        evaluated += scene.height * scene.width * price * job.passes
+        # Of a scene that has blocks outside the area of interest, or in sheets that are done, a part.
+        evaluated += min(scene.height * scene.width, used[name] * need**2) * price * job.passes
     return {
         "sheets": len(sheets),
         "blocks": len(works),

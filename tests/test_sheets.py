@@ -421,6 +421,16 @@ def test_pixels_outside_the_area_of_interest_are_nodata(archive: Path, network: 
 # --- the plan -----------------------------------------------------------------------------------------------------
 
 
+def test_an_estimate_is_of_what_is_left_to_do(archive: Path) -> None:
+    scenes, job, layout = scenes_of(archive, ("x", "y")), job_of(), layout_of(SAME, block=16)
+    by_id = {scene.scene_id: scene for scene in scenes}
+    planned, _ = sheets.plan_sheets(scenes, layout)
+    whole = sheets.describe_plan(planned, by_id, job, layout, None)["evaluated_pixels"]
+    assert whole >= sum(scene.height * scene.width for scene in scenes)
+    one = [replace(sheet, works=sheet.works[:1]) for sheet in planned[:1]]
+    assert 0 < sheets.describe_plan(one, by_id, job, layout, None)["evaluated_pixels"] < whole / 8
+
+
 def test_sheets_keep_name_and_source_when_the_archive_grows_elsewhere(tmp_path: Path) -> None:
     layout = layout_of(SAME, 64)
     first, _ = sheets.plan_sheets(scenes_of(write_archive(tmp_path)), layout)
