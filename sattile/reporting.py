@@ -503,6 +503,7 @@ def _describe_evaluation(folder: Folder, colors: dict[str, str]) -> dict[str, An
         "calibration": calibration,
         "reliability": reliability_figure([("this model", calibration)]) if calibration else None,
         "notes": measured.get("notes") or [],
+        "unlike": _unlike(folder),
         "samples": samples,
         "samples_left_out": left_out,
     }
@@ -612,15 +613,20 @@ def _describe_mosaics(folder: Folder) -> dict[str, Any]:
         if uri and len(maps) < MAX_MAPS:
             maps.append({"name": storage.name(entry.url), "uri": uri})
     left_out = max(0, len(scenes) - MAX_MAPS)
-    unlike = folder.run.get("unlike")
     return {
         "url": folder.url,
         "maps": maps,
         "left_out": left_out,
         "on_grid": on_grid,
         "overview": overview,
-        "unlike": sorted(unlike.items()) if isinstance(unlike, dict) else [],
+        "unlike": _unlike(folder),
     }
+
+
+def _unlike(folder: Folder) -> list[tuple[str, str]]:
+    """(scene id, why) of scenes that are unlike what the model was trained on."""
+    found = folder.run.get("unlike")
+    return sorted(found.items()) if isinstance(found, dict) else []
 
 
 def _thumbnail(folder: str) -> str | None:
