@@ -189,7 +189,7 @@ def fitting(
 def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float) -> str | None:
     called = spectrum.match(bundle.bands, scene.band_names)
     if called is None:
-        missing = [name for name in bundle.bands if name not in spectrum.known(bundle.bands, scene.band_names)]
+        missing = spectrum.missing(bundle.bands, scene.band_names)
         return (
             f"lacks band {', '.join(missing)} that the model wants ({', '.join(bundle.bands)}); it has "
             f"{', '.join(scene.band_names)}{spectrum.why(scene.band_names)}; say which is which: "

@@ -638,7 +638,7 @@ def _trusted(scene: Scene, bands: Sequence[str] | None) -> Scene | None:
     if bands is not None:
         called = spectrum.match(bands, scene.band_names)
         if called is None:
-            missing = [name for name in bands if name not in scene.band_names]
+            missing = spectrum.missing(bands, scene.band_names)
             raise Refused(f"has no band {', '.join(missing)}; the catalogue has {', '.join(scene.band_names)}")
         scene = scene.select_as(called)
     for url, identity in scene.identity.items():

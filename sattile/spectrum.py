@@ -63,6 +63,12 @@ def known(wanted: Sequence[str], own: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def missing(wanted: Sequence[str], own: Iterable[str]) -> list[str]:
+    """Those of the wanted bands that a file has not."""
+    found = known(wanted, own)
+    return [name for name in wanted if name not in found]
+
+
 def why(own: Iterable[str]) -> str:
     """What to add to a refusal where bands are numbered, and nobody knows how."""
     own = list(own)
