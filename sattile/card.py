@@ -362,7 +362,10 @@ def _limits(described: Mapping[str, Any]) -> list[str]:
     else:
         said.append("Its accuracy was not measured by sattile.")
     shares = [(one, _class_share(data["splits"]["train"], one)) for one in classes] if data else []
-    rare = [one.name for one, share in shares if share is not None and share < RARE]
+    unseen = [one.name for one, share in shares if share == 0]
+    if unseen:
+        said.append(f"No labelled training pixel is {_listed(unseen)}: it can't have learned that.")
+    rare = [one.name for one, share in shares if share and share < RARE]
     if rare:
         said.append(f"Less than {RARE:.0%} of the labelled training pixels are {_listed(rare)}.")
     if data and "test" in data["splits"]:

@@ -47,6 +47,12 @@ def read_description(url: str) -> dict[str, Any] | None:
     return storage.read_json(path) if storage.exists(path) else None
 
 
+def unseen_classes(description: Mapping[str, Any]) -> list[str]:
+    """Names of the classes that no training pixel is labelled with: no network learns them."""
+    pixels = description["splits"]["train"].get("class_pixels", {})
+    return [one["name"] for one in description["classes"] if not pixels.get(str(one["id"]))]
+
+
 class Part:
     """One part file on local scratch, written a row group at a time.
 

@@ -288,7 +288,7 @@ def _on_scenes(
             pictures.write(run.out, [row for row in drawn if row.pictures])
         else:
             pictures.write(run.out, [])
-    _write_metrics(run, job, rows, state, {scene.scene_id: scene.url for scene in found})
+    _write_metrics(run, job, rows, state, {scene.scene_id: scene.url for scene in found}, regions)
 
 
 def by_id(scenes: Sequence[Scene]) -> dict[str, Scene]:
@@ -442,7 +442,7 @@ def _on_tiles(
     run.done = len(rows)
     urls = {one["scene_id"]: one["url"] for one in description["sources"]}
     _tell(run, job, rows, urls)
-    _write_metrics(run, job, rows, state, urls)
+    _write_metrics(run, job, rows, state, urls, regions)
 
 
 @dataclass(frozen=True)
@@ -591,7 +591,9 @@ def _is_done(run: Run, state: str, samples: int) -> bool:
     return True
 
 
-def _write_metrics(run: Run, job: Inference, rows: Sequence[Any], state: str, urls: Mapping[str, str]) -> None:
+def _write_metrics(
+    run: Run, job: Inference, rows: Sequence[Any], state: str, urls: Mapping[str, str], regions: Regions | None
+) -> None:
     """`metrics.json`: the contract's keys over all, the same under `scenes` by scene id and under `regions`, how sure
     they are, and what was left out. `blocks.parquet`: what all of it follows from, for comparisons."""
     classes = len(job.bundle.classes)
@@ -614,6 +616,11 @@ def _write_metrics(run: Run, job: Inference, rows: Sequence[Any], state: str, ur
     if not rows and not run.refused:
         raise UsageError("there is nothing to measure: no scene has labels")
     found = metrics.assess(counted, reliability, job.bundle.classes)
+    missed = sorted({*regions.names} - {*found["regions"]}) if regions and found["pixels"] else []
+    if regions and len(missed) == len({*regions.names}):
+        found["notes"].append("no labelled pixel lies in any of the regions: do they state the right CRS?")
+    elif missed:
+        log.warning("evaluate: no labelled pixel lies in %d of the regions: %s", len(missed), ", ".join(missed[:8]))
     for note in found["notes"]:
         log.warning("evaluate: %s", note)
     found |= {

@@ -310,10 +310,7 @@ def check_geometry(geometry: Geometry, radius: int | None) -> None:
             )
     if geometry.merge == "crop":
         if radius is None:
-            raise UsageError(
-                "merge crop needs a network whose receptive field is bounded, and this one's is not (it mixes "
-                "the whole window); use merge blend"
-            )
+            raise UsageError(f"merge crop {_why_no_crop(step, radius, 0)}; use merge blend")
         if geometry.halo < radius:
             raise UsageError(
                 f"halo {geometry.halo} is less than the network's receptive radius {radius}: seams would show; "
@@ -369,7 +366,10 @@ def choose_geometry(
         raise UsageError(f"the network takes inputs of {input_shape[0]} x {input_shape[1]} only; windows are square")
     # A network of fixed shape is always laid on its own whole input: in blend its pooling grid can't shift.
     edge = input_shape[0] if input_shape else 0
-    if merge is None and (radius is None or (stride is not None and size is not None and stride < size)):
+    unfit = _why_no_crop(total_stride, radius, edge)
+    if merge == "crop" and unfit:
+        raise UsageError(f"merge crop {unfit}; use merge blend")
+    if merge is None and (unfit or (stride is not None and size is not None and stride < size)):
         merge = "blend"
     if merge is None or merge == "crop":
         chosen = _choose_crop(total_stride, radius or 0, edge, size, halo, max_input)
@@ -394,6 +394,22 @@ def choose_geometry(
         raise UsageError(f"{what} is {chosen.input_size}, and the network takes inputs of {edge} x {edge} only")
     check_geometry(chosen, radius)
     return chosen
+
+
+def _why_no_crop(step: int, radius: int | None, edge: int) -> str:
+    """What keeps a network from `crop`, whatever the size; nothing if nothing does.
+
+    Args:
+        edge: of the input that it takes only; 0 for any.
+    """
+    if radius is None:
+        return "needs a network whose receptive field is bounded, and this one's is not (it mixes the whole window)"
+    if edge % step:
+        return (
+            f"needs windows of multiples of the network's total stride {step}, and this one takes inputs of {edge} x "
+            f"{edge} only"
+        )
+    return ""
 
 
 def _choose_crop(step: int, radius: int, edge: int, size: int | None, halo: int | None, max_input: int) -> Geometry:

@@ -222,12 +222,13 @@ def read_pairs(url: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Features:
-    """Shapes of a vector file with the text of their class attribute."""
+    """Shapes of a vector file with the text of their class attribute, and their numbers in the file, from 1."""
 
     url: str
     crs: str
     wkb: tuple[bytes, ...]
     values: tuple[str, ...]
+    numbers: tuple[int, ...]
 
 
 def is_vector(url: str) -> bool:
@@ -261,9 +262,10 @@ def read_vector(url: str, attribute: str | None = None) -> Features:
         raise UsageError(f"{url} cannot be read as a vector file: {error}") from error
     if frame.crs is None:
         raise UsageError(f"{url} states no CRS: add its .prj, or write it again with one")
-    if attribute is not None and attribute not in frame.columns:
-        names = [name for name in frame.columns if name != frame.geometry.name]
+    names = [name for name in frame.columns if name != frame.geometry.name]
+    if attribute is not None and attribute not in names:
         raise UsageError(f"{url} has no attribute {attribute!r}; it has {', '.join(names) or 'none'}")
+    frame.index = range(1, len(frame) + 1)
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
     if attribute is not None:
         without = frame[attribute].isna() | (frame[attribute].astype(str).str.strip() == "")
@@ -272,7 +274,7 @@ def read_vector(url: str, attribute: str | None = None) -> Features:
             frame = frame[~without]
     shapes = shapely.make_valid(frame.geometry.values)  # a bow-tie would be drawn with holes
     values = frame[attribute].map(_text) if attribute else [""] * len(frame)
-    return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values))
+    return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values), tuple(frame.index))
 
 
 def _text(value: object) -> str:

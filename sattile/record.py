@@ -90,6 +90,7 @@ class Run:
     refused: list[Refusal] = field(default_factory=list)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     given: int = 0
+    what: str = "scenes"
     done: int = 0
     skipped: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
@@ -235,7 +236,7 @@ class Run:
         failed = len({one.url for one in self.refused})
         if self.given and failed / self.given > self.max_failed_fraction:
             raise TooManyRefused(
-                f"{failed} of {self.given} scenes were refused, more than max_failed_fraction "
+                f"{failed} of {self.given} {self.what} were refused, more than max_failed_fraction "
                 f"{self.max_failed_fraction:g} allows; {url} says why"
                 + (" (the others are published)" if self.done + self.skipped else "")
             )

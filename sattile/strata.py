@@ -78,11 +78,12 @@ def read_regions(url: str | None, attribute: str | None) -> Regions | None:
             raise UsageError("--region-attribute names an attribute of --regions; give that, too")
         return None
     features = labels.read_vector(url, attribute)
-    names = features.values if attribute else tuple(str(number + 1) for number in range(len(features.wkb)))
+    names = features.values if attribute else tuple(map(str, features.numbers))
     areas = shapely.area(shapely.from_wkb(list(features.wkb)))
     kept = [index for index, area in enumerate(areas) if area > 0]
     if not kept:
-        raise UsageError(f"--regions {url} holds no polygon")
+        which = f" with a {attribute}" if attribute else ""
+        raise UsageError(f"--regions {url} holds no polygon{which}")
     if OUTSIDE in names:
         raise UsageError(f"--regions {url}: {OUTSIDE} is the name of all that lies in no region; rename that region")
     return Regions(tuple(names[index] for index in kept), tuple(features.wkb[index] for index in kept), features.crs)

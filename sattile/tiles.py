@@ -24,7 +24,7 @@ import numpy as np
 from sattile import engine, grid, schema, storage
 from sattile import labels as label_module  # `labels` and `split` are options of `tile`, by contract
 from sattile import split as split_module
-from sattile.dataset import DESCRIPTION, FORMAT, Part, npy, petastorm_metadata, read_description
+from sattile.dataset import DESCRIPTION, FORMAT, Part, npy, petastorm_metadata, read_description, unseen_classes
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
 from sattile.labels import LabelSource
@@ -240,6 +240,8 @@ def tile(
             log.info("tile: %s: %d tiles, %d scenes", name, part["tiles"], part["scenes"])
         if not description["splits"]["val"]["tiles"]:
             log.warning("tile: no validation tiles: training will have to validate on its own tiles")
+        if unseen := unseen_classes(description):
+            log.warning("tile: no training tile shows %s: a network can't learn it from these", ", ".join(unseen))
         run.finish()
     return out
 

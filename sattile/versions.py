@@ -1,7 +1,8 @@
 """Versions of a model side by side, and which of them is the latest.
 
     ROOT/v1/ v2/ ...      bundles, each with its own run record; one that is whole is never written again
-    ROOT/latest.json      {"version": "v2", "digest": ...}, replaced by one rename once v2 is whole
+    ROOT/latest.json      {"version": "v2", "digest": ...}, replaced by one rename once v2 is whole;
+                          with "taken": "v3" where v3 was there, and is no more
 
 A small file and not a link, because HDFS has none. The lease of ROOT is held for the moments in which a number is taken
 or `latest.json` moved, that of a version's folder while it is made: two trainings may run side by side.
@@ -32,27 +33,37 @@ def resolve(url: str) -> str:
     """The bundle's folder: `url`, or the latest of the versions that it holds.
 
     Raises:
-        UsageError: if its `latest.json` is damaged.
+        UsageError: if its `latest.json` is damaged, or names what is not there.
     """
     if storage.exists(storage.join(url, BUNDLE)) or not storage.exists(storage.join(url, LATEST)):
         return url
-    said = _latest(url)
+    said, _ = _read(url)
     if said is None:
         raise UsageError(
             f"{storage.join(url, LATEST)} does not say which version is the latest: name one, such as "
             f"{storage.join(url, 'v1')}, or train with --versions again, which writes it anew"
         )
-    return storage.join(url, said)
+    found = storage.join(url, said)
+    if not storage.exists(storage.join(found, BUNDLE)):
+        names = [storage.name(entry.url) for entry in storage.list_folder(url)]
+        there = [f"v{one}" for one in _numbers(names) if storage.exists(storage.join(url, f"v{one}", BUNDLE))]
+        raise UsageError(
+            f"{storage.join(url, LATEST)} names {said}, which is not there"
+            + (f"; there are {', '.join(there)}: name one, such as {storage.join(url, there[-1])}" if there else "")
+            + "; a training with --versions names the latest anew"
+        )
+    return found
 
 
-def _latest(root: str) -> str | None:
-    """What `latest.json` names; only a name of our own making is followed."""
+def _read(root: str) -> tuple[str | None, int]:
+    """What `latest.json` names (only a name of our own making is followed), and the highest number ever taken."""
     try:
         found = storage.read_json(storage.join(root, LATEST))
     except SattileError:
-        return None
-    said = found.get("version") if isinstance(found, dict) else None
-    return said if isinstance(said, str) and NAME.fullmatch(said) else None
+        found = None
+    said, taken = (found.get(key) if isinstance(found, dict) else None for key in ("version", "taken"))
+    names = [one if isinstance(one, str) and NAME.fullmatch(one) else None for one in (said, taken)]
+    return names[0], max(_numbers([one for one in names if one]), default=0)
 
 
 def is_version(url: str) -> bool:
@@ -145,7 +156,7 @@ def _take(root: str, made_of: Mapping[str, Any]) -> str:
         if {storage.name(entry.url) for entry in storage.list_folder(folder)} - {MARK}:
             taken = number
     if LATEST in names:  # a number is never used twice, even where its folder was removed by hand
-        taken = max([taken, *_numbers([_latest(root) or ""])])
+        taken = max(taken, _read(root)[1])
     folder = storage.join(root, f"v{taken + 1}")
     storage.write_json(storage.join(folder, MARK), dict(made_of))
     return folder
@@ -170,5 +181,8 @@ def move_latest(root: str) -> None:
             return
         url = storage.join(root, LATEST)
         said = {"version": f"v{number}", "digest": storage.read_json(storage.join(folder, BUNDLE))["digest"]}
+        taken = _read(root)[1] if storage.exists(url) else 0
+        if taken > number:
+            said["taken"] = f"v{taken}"
         if not storage.exists(url) or storage.read_bytes(url) != storage.json_bytes(said):
             storage.write_json(url, said)

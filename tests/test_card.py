@@ -236,6 +236,13 @@ def test_the_card_says_what_is_not_known() -> None:
     measured = TRAINED["metrics"]["classes"] | {"open water": None}
     absent = model_card(TRAINED | {"metrics": TRAINED["metrics"] | {"classes": measured}})
     assert "No pixel of these tiles is labelled open water" in absent
+    train = TRAINED["data"]["splits"]["train"]
+    never = train | {
+        "class_pixels": {key: n * (key == min(train["class_pixels"])) for key, n in train["class_pixels"].items()}
+    }
+    unseen = model_card(TRAINED | {"data": TRAINED["data"] | {"splits": TRAINED["data"]["splits"] | {"train": never}}})
+    assert "No labelled training pixel is open water" in unseen
+    assert "Less than" not in unseen
 
 
 def test_names_do_not_break_the_card() -> None:

@@ -218,21 +218,23 @@ def sure(tmp_path_factory: pytest.TempPathFactory) -> str:
     return bundle(str(folder / "sure.keras"), bands="x,y", classes="land=0,water=7", out=str(folder / "bundle"))
 
 
-def regions_of(path: Path) -> str:
-    """West and east half of `one`, in degrees, and all of `small`; `two, b` is in none."""
+def regions_of(path: Path, *names: str) -> str:
+    """West and east half of `one`, in degrees, and all of `small`; `two, b` is in none, and nothing is in `far`."""
     import geopandas
     import shapely
 
     boxes = [shapely.box(599_000, 4_990_000, 601_150, 5_001_000), shapely.box(601_150, 4_990_000, 603_000, 5_001_000),
-             shapely.box(699_000, 4_990_000, 702_000, 5_001_000)]  # fmt: skip
-    frame = geopandas.GeoDataFrame({"name": ["west", "east", "small"]}, geometry=boxes, crs=32632)
+             shapely.box(699_000, 4_990_000, 702_000, 5_001_000), shapely.box(500_000, 10, 500_100, 20)]  # fmt: skip
+    frame = geopandas.GeoDataFrame({"name": ["west", "east", "small", "far"]}, geometry=boxes, crs=32632)
+    frame = frame[frame.name.isin(names or ["west", "east", "small"])]
     frame.to_crs(4326).to_file(path, driver="GeoJSON")
     return str(path)
 
 
 def test_calibration_and_regions_of_scenes_are_those_of_a_dataset_and_of_numpy(
-    spark: Any, sure: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    spark: Any, sure: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     from sattile.tiles import tile
 
     monkeypatch.setattr(prediction, "choose_edge", lambda *_: 64)
@@ -275,6 +277,14 @@ def test_calibration_and_regions_of_scenes_are_those_of_a_dataset_and_of_numpy(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UsageError, match="was made with other settings \\(regions:"):
         evaluate(spark, **{**options, "region_attribute": None})
+
+    far = regions_of(tmp_path / "far.geojson", "west", "far")
+    other = read(evaluate(spark, **{**options, "regions": far, "out": str(tmp_path / "b")}))
+    assert (other["regions"].keys(), other["notes"]) == ({"west", "(outside)"}, [])
+    assert "no labelled pixel lies in 1 of the regions: far" in caplog.text
+    far = regions_of(tmp_path / "further.geojson", "far")
+    other = read(evaluate(spark, **{**options, "regions": far, "out": str(tmp_path / "c")}))
+    assert other["notes"] == ["no labelled pixel lies in any of the regions: do they state the right CRS?"]
 
 
 @pytest.mark.parametrize("merge", ["crop", "blend"])

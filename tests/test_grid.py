@@ -204,6 +204,7 @@ def test_defaults() -> None:
     assert fixed == Geometry("blend", 256, 128, 0, 8, True)
     assert choose_geometry(total_stride=8, radius=16, input_shape=(256, 256)).size == 224
     assert choose_geometry(total_stride=8, radius=16, stride=32, size=64).merge == "blend"
+    assert choose_geometry(total_stride=8, radius=3, input_shape=(37, 37)).merge == "blend"
 
 
 @pytest.mark.parametrize(
@@ -215,6 +216,8 @@ def test_defaults() -> None:
         ({"merge": "blend", "halo": 8}, "set --stride"),
         ({"merge": "mean"}, "crop or blend"),
         ({"input_shape": (64, 128)}, "square"),
+        ({"input_shape": (37, 37), "merge": "crop"}, "multiples of .* 8, and this one takes inputs of 37 x 37 only"),
+        ({"input_shape": (37, 37), "merge": "crop", "radius": None}, "mixes the whole window.*use merge blend"),
         ({"input_shape": (256, 256), "merge": "blend", "size": 128}, "256 x 256 only"),
     ],
 )

@@ -71,7 +71,7 @@ def test_each_combination_is_a_bundle_and_a_larger_grid_does_what_is_missing(
     assert "0.005" in capsys.readouterr().err
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(TooManyRefused):
+    with pytest.raises(TooManyRefused, match="1 of 2 trainings were refused"):
         search(spark, grid=f"learning_rate=5e-3; arch=unet-tiny,{__name__}:fails", **how)
     changed = {path.name for path, time in before.items() if not path.exists() or path.stat().st_mtime_ns != time}
     assert changed <= {"_run.json", "search.json"}

@@ -125,6 +125,12 @@ def test_regions_are_named_by_an_attribute_or_by_their_numbers(tmp_path: Path) -
     assert named.digest != numbered.digest
     at = strata.regions_at(named, "EPSG:4326", (1, 0, 0, 0, -1, 1), np.array([0.5, 1.5, 2.5, 3.5]), np.full(4, 0.5))
     assert at == ["a", "b", "a", OUTSIDE]
+    content = json.loads(Path(url).read_text())
+    content["features"][0]["geometry"] = None
+    Path(url).write_text(json.dumps(content))
+    rest = strata.read_regions(url, None)
+    assert rest is not None
+    assert rest.names == ("2", "3")
 
 
 def test_regions_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
@@ -133,6 +139,10 @@ def test_regions_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         strata.read_regions(url, "name")
     with pytest.raises(UsageError, match="no attribute 'county'; it has name"):
         strata.read_regions(url, "county")
+    with pytest.raises(UsageError, match="no attribute 'geometry'; it has name"):
+        strata.read_regions(url, "geometry")
+    with pytest.raises(UsageError, match="no polygon with a name"):
+        strata.read_regions(write_regions(tmp_path / "n.geojson", [None, None]), "name")
     with pytest.raises(UsageError, match="--regions; give that"):
         strata.read_regions(None, "name")
     point = {"type": "Feature", "properties": {}, "geometry": {"type": "Point", "coordinates": [1, 2]}}

@@ -290,6 +290,13 @@ def test_without_classes_an_attributes_values_are_the_classes(spark, tmp_path):
     assert (row.labels[20:] == 1).all()
 
 
+def test_a_class_without_a_training_pixel_is_told(spark, tmp_path, caplog):
+    archive(tmp_path, count=1)
+    given = {"scenes": [str(tmp_path / "scenes")], "labels": str(tmp_path / "labels"), "fractions": "1,0,0"}
+    tile(spark, **given, out=str(tmp_path / "out"), size=64, classes="even,odd,never")
+    assert "no training tile shows never: a network can't learn it" in caplog.text
+
+
 def test_small_scenes_are_padded_and_thin_tiles_left_out(spark, tmp_path):
     write_scene(tmp_path / "a.tif", position_image(20, 50, 2))
     write_scene(tmp_path / "l.tif", np.ones((1, 20, 50), np.uint8))

@@ -214,8 +214,13 @@ def test_a_number_is_never_used_twice(tmp_path: Path) -> None:
     storage.remove(str(tmp_path / "v2"))
     assert make(tmp_path, {"seed": 2}) == "v3"
     storage.remove(str(tmp_path / "v3"))
+    with pytest.raises(UsageError, match=r"names v3, which is not there; there are v1: name one, such as .*v1;"):
+        resolve(str(tmp_path))
     move_latest(str(tmp_path))
     assert latest(tmp_path) == "v1"
+    assert make(tmp_path, {"seed": 0}) == "v1"  # a second move knows it still
+    assert make(tmp_path, {"seed": 3}) == "v4"
+    assert "taken" not in json.loads((tmp_path / "latest.json").read_text())
 
 
 def test_a_model_has_versions_or_has_none(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from sattile import engine, storage
+from sattile.dataset import unseen_classes
 from sattile.errors import SattileError, UsageError
 from sattile.record import Run
 from sattile.training.loop import PROGRESS, describe
@@ -139,6 +140,8 @@ def train(
         },
     )  # fmt: skip
     check(settings, described, workers=workers, devices=max(engine.gpus_a_task(spark), 1))
+    if unseen := unseen_classes(described.description):
+        log.warning("train: no training tile shows %s: the network can't learn it", ", ".join(unseen))
     if reader not in READERS:
         raise UsageError(f"reader {reader!r}: use {' or '.join(READERS)}")
     if reader == "petastorm" and not trust:

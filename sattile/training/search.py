@@ -79,7 +79,7 @@ def search(
     trials = list(by_name.values())
     with Run("search", out, {"dataset": described.digest}, overwrite, max_failed_fraction) as run:
         run.inputs = [{"url": storage.join(dataset, "dataset.json"), "digest": described.digest}]
-        run.given = len(trials)
+        run.given, run.what = len(trials), "trainings"
         pixels = described.tiles("train") * described.size**2
         with run.stage("train", pixels=sum(pixels * one.settings.epochs for one in trials)):
             threads = int(spark.conf.get("spark.task.cpus", "1") or 1)
