@@ -49,7 +49,9 @@ def read_description(url: str) -> dict[str, Any] | None:
 
 def unseen_classes(description: Mapping[str, Any]) -> list[str]:
     """Names of the classes that no training pixel is labelled with: no network learns them."""
-    pixels = description["splits"]["train"].get("class_pixels", {})
+    pixels = description["splits"]["train"].get("class_pixels")
+    if not pixels:
+        return []
     return [one["name"] for one in description["classes"] if not pixels.get(str(one["id"]))]
 
 

@@ -76,6 +76,7 @@ class Run:
         settings: all that shapes the result (JSON values); two runs into one folder must agree on it.
         overwrite: replace what was made with other settings.
         max_failed_fraction: refused / given above which `finish` raises.
+        what: the word for what is given and refused.
 
     Raises:
         UsageError: on entering, if the folder is being written, holds other settings or is none of ours.

@@ -335,17 +335,19 @@ def unfit(scenes: Sequence[Scene], layout: Layout) -> dict[str, str]:
 def stretched(sheets: Sequence[Sheet], grid: Grid) -> str | None:
     """What to say where a projected grid's pixels are not what its CRS calls them, as far outside of a UTM zone."""
     nominal = raster.nominal_distance(grid.crs, grid.transform)
-    sizes = [(sheet.target.gsd / nominal, sheet) for sheet in sheets if nominal and sheet.target.gsd]
-    ratio, worst = max(sizes, key=lambda one: abs(math.log(one[0])), default=(1.0, None))
-    if worst is None or worst.target.footprint is None or abs(ratio - 1) <= MOST_STRETCHED:
+    sizes = [(one.gsd, one.footprint, one.name) for one in (sheet.target for sheet in sheets) if one.gsd]
+    if nominal is None or not sizes:
+        return None
+    gsd, outline, name = max(sizes, key=lambda one: abs(math.log(one[0] / nominal)))
+    if abs(gsd / nominal - 1) <= MOST_STRETCHED or outline is None:
         return None
     import shapely
 
-    middle = shapely.from_wkb(worst.target.footprint).representative_point()
+    middle = shapely.from_wkb(outline).representative_point()
     zone = 32600 + (100 if middle.y < 0 else 0) + int((middle.x + 180) // 6) % 60 + 1
     return (
-        f"pixels that the grid's CRS calls {nominal:.4g} m are {ratio * (nominal or 1):.4g} m on the ground in sheet "
-        f"{worst.target.name}; where sizes matter, take a CRS made for it, such as EPSG:{zone}"
+        f"pixels that the grid's CRS calls {nominal:.4g} m are {gsd:.4g} m on the ground in sheet {name}; "
+        f"where sizes matter, take a CRS made for it, such as EPSG:{zone}"
     )
 
 
