@@ -53,10 +53,11 @@ def deal(items: Sequence[T], costs: Sequence[int], *, most: int, slots: int) -> 
     In the order in which to start them: cores take turns, and each finds next to its last run what it read for that.
 
     Args:
-        costs: of each item.
+        costs: of each item; what costs nothing is still something to do.
         most: that a task should cost.
         slots: cores.
     """
+    costs = [max(cost, 1) for cost in costs]
     total = sum(costs)
     turns = max(-(-total // (most * slots)), 4)
     count = turns * slots
