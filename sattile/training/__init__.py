@@ -150,7 +150,7 @@ def train(
             f"or leave --reader out: the tiles are the same"
         )
     # On a cluster a single worker is an executor's, too: the driver's container is small, and has no Spark to start.
-    on_cluster = workers > 1 or not re.fullmatch(r"local(\[.*\])?", spark.sparkContext.master or "")
+    on_cluster = workers > 1 or not _is_local(spark)
     if on_cluster:
         _check_slots(spark, workers)
     dataset, out = storage.absolute(dataset), storage.absolute(out)
@@ -202,6 +202,11 @@ def run_training(
     storage.remove(job["work"])
 
 
+def _is_local(spark: SparkSession) -> bool:
+    """Whether tasks are threads of the driver's own JVM."""
+    return re.fullmatch(r"local(\[.*\])?", spark.sparkContext.master or "") is not None
+
+
 def _check_slots(spark: SparkSession, workers: int) -> None:
     """All barrier tasks must run at once: say so now, not in Spark's words after a minute of waiting."""
     if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
@@ -209,8 +214,12 @@ def _check_slots(spark: SparkSession, workers: int) -> None:
             "training on several workers needs a fixed number of executors: submit with "
             f"--conf spark.dynamicAllocation.enabled=false --num-executors {workers}"
         )
-    slots = engine.concurrent_tasks(spark)
-    if slots < workers:
+    # Executors register one after the other in the first moments of a session; the threads of a local one are there.
+    end = time.monotonic() + (0 if _is_local(spark) else REGISTRATION)
+    while (slots := engine.concurrent_tasks(spark)) < workers:
+        if time.monotonic() < end:
+            time.sleep(0.2)
+            continue
         raise UsageError(
             f"workers {workers}: the session {spark.sparkContext.master} runs {slots} task(s) at once and all workers "
             f"must run together; use --workers {slots}, or a larger one (--master local[{workers}], or more executors)"
@@ -222,6 +231,9 @@ LOST = (
     "UNAVAILABLE", "Collective ops is aborted", "Barrier task set", "worker lost", "is dead", "AbortedError",
 )  # fmt: skip
 """What is said when a worker, or the one that it talked to, is gone."""
+
+REGISTRATION = 15
+"""Seconds to wait for executors that a new session has asked for."""
 
 REPLACEMENT = 300
 """Seconds to wait for the cluster to replace what was lost."""
