@@ -215,11 +215,8 @@ def _check_slots(spark: SparkSession, workers: int) -> None:
             f"--conf spark.dynamicAllocation.enabled=false --num-executors {workers}"
         )
     # Executors register one after the other in the first moments of a session; the threads of a local one are there.
-    end = time.monotonic() + (0 if _is_local(spark) else REGISTRATION)
-    while (slots := engine.concurrent_tasks(spark)) < workers:
-        if time.monotonic() < end:
-            time.sleep(0.2)
-            continue
+    slots = _slots(spark, workers, 0 if _is_local(spark) else REGISTRATION)
+    if slots < workers:
         raise UsageError(
             f"workers {workers}: the session {spark.sparkContext.master} runs {slots} task(s) at once and all workers "
             f"must run together; use --workers {slots}, or a larger one (--master local[{workers}], or more executors)"
@@ -272,14 +269,20 @@ def _fit_on_cluster(spark: SparkSession, workers: int, job: Mapping[str, Any], m
 
 
 def _wait_for_slots(spark: SparkSession, workers: int) -> None:
-    end = time.monotonic() + REPLACEMENT
-    while (slots := engine.concurrent_tasks(spark)) < workers:
-        if time.monotonic() > end:
-            raise SattileError(
-                f"{slots} of {workers} workers are left, and the cluster gave no replacement within {REPLACEMENT} s; "
-                f"run it again: it goes on from its last epoch"
-            )
-        time.sleep(2)
+    slots = _slots(spark, workers, REPLACEMENT)
+    if slots < workers:
+        raise SattileError(
+            f"{slots} of {workers} workers are left, and the cluster gave no replacement within {REPLACEMENT} s; "
+            f"run it again: it goes on from its last epoch"
+        )
+
+
+def _slots(spark: SparkSession, workers: int, seconds: float) -> int:
+    """How many tasks can run at once, waited for until those are enough or the time is up."""
+    end = time.monotonic() + seconds
+    while (slots := engine.concurrent_tasks(spark)) < workers and time.monotonic() < end:
+        time.sleep(0.5)
+    return slots
 
 
 def fit_worker(job: Mapping[str, Any], access: storage.Access | None = None, gpus: int = 0) -> None:
