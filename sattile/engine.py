@@ -206,9 +206,9 @@ def concurrent_tasks(spark: SparkSession) -> int:
         return slots(spark)
 
 
-def gpus_a_task(spark: SparkSession) -> int:
-    """GPUs that Spark gives each task by its settings."""
-    return int(float(spark.sparkContext.getConf().get("spark.task.resource.gpu.amount", "0")))
+def gpus_a_task(spark: SparkSession) -> float:
+    """GPUs that Spark gives each task by its settings; 0.25 where four tasks share one."""
+    return float(spark.sparkContext.getConf().get("spark.task.resource.gpu.amount", "0"))
 
 
 def partitioned(spark: SparkSession, groups: Sequence[Sequence[tuple[Any, ...]]], schema: str) -> DataFrame:

@@ -389,8 +389,7 @@ def _tile_job(job: Inference, size: int) -> Inference:
     else:
         edge = job.bundle.input_shape[0]
         geometry = Geometry("blend", edge, max(edge // 2, 1), 0, 1, True)
-    batch = max(min(inference.BATCH_PIXELS // edge**2, 16), 1)
-    return replace(job, geometry=geometry, batch=batch)
+    return replace(job, geometry=geometry, batch=inference.batch_of(job.bundle, job.engine, edge))
 
 
 def _on_tiles(

@@ -344,6 +344,7 @@ def choose_geometry(
     stride: int | None = None,
     halo: int | None = None,
     max_input: int = 2048,
+    cell: int = CELL,
 ) -> Geometry:
     """Fill in what was not asked for, and check the whole.
 
@@ -356,7 +357,8 @@ def choose_geometry(
         radius: its receptive radius in pixels, None if it has no bound.
         input_shape: (height, width) if the network takes inputs of this shape only.
         merge, size, stride, halo: as asked for; None leaves the choice to this function.
-        max_input: largest edge of an input that a worker's memory holds.
+        max_input: largest edge of an input that the memory holds.
+        cell: smallest size of `crop` that is chosen unasked, where `max_input` allows it.
 
     Raises:
         UsageError: with the numbers to use.
@@ -372,7 +374,7 @@ def choose_geometry(
     if merge is None and (unfit or (stride is not None and size is not None and stride < size)):
         merge = "blend"
     if merge is None or merge == "crop":
-        chosen = _choose_crop(total_stride, radius or 0, edge, size, halo, max_input)
+        chosen = _choose_crop(total_stride, radius or 0, edge, size, halo, max_input, cell)
         price = (chosen.input_size / max(chosen.size, 1)) ** 2
         if merge is None and size is None and halo is None and (chosen.size < 1 or price > WORST_PRICE):
             merge = "blend"
@@ -412,13 +414,15 @@ def _why_no_crop(step: int, radius: int | None, edge: int) -> str:
     return ""
 
 
-def _choose_crop(step: int, radius: int, edge: int, size: int | None, halo: int | None, max_input: int) -> Geometry:
+def _choose_crop(
+    step: int, radius: int, edge: int, size: int | None, halo: int | None, max_input: int, cell: int
+) -> Geometry:
     if halo is None:
         # With a fixed input and a size, the halo is what is left.
         halo = (edge - size) // 2 if edge and size is not None else ceil_to(radius, step)
     if size is None and edge:
         size = edge - 2 * halo
     if size is None:
-        fair = max(math.ceil(2 * halo / (math.sqrt(FAIR_PRICE) - 1)), CELL)
+        fair = max(math.ceil(2 * halo / (math.sqrt(FAIR_PRICE) - 1)), cell)
         size = max(min(ceil_to(fair, step), (max_input - 2 * halo) // step * step), step)
     return Geometry("crop", size, size, halo, step, bool(edge))

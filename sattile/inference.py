@@ -17,22 +17,29 @@ from typing import Any
 
 import numpy as np
 
-from sattile import drift, metrics, raster, record, storage
+from sattile import drift, metrics, raster, record, scorers, storage
 from sattile import labels as label_module
 from sattile.decoder import decoder
 from sattile.errors import Refused, UsageError
-from sattile.grid import Geometry, Placement, Window, ceil_to, choose_geometry
+from sattile.grid import CELL, Geometry, Placement, Window, ceil_to, choose_geometry
 from sattile.labels import LabelSource
 from sattile.model import Bundle, choose_engine, load_scorer
 from sattile.schema import Scene
 from sattile.scorers import TURNS, Scorer
 from sattile.stitch import NODATA, Stitcher, blend_weights, to_labels
 
-WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 600_000_000}
-"""Bytes a worker holds before it reads a pixel: Python, the engine, the decoder with GDAL and its cache (measured)."""
+WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 600_000_000, scorers.GPU: 2_500_000_000}
+"""Bytes a worker holds before it reads a pixel: Python, the engine, the decoder with GDAL and its cache (measured, but
+for the last, which is TensorFlow's and 1.4 GB for CUDA's libraries)."""
 
-ACTIVATIONS = {"tensorflow": 1.15, "openvino": 0.38}
-"""What an engine holds for each byte of a bundle's `activation_bytes` (measured)."""
+ACTIVATIONS = {"tensorflow": 1.15, "openvino": 0.38, scorers.GPU: 0.0}
+"""What an engine holds in a worker's memory for each byte of a bundle's `activation_bytes` (measured)."""
+
+GPU_PIXELS = 2048 * 2048
+"""What a GPU is given at once, in one window or in a batch of small ones, as far as `GPU_MEMORY` allows."""
+
+GPU_MEMORY = 4_000_000_000
+"""Bytes that an evaluation may take of a GPU: three tasks share one of 16 GB."""
 
 BATCH_PIXELS = 512 * 512
 """Small windows share a batch up to this many pixels; on CPUs larger batches win nothing."""
@@ -143,6 +150,7 @@ def prepare(
         UsageError: for a geometry, engine, fill, threshold or rescaling that cannot be.
     """
     chosen = choose_engine(bundle, engine, gpu=gpu)
+    on_gpu = chosen == scorers.GPU
     if tta not in TURNS:
         raise UsageError(f"tta {tta!r}: use {', '.join(TURNS)}")
     if threshold is not None and not math.isfinite(threshold):
@@ -152,16 +160,32 @@ def prepare(
     bands, classes = len(bundle.bands), len(bundle.classes)
     # As `block_memory` of a block that is one window, and a tenth to spare.
     per_pixel = bundle.activation_bytes * ACTIVATIONS[chosen] + 4 * bands + 4 * classes + 2 * (4 * bands + 1)
-    max_input = max(math.isqrt(int(room * 0.9 / per_pixel)), 64)
+    pixels = room * 0.9 / per_pixel
+    if on_gpu:
+        pixels = min(pixels, pixels_at_once(bundle, chosen))
+    max_input = max(math.isqrt(int(pixels)), 64)
     geometry = choose_geometry(
         total_stride=bundle.total_stride, radius=bundle.receptive_radius, input_shape=bundle.input_shape,
         merge=merge, size=size, stride=stride, halo=halo, max_input=max_input,
+        cell=max_input if on_gpu else CELL,
     )  # fmt: skip
-    batch = max(min(BATCH_PIXELS // geometry.input_size**2, 16), 1)
     return Inference(
-        bundle, geometry, batch, chosen, threads, given,
+        bundle, geometry, batch_of(bundle, chosen, geometry.input_size), chosen, threads, given,
         threshold, nodata, aoi, scores, coverage, tta=tta, rescale=_parse_rescale(rescale),
     )  # fmt: skip
+
+
+def pixels_at_once(bundle: Bundle, engine: str) -> int:
+    """How many pixels are worth one evaluation."""
+    if engine != scorers.GPU:
+        return BATCH_PIXELS
+    there = bundle.activation_bytes * ACTIVATIONS["tensorflow"] + 4 * len(bundle.bands) + 4 * len(bundle.classes)
+    return min(GPU_PIXELS, int(GPU_MEMORY / there))
+
+
+def batch_of(bundle: Bundle, engine: str, edge: int) -> int:
+    """Windows of one evaluation whose inputs have this edge."""
+    return max(min(pixels_at_once(bundle, engine) // edge**2, 64 if engine == scorers.GPU else 16), 1)
 
 
 def _parse_rescale(given: str | Sequence[float] | None) -> tuple[float, float]:

@@ -41,7 +41,7 @@ log = logging.getLogger("sattile")
 FORMAT = "sattile-bundle/1"
 KERAS, SAVED_MODEL, OPENVINO = "model.keras", "saved_model", "openvino"
 XML, BIN = "model.xml", "model.bin"
-ENGINES = ("auto", "tensorflow", "openvino")
+ENGINES = ("auto", "tensorflow", "openvino", scorers.GPU)
 AGREEMENT = 0.999
 """Share of pixels that have to get the label that TensorFlow gives them, before OpenVINO is taken unasked."""
 
@@ -523,10 +523,13 @@ _loaded: dict[tuple[str, str, int], Scorer] = {}
 
 
 def choose_engine(bundle: Bundle, engine: str = "auto", *, gpu: bool = False) -> str:
-    """`tensorflow` or `openvino`: decided once, in the driver.
+    """`tensorflow`, `openvino` or `tensorflow-gpu`: decided once, in the driver.
 
-    `auto` takes OpenVINO where it is installed, has the bundle's network, and gave at least `AGREEMENT` of the pixels
-    of real tiles the label that TensorFlow gives them; never on GPUs.
+    `auto` takes the GPUs where Spark gives them to tasks; else OpenVINO where it is installed, has the bundle's
+    network, and gave at least `AGREEMENT` of the pixels of real tiles the label that TensorFlow gives them.
+
+    Args:
+        gpu: Spark gives its tasks GPUs.
 
     Raises:
         UsageError: for OpenVINO where it or the bundle's part for it is missing.
@@ -543,7 +546,9 @@ def choose_engine(bundle: Bundle, engine: str = "auto", *, gpu: bool = False) ->
             )
     if engine != "auto":
         return engine
-    fast = scorers.has_openvino() and not gpu and bundle.openvino.get("agreement", 0) >= AGREEMENT
+    if gpu:
+        return scorers.GPU
+    fast = scorers.has_openvino() and bundle.openvino.get("agreement", 0) >= AGREEMENT
     return "openvino" if fast else "tensorflow"
 
 
@@ -579,7 +584,10 @@ def _load_one(bundle: Bundle, engine: str, threads: int) -> Scorer:
             scorers.use_threads(threads)
             path = storage.open_local(storage.join(bundle.url, KERAS))
             _check_digest(bundle, path, storage.sha256_file(path), bundle.digest)
-            _loaded[key] = scorers.by_tensorflow(load_keras(path), second=second)
+            device = scorers.use_gpu() if engine == scorers.GPU else scorers.CPU
+            with scorers.placed_on(device):
+                network = load_keras(path)
+            _loaded[key] = scorers.by_tensorflow(network, second=second, device=device)
     return _loaded[key]
 
 

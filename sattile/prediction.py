@@ -339,8 +339,9 @@ def predict(
         threshold: with two classes, the score from which the second is taken; with more, the least score to decide.
         aoi: vector file; what lies outside is nodata, and is not computed.
         fill: what the model sees for missing pixels; one value or one a band; the bundle's own if not given.
-        engine: `tensorflow`, `openvino` (faster on CPUs), or `auto`: OpenVINO where it is installed and gave 99.9 % of
-            the pixels of validation tiles the label that TensorFlow gives them.
+        engine: `tensorflow`, `openvino` (faster on CPUs), `tensorflow-gpu`, or `auto`: the GPUs that Spark gives its
+            tasks; else OpenVINO where it is installed and gave 99.9 % of the pixels of validation tiles the label that
+            TensorFlow gives them.
         tta: test-time augmentation: `flips` (4) or `turns` (8) of each window, whose scores are averaged; or `none`.
         rescale: 'FACTOR,OFFSET' that bring the scenes' values to those that the model was trained on: 1,-1000 for
             Sentinel-2 since 2022 where the model knows it without the offset.

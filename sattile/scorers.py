@@ -1,6 +1,6 @@
-"""How a network is run: by TensorFlow in float32, or by OpenVINO in bfloat16, some times faster on CPUs.
+"""How a network is run: by TensorFlow in float32, on CPUs or GPUs, or by OpenVINO in bfloat16, faster on CPUs.
 
-Both give the same bits for the same input: each input shape is compiled once, for inference, and the number of threads
+Each gives the same bits for the same input: an input shape is compiled once, for inference, and the number of threads
 is fixed.
 """
 
@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,12 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 PRECISION = "bf16"
 """Of OpenVINO's arithmetic. A CPU without it computes in float32."""
 
+GPU = "tensorflow-gpu"
+"""The engine that is TensorFlow on the GPU that Spark gives a task."""
+
+CPU = "/CPU:0"
+"""TensorFlow's name of it; where it sees GPUs it would take them unasked."""
+
 NOISE = ("WARNING: All log messages before absl::InitializeLog", "I0000 ", "To enable the following instructions")
 """What TensorFlow says while it is imported, whatever its log level; news to nobody."""
 
@@ -36,6 +43,8 @@ def import_tensorflow() -> Any:
     """The tensorflow module; what it says while it starts goes to standard error without the `NOISE`."""
     if "tensorflow" in sys.modules:
         return sys.modules["tensorflow"]
+    # Several tasks share a GPU, of which the first would take all memory.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     sys.stderr.flush()
     stderr = os.dup(2)  # the C++ side writes to the descriptor, not to sys.stderr
     try:
@@ -76,26 +85,66 @@ def use_threads(threads: int) -> None:
             ) from error
 
 
-def by_tensorflow(network: Any, *, second: bool) -> Scorer:
+def use_gpu() -> str:
+    """Make TensorFlow compute on this process's GPU as it does elsewhere; TensorFlow's name of the device.
+
+    cuDNN's kernels are chosen by what they are, not by a race between them, and float32 is not cut to TF32's 10 bits:
+    a retried task gives the same bits.
+
+    Raises:
+        SattileError: if it sees none.
+    """
+    tf = import_tensorflow()
+    if not tf.config.list_physical_devices("GPU"):
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise SattileError(
+            f"engine {GPU}: TensorFlow sees no GPU here{f', though Spark gave this task GPU {given}' if given else ''}"
+            f"; install sattile[gpu] into the environment (sattile[cpu] has no CUDA), look at the node's driver "
+            f"(nvidia-smi), or use --engine tensorflow"
+        )
+    tf.config.experimental.enable_op_determinism()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    return "/GPU:0"
+
+
+def placed_on(device: str) -> AbstractContextManager[None]:
+    """A context in which TensorFlow puts what it makes on this device."""
+    return import_tensorflow().device(device)
+
+
+def by_tensorflow(network: Any, *, second: bool, device: str = CPU) -> Scorer:
     """The scores of a Keras network.
 
     Args:
         second: it gives one channel, the probability of the second of two classes.
+        device: TensorFlow's name of it.
     """
     tf = import_tensorflow()
     compiled: dict[tuple[int, ...], Any] = {}
+
+    def compile_for(shape: tuple[int, ...]) -> Any:
+        def run(values: Any) -> Any:
+            with tf.device(device):
+                return tf.cast(network(values, training=False), tf.float32)
+
+        return tf.function(run, input_signature=[tf.TensorSpec(shape, tf.float32)], autograph=False)
 
     def score(images: np.ndarray) -> np.ndarray:
         images = np.ascontiguousarray(images, np.float32)
         if images.shape not in compiled:
             _forget_large(compiled)
-            signature = [tf.TensorSpec(images.shape, tf.float32)]
-            compiled[images.shape] = tf.function(
-                lambda values: tf.cast(network(values, training=False), tf.float32),
-                input_signature=signature,
-                autograph=False,
-            )
-        return _both(compiled[images.shape](tf.constant(images)).numpy(), second)
+            compiled[images.shape] = compile_for(images.shape)
+        try:
+            with tf.device(device):
+                return _both(compiled[images.shape](tf.constant(images)).numpy(), second)
+        except tf.errors.ResourceExhaustedError:
+            if device == CPU:
+                raise
+            raise SattileError(
+                f"the GPU's memory does not hold an input of {' x '.join(map(str, images.shape[:3]))} pixels beside "
+                f"what else runs on it: give a smaller --size, or let fewer tasks share a GPU (a larger "
+                f"spark.task.resource.gpu.amount)"
+            ) from None
 
     return score
 

@@ -263,6 +263,21 @@ def test_the_default_network_pays_a_fair_price_in_little_memory(monkeypatch: pyt
         assert plan.memory <= 1500 * 2**20
 
 
+def test_gpus_get_large_inputs_and_no_batch_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = bundle_of(bands=tuple("rgbn"), fill=(0,) * 4, total_stride=8, receptive_radius=51, activation_bytes=652.8)
+    job = inference.prepare(network, gpu=True)
+    assert (job.engine, job.geometry.input_size, job.batch) == ("tensorflow-gpu", 2048, 1)
+    plan = prediction.plan(job, [scene_of(10_980, 10_980)], slots=4)
+    assert plan.evaluated <= 1.15 * plan.delivered
+    fixed = replace(network, input_shape=(256, 256), receptive_radius=None)
+    job = inference.prepare(fixed, gpu=True)
+    plan = prediction.plan(job, [scene_of(10_980, 10_980)], slots=4)
+    assert job.batch == 64
+    assert plan.evaluated <= 4.5 * plan.delivered  # each pixel by four windows
+    heavy = replace(network, activation_bytes=20_000.0)
+    assert inference.prepare(heavy, gpu=True).geometry.input_size < 512
+
+
 def test_a_plan_counts_pixels_and_cuts_tasks_and_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     job = inference.prepare(bundle_of(receptive_radius=10, total_stride=2), size=100)
     scenes = [scene_of(300, 500, "a"), scene_of(90, 40, "b"), scene_of(1000, 250, "c")]

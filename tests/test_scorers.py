@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def test_the_bundle_says_how_far_both_agree(made: Bundle) -> None:
 
 def test_auto_takes_openvino_where_it_was_seen_to_agree(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_engine(with_agreement(made, AGREEMENT)) == "openvino"
-    assert choose_engine(with_agreement(made, AGREEMENT), gpu=True) == "tensorflow"
+    assert choose_engine(with_agreement(made, AGREEMENT), gpu=True) == scorers.GPU
     assert choose_engine(with_agreement(made, AGREEMENT - 1e-6)) == "tensorflow"
     assert choose_engine(with_agreement(made, None)) == "tensorflow"
     assert choose_engine(dataclasses.replace(made, openvino={})) == "tensorflow"
@@ -138,6 +140,37 @@ def test_stored_values_far_from_zero_cost_nothing(build: Callable[[float], Any],
         found.append(np.abs(score(images + offset) - exact).mean())
         np.testing.assert_array_equal(score(images + offset), score(images + offset))
     assert found[1] < 1.2 * found[0]
+
+
+def test_a_gpu_that_tensorflow_does_not_see_is_refused(made: Bundle) -> None:
+    if scorers.import_tensorflow().config.list_physical_devices("GPU"):
+        pytest.skip("there is a GPU here")
+    with pytest.raises(SattileError, match=r"sees no GPU here; install sattile\[gpu\].*or use --engine tensorflow"):
+        load_scorer(made, engine=scorers.GPU)
+
+
+def test_a_network_runs_on_the_device_that_is_named_and_gives_the_same(made: Bundle, tmp_path: Path) -> None:
+    """As on a GPU; a process of its own, for devices are cut before TensorFlow starts."""
+    script = f"""
+import os
+os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
+import numpy as np
+import tensorflow as tf
+from sattile import model, scorers
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+scorers.use_gpu = lambda: "/CPU:1"
+loaded, load = [], model.load_keras
+model.load_keras = lambda path: loaded.append(load(path)) or loaded[-1]
+bundle = model.load_bundle({made.url!r})
+images = np.random.default_rng(1).integers(1, 3000, (2, 64, 96, 3))
+scores = [model.load_scorer(bundle, engine=engine)(images) for engine in ("tensorflow", scorers.GPU)]
+assert np.array_equal(*scores)
+found = [{{weight.value.device[-5:] for weight in network.weights}} for network in loaded]
+assert found == [{{"CPU:0"}}, {{"CPU:1"}}], found
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_large_shapes_are_forgotten_before_the_next_is_compiled() -> None:

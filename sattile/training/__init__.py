@@ -139,7 +139,7 @@ def train(
             "patience": patience, "seed": seed,
         },
     )  # fmt: skip
-    check(settings, described, workers=workers, devices=max(engine.gpus_a_task(spark), 1))
+    check(settings, described, workers=workers, devices=max(_gpus(spark), 1))
     if unseen := unseen_classes(described.description):
         log.warning("train: no training tile shows %s: the network can't learn it", ", ".join(unseen))
     if reader not in READERS:
@@ -249,7 +249,7 @@ def _fit_on_cluster(spark: SparkSession, workers: int, job: Mapping[str, Any], m
     restarts, ports = 0, PORT_TRIES
     while True:
         try:
-            gpus = engine.gpus_a_task(spark)
+            gpus = _gpus(spark)
             # Its slots are GPUs, of which each task gets as many as Spark gives it.
             runner = MirroredStrategyRunner(num_slots=workers * max(gpus, 1), local_mode=False, use_gpu=gpus > 0)
             runner.run(functools.partial(fit_worker, dict(job), storage.access(), gpus))
@@ -275,6 +275,21 @@ def _wait_for_slots(spark: SparkSession, workers: int) -> None:
             f"{slots} of {workers} workers are left, and the cluster gave no replacement within {REPLACEMENT} s; "
             f"run it again: it goes on from its last epoch"
         )
+
+
+def _gpus(spark: SparkSession) -> int:
+    """GPUs of each worker.
+
+    Raises:
+        UsageError: for a part of one: the distributor counts whole ones.
+    """
+    amount = engine.gpus_a_task(spark)
+    if amount % 1:
+        raise UsageError(
+            f"spark.task.resource.gpu.amount {amount:g}: workers of a training take whole GPUs, set it to 1 (tasks of "
+            f"predict and evaluate may share one)"
+        )
+    return int(amount)
 
 
 def _slots(spark: SparkSession, workers: int, seconds: float) -> int:

@@ -338,6 +338,15 @@ def test_gpus_of_spark_that_tensorflow_does_not_see_are_told(water: Path, tmp_pa
     found = re.search(r"Spark gave this worker GPU ([0-9,]+) and TensorFlow sees none: install sattile\[gpu\]", said)
     assert found
     assert sorted(found.group(1).split(",")) == names  # the runner draws them in any order
+    if gpus == 2:
+        return
+    gpu += ["--conf", "spark.task.resource.gpu.amount=0.5", "--conf", "spark.executor.cores=2"]  # two tasks share it
+    said = submit("yarn-client", "jobs/predict.py", "--model", "hdfs:///loop/model", "--scenes", "hdfs:///loop/catalog",
+                  "--out", "hdfs:///gpumaps", status=1, options=[*SMALL, *gpu])  # fmt: skip
+    assert "TensorFlow sees no GPU here, though Spark gave this task GPU 0; install sattile[gpu]" in said
+    said = submit("yarn-client", "jobs/train.py", "--dataset", "hdfs:///loop/tiles", "--out", "hdfs:///half", status=2,
+                  options=[*SMALL, *gpu])  # fmt: skip
+    assert "spark.task.resource.gpu.amount 0.5: workers of a training take whole GPUs, set it to 1" in said
 
 
 def test_a_packed_environment_is_what_the_nodes_run(cluster: Cluster, water: Path, tmp_path: Path) -> None:
