@@ -23,7 +23,8 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -229,6 +230,53 @@ def decoder(timeout: float | None = None) -> Decoder:
     if timeout is not None:
         _mine.timeout = timeout
     return _mine
+
+
+def read_ahead(
+    items: Iterable[T], call: Callable[[T], Callable[[], Any] | None], source: Callable[[T], str]
+) -> Iterator[tuple[T, Any]]:
+    """Read items in this process's decoder, each while the one before it is used.
+
+    Args:
+        call: what the decoder is to run for an item, a `partial`; None for an item that only passes, in its place.
+        source: what an item is read from; once that is refused, further items of it are left out.
+
+    Yields:
+        (item, what was read), (item, Refused), or (item, None), in order.
+    """
+    queue, passing, bad = iter(items), deque[T](), set[str]()
+    reader = decoder()
+    submitted: list[T] = []
+
+    def submit() -> None:
+        for item in queue:
+            wanted = call(item)
+            if wanted is None:
+                passing.append(item)
+            elif source(item) not in bad:
+                reader.submit(wanted)
+                submitted.append(item)
+                return
+
+    submit()
+    try:
+        while submitted or passing:
+            while passing:
+                yield passing.popleft(), None
+            if not submitted:
+                continue
+            item = submitted.pop()
+            try:
+                found = reader.result()
+            except Refused as error:
+                bad.add(source(item))
+                found = error
+            submit()
+            yield item, found
+    finally:
+        if submitted:  # the decoder serves other tasks of this process: leave nothing in it
+            with suppress(Exception):
+                reader.result()
 
 
 def _serve(descriptor: int, parent: int) -> None:

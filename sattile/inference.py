@@ -10,16 +10,16 @@ import json
 import math
 import re
 import resource
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sattile import drift, metrics, raster, record, scorers, storage
 from sattile import labels as label_module
-from sattile.decoder import decoder
+from sattile.decoder import read_ahead
 from sattile.errors import Refused, UsageError
 from sattile.grid import CELL, Geometry, Placement, Window, ceil_to, choose_geometry
 from sattile.labels import LabelSource
@@ -304,40 +304,16 @@ def label_blocks(pieces: Iterable[Piece], job: Inference) -> Iterator[Labelled]:
 
     A scene of which a block can't be read is refused: one result says why, and its further blocks are left out.
     """
-    queue, refused = iter(pieces), set()
-    reader = decoder()
+    how: dict[str, Any] = {"scaled": job.bundle.values == "scaled", "nodata": job.nodata, "aoi": job.aoi}
 
-    def read_ahead() -> Piece | None:
-        for piece in queue:
-            if piece.scene.scene_id not in refused:
-                reader.submit(
-                    read_block,
-                    piece,
-                    job.geometry,
-                    scaled=job.bundle.values == "scaled",
-                    nodata=job.nodata,
-                    aoi=job.aoi,
-                )
-                return piece
-        return None
+    def call(piece: Piece) -> Callable[[], BlockRead]:
+        return partial(read_block, piece, job.geometry, **how)
 
-    following = read_ahead()
-    try:
-        while following is not None:
-            piece, following = following, None
-            try:
-                block = reader.result()
-            except Refused as error:
-                refused.add(piece.scene.scene_id)
-                yield Labelled(piece, error.reason)
-                following = read_ahead()
-                continue
-            following = read_ahead()
+    for piece, block in read_ahead(pieces, call, lambda piece: piece.scene.scene_id):
+        if isinstance(block, Refused):
+            yield Labelled(piece, block.reason)
+        else:
             yield label_block(piece, block, job, job.scorer)
-    finally:
-        if following is not None:  # the decoder serves other tasks of this process: leave nothing in it
-            with suppress(Exception):
-                reader.result()
 
 
 @dataclass(frozen=True)

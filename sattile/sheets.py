@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -22,7 +22,7 @@ import numpy as np
 
 from sattile import engine as engines
 from sattile import mosaic, raster, record, storage, vectors
-from sattile.decoder import decoder
+from sattile.decoder import decoder, read_ahead
 from sattile.drift import Sights
 from sattile.errors import Refused, UsageError, nearest
 from sattile.grid import Placement, Window, hull
@@ -577,40 +577,23 @@ def read_steps(items: Iterable[Step | Work], job: Inference, layout: Layout) -> 
 
     A scene that can't be read is refused once, and its further steps are left out.
     """
-    queue, passing, bad = iter(items), list[Work](), set[str]()
-    reader = decoder()
+    how: dict[str, Any] = {
+        "scaled": job.bundle.values == "scaled", "nodata": job.nodata, "cloud": layout.weights.cloud,
+    }  # fmt: skip
 
-    def read_ahead() -> Step | None:
-        for item in queue:
-            if isinstance(item, Work):
-                passing.append(item)
-            elif item.scene.scene_id not in bad:
-                reader.submit(
-                    read_step, item.scene, item.region, item.cut.need, scaled=job.bundle.values == "scaled",
-                    nodata=job.nodata, cloud=layout.weights.cloud,
-                )  # fmt: skip
-                return item
-        return None
+    def call(item: Step | Work) -> Callable[[], Any] | None:
+        return partial(read_step, item.scene, item.region, item.cut.need, **how) if isinstance(item, Step) else None
 
-    following = read_ahead()
-    try:
-        while following is not None or passing:
-            yield from passing
-            passing.clear()
-            if following is None:
-                continue
-            step, following = following, None
-            try:
-                got = Got(step, *reader.result())
-            except Refused as error:
-                bad.add(step.scene.scene_id)
-                got = Got(step, reason=error.reason)
-            following = read_ahead()
-            yield got
-    finally:
-        if following is not None:  # the decoder serves other tasks of this process: leave nothing in it
-            with suppress(Exception):
-                reader.result()
+    def source(item: Step | Work) -> str:
+        return item.scene.scene_id if isinstance(item, Step) else ""
+
+    for item, read in read_ahead(items, call, source):
+        if isinstance(item, Work):
+            yield item
+        elif isinstance(read, Refused):
+            yield Got(item, reason=read.reason)
+        else:
+            yield Got(item, *read)
 
 
 # --- a block ------------------------------------------------------------------------------------------------------

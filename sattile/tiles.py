@@ -14,7 +14,7 @@ import pickle
 import re
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -611,18 +611,19 @@ class _Cutter:
 
     def _tiles(self, chunk: Chunk, piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
         """The tiles of a chunk that are kept, each with its split, in (row, col) order."""
-        from sattile.decoder import decoder
+        from sattile.decoder import read_ahead
 
         scene = chunk.scene
         piece.statistics = [BandStatistics(self.dtype) for _ in range(self.bands)]
-        strips = list(self._strips(chunk, piece))
-        child = decoder()
-        for index, strip in enumerate(strips):
-            if index == 0:
-                self._submit(child, chunk, strip.window)
-            data, valid, labelled = child.result()
-            if index + 1 < len(strips):
-                self._submit(child, chunk, strips[index + 1].window)  # decoded while this one is cut
+        how: dict[str, Any] = {"nodata": self.nodata, "scaled": self.scaled, "aoi": chunk.aoi}
+
+        def call(strip: _Strip) -> Callable[[], Any]:
+            return partial(read_labelled, scene, strip.window, chunk.source, **how)
+
+        for strip, read in read_ahead(self._strips(chunk, piece), call, lambda _: scene.scene_id):
+            if isinstance(read, Refused):
+                raise read
+            data, valid, labelled = read
             data = data.astype(self.dtype, copy=False)
             labelled = np.where(valid, labelled, np.uint8(IGNORE))
             for window, part, cell in strip.tiles:
@@ -632,11 +633,6 @@ class _Cutter:
                 if row is not None:
                     row |= {"scene_id": scene.scene_id, "row": window.row, "col": window.col, "spatial_block": cell}
                     yield part, row
-
-    def _submit(self, child: Any, chunk: Chunk, window: Window) -> None:
-        child.submit(
-            read_labelled, chunk.scene, window, chunk.source, nodata=self.nodata, scaled=self.scaled, aoi=chunk.aoi
-        )
 
     def _strips(self, chunk: Chunk, piece: Piece) -> Iterator[_Strip]:
         """Runs of kept tiles side by side, each read in one go."""

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sattile.decoder import GDAL_SETTINGS, Decoder, decoder
+from sattile.decoder import GDAL_SETTINGS, Decoder, decoder, read_ahead
 from sattile.errors import Refused, SattileError, UsageError
 
 
@@ -225,3 +228,38 @@ def test_the_child_ends_with_its_parent(tmp_path, busy):
         assert alive(child)
         parent.kill()
     assert gone_within(child, 10)
+
+
+def of(item: tuple[str, int]) -> Callable[[], Any] | None:
+    """Of `bad` every read is refused; what has no number passes."""
+    name, number = item
+    if number < 0:
+        return None
+    return partial(fail_on, name, number)
+
+
+def fail_on(name: str, number: int) -> int:
+    if name == "bad":
+        raise Refused(f"bad {number}")
+    return number * number
+
+
+def test_reading_ahead_keeps_the_order_and_leaves_out_what_was_refused():
+    items = [("", -1), ("a", 1), ("", -2), ("bad", 2), ("", -3), ("", -4), ("bad", 3), ("a", 4), ("bad", 5), ("", -5)]
+    taken = []
+    given = (taken.append(item) or item for item in items)
+    found = []
+    for (name, number), read in read_ahead(given, of, lambda item: item[0]):
+        found.append((name, number, read.reason if isinstance(read, Refused) else read))
+        if number == 1:
+            assert taken[-1] == ("bad", 2)  # the next is being read
+    assert found == [
+        ("", -1, None), ("a", 1, 1), ("", -2, None), ("bad", 2, "bad 2"), ("", -3, None), ("", -4, None), ("a", 4, 16),
+        ("", -5, None),
+    ]  # fmt: skip
+
+
+def test_reading_ahead_that_is_given_up_leaves_the_decoder_free():
+    for _ in read_ahead([("a", 1), ("a", 2), ("a", 3)], of, lambda item: item[0]):
+        break
+    assert decoder().call(add, 1, b=2) == 3

@@ -227,7 +227,7 @@ def test_any_archive_on_any_grid_is_the_mean_of_whole_image_inference(
     monkeypatch: pytest.MonkeyPatch, given_: list[dict[str, Any]], grid: str, block: int, apart: bool, seed: int
 ) -> None:
     monkeypatch.setattr(inference, "load_scorer", lambda *_, **__: pooling_network)
-    monkeypatch.setattr(sheets, "decoder", lambda: Here())
+    monkeypatch.setattr("sattile.decoder.decoder", Here)
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(seed)
         for one in given_:
@@ -262,7 +262,7 @@ def test_a_scene_much_finer_than_the_grid_is_taken_in_parts(
         return read(scene, region, need, **options)
 
     monkeypatch.setattr(sheets, "read_step", watch)
-    monkeypatch.setattr(sheets, "decoder", lambda: Here())
+    monkeypatch.setattr("sattile.decoder.decoder", Here)
     layout = layout_of("EPSG:32632@70", 64)
     geometry = Geometry("crop", 16, 16, 6, 2)
     scenes, job = scenes_of(archive), job_of(geometry)
