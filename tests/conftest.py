@@ -18,6 +18,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 
+@pytest.fixture
+def all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of this test take all cores, as a user's do."""
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def spark() -> Iterator[object]:
     """One local[2] session for all tests; retries as in production."""

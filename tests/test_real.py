@@ -32,7 +32,7 @@ def pixels(dataset: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(values).astype(np.float32), np.concatenate(labels)
 
 
-def test_a_unet_beats_a_per_pixel_classifier_on_water(spark, shared_data, tmp_path):
+def test_a_unet_beats_a_per_pixel_classifier_on_water(spark, shared_data, all_cores, tmp_path):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     water = shared_data / "water"
