@@ -6,7 +6,6 @@ import argparse
 import errno
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -19,7 +18,7 @@ from typing import Any
 import sattile
 from sattile import config, record
 from sattile.config import COMMANDS, Command, Option
-from sattile.errors import SattileError, UsageError, nearest
+from sattile.errors import SattileError, UsageError, nearest, said_by_task
 from sattile.pipeline import FOLDERS
 
 log = logging.getLogger("sattile")
@@ -54,12 +53,11 @@ def _main(arguments: list[str]) -> int:
         print(f"sattile: {error}{HINTS.get(error.errno or 0, '')}", file=sys.stderr)
         return 1
     except Exception as error:
-        # What a task said, within what Spark makes of it: pages of Java.
-        said = re.findall(r"sattile\.errors\.(\w+): (.+)", str(error))
-        if not said:
+        said = said_by_task(str(error))
+        if said is None:
             raise
-        print(f"sattile: {said[-1][1]}", file=sys.stderr)
-        return {"UsageError": UsageError.exit_status}.get(said[-1][0], 1)
+        print(f"sattile: {said}", file=sys.stderr)
+        return said.exit_status
 
 
 HINTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -37,6 +38,15 @@ class Refused(SattileError):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
+
+
+def said_by_task(text: str) -> SattileError | None:
+    """What a task of ours raised, out of what Spark makes of it: pages of Java."""
+    found = re.findall(rf"{re.escape(__name__)}\.(\w+): (.+)", text)
+    if not found:
+        return None
+    name, words = found[-1]
+    return UsageError(words) if name == UsageError.__name__ else SattileError(words)
 
 
 def nearest(name: str, known: Iterable[str], section: str = "") -> str:

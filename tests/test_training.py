@@ -19,7 +19,7 @@ from sattile.model import load_bundle
 from sattile.prediction import predict
 from sattile.training import loop, train
 from sattile.training.reader import load_dataset
-from sattile.training.settings import Settings, make_settings
+from sattile.training.settings import Settings, make_settings, most_devices
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ import os
 os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 import tensorflow as tf
 from sattile.training import loop
-from sattile.training.settings import Settings
+from sattile.training.settings import Settings, most_devices
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
@@ -276,3 +276,8 @@ def test_what_cannot_be_is_said_before_anything_runs(
     with pytest.raises(UsageError, match=words):
         train(spark, **({"dataset": dataset, "out": str(tmp_path / "model")} | change))
     assert not (tmp_path / "model").exists()
+
+
+def test_as_many_devices_as_share_a_batch_evenly() -> None:
+    assert [most_devices(Settings(batch_size=12), there) for there in range(6)] == [0, 1, 2, 3, 4, 4]
+    assert [most_devices(Settings(batch_size=12, accumulate=2), there) for there in (1, 4, 6)] == [1, 3, 6]

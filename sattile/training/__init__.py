@@ -6,7 +6,7 @@ batches       the same global batches for any number of workers, varied by augme
 settings      all that shapes the weights, and what of it can't be
 loop          `fit`: one worker's part, under the current `tf.distribute` strategy; what it makes small is in losses
 search        trainings over a small grid of settings, as Spark tasks
-__main__      the child process of the driver: the runner's `local_mode`, and assembling the bundle
+__main__      the child process of the driver: training on this machine, and assembling the bundle
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from sattile import engine, storage
 from sattile.dataset import unseen_classes
-from sattile.errors import SattileError, UsageError
+from sattile.errors import SattileError, UsageError, said_by_task
 from sattile.record import Run
 from sattile.training.loop import PROGRESS, describe
 from sattile.training.reader import Dataset, load_dataset
@@ -81,9 +81,9 @@ def train(
 ) -> str:
     """Train a segmentation model on a tiles dataset.
 
-    Always through MirroredStrategyRunner: on one machine a single worker in its `local_mode`, in a child process of the
-    driver; several, and those of a cluster, as barrier tasks of the session. The weights do not depend on the number of
-    workers. A training that was killed goes on from its last epoch when it is started again with the same settings.
+    On one machine a single worker, in a child process of the driver; several, and those of a cluster, as barrier tasks
+    of the session, through MirroredStrategyRunner. The weights do not depend on the number of workers. A training that
+    was killed goes on from its last epoch when it is started again with the same settings.
 
     Args:
         spark: the caller's session; its tasks do the work if there is more than one worker.
@@ -329,10 +329,8 @@ def _check_gpus(gpus: int) -> None:
 
 def _reason(text: str) -> SattileError:
     """The worker's own words out of Spark's."""
-    for kind in (UsageError, SattileError):
-        mark = f"sattile.errors.{kind.__name__}: "
-        if mark in text:
-            return kind(text.split(mark, 1)[1].splitlines()[0])
+    if said := said_by_task(text):
+        return said
     lines = [line.strip() for line in text.splitlines() if "Error" in line and not line.strip().startswith("at ")]
     return SattileError(f"training failed on a worker: {(lines or [text[:300]])[-1][:500]}")
 

@@ -1,8 +1,8 @@
 """The driver's child process, in which TensorFlow runs: `python -m sattile.training JOB`, JOB being JSON.
 
-`do` lists what to do: `build` (see whether the network can be built), `fit` (train here, through the runner's
-`local_mode`), `fit_alone` (without the runner, which wants a Spark session), `assemble` (make the bundle of the best
-weights). What comes of it goes to the file `answer`: `{"done": true}`, `{"usage": text}` or `{"error": text}`.
+`do` lists what to do: `build` (see whether the network can be built), `fit` (train here), `assemble` (make the bundle
+of the best weights). What comes of it goes to the file `answer`: `{"done": true}`, `{"usage": text}` or
+`{"error": text}`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import numpy as np
 
 from sattile import storage
 from sattile.errors import SattileError, UsageError
+from sattile.scorers import import_tensorflow
 from sattile.training import fit_worker, loop
 from sattile.training.reader import Dataset, Split, load_dataset
-from sattile.training.settings import Settings
+from sattile.training.settings import Settings, most_devices
+
+log = logging.getLogger("sattile")
 
 
 def main(text: str) -> int:
@@ -32,10 +35,9 @@ def main(text: str) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("sattile").setLevel(logging.INFO)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # the runner's way to name its strategy is deprecated
     try:
         for one in job["do"]:
-            {"build": build, "fit": fit, "fit_alone": fit_worker, "assemble": assemble}[one](job)
+            {"build": build, "fit": fit, "assemble": assemble}[one](job)
         answer: dict[str, Any] = {"done": True}
     except UsageError as error:
         answer = {"usage": str(error)}
@@ -68,17 +70,16 @@ def build(job: Mapping[str, Any]) -> Any:
 
 
 def fit(job: Mapping[str, Any]) -> None:
-    from spark_tensorflow_distributor import MirroredStrategyRunner
-
-    from sattile import engine
-
-    build(job)  # what is wrong with a builder is said before Spark starts
-    # The runner asks for a session even where it only calls the function: a small one of our own.
-    session = engine.session("local[1]", app_name="sattile-train")
-    try:
-        MirroredStrategyRunner(num_slots=1, local_mode=True, use_gpu=False).run(fit_worker, job=dict(job))
-    finally:
-        session.stop()
+    """What each worker of a cluster does, alone: on this machine's GPUs, or its CPU."""
+    tf = import_tensorflow()
+    settings = Settings.from_dict(job["settings"])
+    names = [one.name.removeprefix("/physical_device:") for one in tf.config.list_physical_devices("GPU")]
+    used = names[: most_devices(settings, len(names))]
+    if used:
+        log.info("train: on %s", ", ".join(used))
+    strategy = tf.distribute.MirroredStrategy(used) if len(used) > 1 else tf.distribute.get_strategy()
+    with strategy.scope():
+        fit_worker(job)
 
 
 def assemble(job: Mapping[str, Any]) -> None:

@@ -175,9 +175,7 @@ def run_trials(
         job = job_of(dataset, trial.out, trial.settings)
         try:
             with Run("train", trial.out, said_by(trial.settings, described)) as run:
-                run_training(
-                    run, job, partial(child, {"do": ["fit_alone", "assemble"], **job}, threads=threads), described
-                )
+                run_training(run, job, partial(child, {"do": ["fit", "assemble"], **job}, threads=threads), described)
                 run.finish()
                 skipped = run.skipped
         except SattileError as error:

@@ -97,6 +97,11 @@ def said_by(settings: Settings, dataset: Dataset) -> dict[str, Any]:
     return said
 
 
+def most_devices(settings: Settings, there: int) -> int:
+    """How many of the devices that are there can share a batch evenly."""
+    return max((n for n in range(1, there + 1) if settings.batch_size % (n * settings.accumulate) == 0), default=0)
+
+
 def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: int = 1) -> None:
     """Refuse what cannot be, before anything runs.
 
