@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--haze", type=float, default=0.0, help="of the trainings of `water` (default: 0)")
     parser.add_argument("--worker-memory", default="3g", help="of `networks` (default: 3g)")
     parser.add_argument("--engines", default="tensorflow,openvino", help="of `networks` (default: both)")
+    parser.add_argument("--cores", type=int, default=2, help="of `networks` (default: 2)")
     given = parser.parse_args()
     unknown = set(given.names) - {*ALL, *ASKED}
     if unknown:
@@ -51,7 +52,7 @@ def main() -> None:
             elif name == "networks":
                 predicting.networks(
                     folder, given.megapixels or MEGAPIXELS, given.repeats,
-                    worker_memory=given.worker_memory, engines=given.engines.split(","),
+                    worker_memory=given.worker_memory, engines=given.engines.split(","), cores=given.cores,
                 )  # fmt: skip
             else:
                 ALL[name](folder, given.megapixels or MEGAPIXELS, given.repeats)

@@ -1,6 +1,7 @@
 """Prediction against the bare model, and the engine with a cheap model against a plain rasterio loop.
 
-* bare model: as many processes as cores, one thread each, that call the same scorer on one window again and again.
+* bare model: as many processes as cores, one thread each, that call the same scorer on one window again and again (with
+  `--engines tensorflow-gpu` they share the GPU).
 * plain loop: one process reads blocks with rasterio, applies the same 1x1 model with numpy, writes a tiled GeoTIFF and
   makes the COG of it (mode overviews): the product that `sattile predict` publishes.
 """
@@ -71,12 +72,12 @@ def bare(model: str, engine: str, shape: tuple[int, int, int, int], seconds: flo
     return calls * batch[..., 0].size / 1e6 / (time.monotonic() - begin)
 
 
-def bare_speed(model: str, engine: str, shape: tuple[int, int, int, int], seconds: float = 25) -> float:
-    """Mpix/s of two such processes together."""
+def bare_speed(model: str, engine: str, shape: tuple[int, int, int, int], processes: int, seconds: float = 25) -> float:
+    """Mpix/s of some such processes together."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, context.Pool(2) as pool:
-        start = manager.Barrier(2)
-        return sum(pool.starmap(bare, [(model, engine, shape, seconds, start)] * 2))
+    with context.Manager() as manager, context.Pool(processes) as pool:
+        start = manager.Barrier(processes)
+        return sum(pool.starmap(bare, [(model, engine, shape, seconds, start)] * processes))
 
 
 def cheap_scores(data: np.ndarray) -> np.ndarray:
@@ -200,6 +201,7 @@ def networks(
     *,
     worker_memory: str = "3g",
     engines: Sequence[str] = ("tensorflow", "openvino"),
+    cores: int = 2,
 ) -> dict[str, Any]:
     """The default network by each engine: print and return ratios to the bare model, and of the engines."""
     from sattile.engine import session
@@ -213,7 +215,7 @@ def networks(
     delivered = {}
     options = {"worker_memory": worker_memory}
     for engine in engines:
-        spark = session("local[2]")  # workers of its own: what they held at most is said of them
+        spark = session(f"local[{cores}]")  # workers of its own: what they held at most is said of them
         try:
             # The first run is the start: workers, the network's compilation, memory taken for the first time.
             predicted(spark, model, scene, folder / "unet_out", engine=engine, **options)
@@ -224,7 +226,7 @@ def networks(
                 settings = record["settings"]
                 geometry = Geometry(**{name: settings[name] for name in Geometry.__dataclass_fields__})
                 shape = geometry.input_shape(edge, edge)
-                alone.append(bare_speed(model, engine, (settings["batch"], *shape, len(BANDS))))
+                alone.append(bare_speed(model, engine, (settings["batch"], *shape, len(BANDS)), cores))
         finally:
             spark.stop()
         evaluated = float(np.median([one["evaluated_mpix_per_s"] for one in records]))
@@ -232,12 +234,12 @@ def networks(
         found[engine] = evaluated / float(np.median(alone))
         price = record["evaluated_pixels"] / record["delivered_pixels"]
         print(
-            f"U-Net by {engine}, {pixels:.0f} Mpix, 2 cores, {worker_memory} a worker: windows of {shape[0]} px, "
+            f"U-Net by {engine}, {pixels:.0f} Mpix, {cores} cores, {worker_memory} a worker: windows of {shape[0]} px, "
             f"{evaluated:.2f} Mpix/s evaluated ({price:.2f} for each delivered), bare model {np.median(alone):.2f}, "
             f"ratio {found[engine]:.2f}; peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker "
             f"(medians of {repeats})"
         )
-    if len(delivered) < 2:
+    if not {"tensorflow", "openvino"} <= delivered.keys():
         return found
     found["openvino_to_tensorflow"] = delivered["openvino"] / delivered["tensorflow"]
     print(
