@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from sattile import schema, storage
 from sattile.errors import UsageError
+from sattile.statistics import MEASURED, steady
 
 FORMAT = "sattile-tiles/1"
 DESCRIPTION = "dataset.json"
@@ -53,6 +54,19 @@ def unseen_classes(description: Mapping[str, Any]) -> list[str]:
     if not pixels:
         return []
     return [one["name"] for one in description["classes"] if not pixels.get(str(one["id"]))]
+
+
+def wild_bands(description: Mapping[str, Any]) -> dict[str, str]:
+    """{band: what to say} where some values lie far off from all others: a missing value that no file declares?"""
+    found = {}
+    for band, one in description["statistics"].items():
+        if one["mean"] is None:
+            continue
+        low, high = one["percentiles"]["1"], one["percentiles"]["99"]
+        far = one["min"] if low - one["min"] > one["max"] - high else one["max"]
+        if steady(one) is not one or abs(far) > MEASURED:
+            found[band] = f"98 % of the values lie between {low:g} and {high:g}, and some at {far:.9g}"
+    return found
 
 
 class Part:

@@ -40,6 +40,11 @@ class Refused(SattileError):
         self.reason = reason
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, as far as a person wants to read it."""
+    return next(iter(str(error).strip().splitlines()), repr(error))
+
+
 def said_by_task(text: str) -> SattileError | None:
     """What a task of ours raised, out of what Spark makes of it: pages of Java."""
     found = re.findall(rf"{re.escape(__name__)}\.(\w+): (.+)", text)

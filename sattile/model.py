@@ -27,7 +27,7 @@ import numpy as np
 
 from sattile import card, scorers, storage
 from sattile.drift import Known
-from sattile.errors import SattileError, UsageError
+from sattile.errors import SattileError, UsageError, first_line
 from sattile.receptive import measure, other_size
 from sattile.schema import SegmentClass, describe_classes, read_classes
 from sattile.scorers import Scorer
@@ -299,7 +299,7 @@ def _for_openvino(
             }  # fmt: skip
             log.info("model: OpenVINO gives %.3f %% of %d pixels the label of TensorFlow", 100 * same, pixels)
     except Exception as error:  # whatever its converter says of an operation that it does not know
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        reason = first_line(error)
         log.warning("model: it can't be written for OpenVINO, and will run by TensorFlow alone: %s", reason[:300])
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder)
@@ -357,7 +357,7 @@ def _export(network: Any, folder: str) -> None:
             network = same
         network.export(folder, verbose=False)
     except Exception as error:  # Keras raises whatever its layers raise
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        reason = first_line(error)
         raise UsageError(f"the model can't be written as a SavedModel: {reason[:400]}") from error
 
 
@@ -539,17 +539,21 @@ def choose_engine(bundle: Bundle, engine: str = "auto", *, gpu: bool = False) ->
     if engine == "openvino":
         if not scorers.has_openvino():
             raise UsageError(scorers.NO_OPENVINO)
-        if not bundle.openvino:
+        if not bundle.openvino or not _has_openvino_files(bundle):
             raise UsageError(
-                f"engine openvino: model {bundle.url} was made where OpenVINO was not installed, or could not be "
-                f"written for it: make the bundle again, or use --engine tensorflow"
+                f"engine openvino: model {bundle.url} was made where OpenVINO was not installed, could not be written "
+                f"for it, or has lost its folder {OPENVINO}: make the bundle again, or use --engine tensorflow"
             )
     if engine != "auto":
         return engine
     if gpu:
         return scorers.GPU
     fast = scorers.has_openvino() and bundle.openvino.get("agreement", 0) >= AGREEMENT
-    return "openvino" if fast else "tensorflow"
+    return "openvino" if fast and _has_openvino_files(bundle) else "tensorflow"
+
+
+def _has_openvino_files(bundle: Bundle) -> bool:
+    return all(storage.exists(storage.join(one.url, OPENVINO, XML)) for one in bundle.members or (bundle,))
 
 
 def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1, tta: str = "none") -> Scorer:
@@ -566,8 +570,9 @@ def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1, tta: 
         SattileError: if the bundle's network is not the one that it describes, or TensorFlow already runs in this
             process with other threads.
     """
-    engine = choose_engine(bundle, engine)
     members = bundle.members or (bundle,)
+    if not all((one.digest, engine, threads) in _loaded for one in members):  # it is asked for with each block
+        engine = choose_engine(bundle, engine)
     return scorers.turned(scorers.averaged([_load_one(one, engine, threads) for one in members]), tta)
 
 

@@ -687,7 +687,8 @@ def _valid(
         else:
             valid &= source.read_masks(band.index, window=area) != 0
         if np.dtype(band.dtype).kind == "f":
-            valid &= np.isfinite(values)
+            with np.errstate(over="ignore"):
+                valid &= np.isfinite(values.astype(np.float32, copy=False))  # as networks see them
     return valid
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+MEASURED = 1e15
+"""No sensor measures more; squares of more leave float32."""
 
 PERCENTILES = (1, 2, 5, 25, 50, 75, 95, 98, 99)
 
@@ -68,6 +72,32 @@ class BandStatistics:
         found = (float(values[seen[np.searchsorted(rank, max(count * p / 100, 1))]]) for p in PERCENTILES)
         at = {str(p): min(max(value, low), high) for p, value in zip(PERCENTILES, found, strict=True)}
         return {"mean": mean, "std": math.sqrt(variance), "min": low, "max": high, "percentiles": at}
+
+
+def steady(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A summary that a few wild values cannot move: as it is, unless the mean lies outside of what 98 % of the values
+    are; then with the median for it."""
+    percentiles = found.get("percentiles") or {}
+    if not {"1", "50", "99"} <= percentiles.keys() or percentiles["1"] <= found["mean"] <= percentiles["99"]:
+        return found
+    middle = {**found, "mean": percentiles["50"]}
+    return middle | {"std": spread(middle)}
+
+
+def spread(found: Mapping[str, Any]) -> float:
+    """A band's deviation that a few wild values cannot blow up; 1 for a constant band.
+
+    The larger half of the range from the 1st to the 99th percentile over 2.33 (a normal distribution's own ratio) where
+    outliers have blown up the plain one.
+    """
+    std = float(found["std"])
+    percentiles = found.get("percentiles") or {}
+    if "1" in percentiles and "99" in percentiles:
+        mean = float(found["mean"])
+        half = max(float(percentiles["99"]) - mean, mean - float(percentiles["1"])) / 2.33
+        if 0 < half < std:
+            std = half
+    return std if std > 0 else 1.0
 
 
 def _float_bin(values: np.ndarray) -> np.ndarray:

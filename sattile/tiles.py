@@ -24,7 +24,16 @@ import numpy as np
 from sattile import engine, grid, schema, storage
 from sattile import labels as label_module  # `labels` and `split` are options of `tile`, by contract
 from sattile import split as split_module
-from sattile.dataset import DESCRIPTION, FORMAT, Part, npy, petastorm_metadata, read_description, unseen_classes
+from sattile.dataset import (
+    DESCRIPTION,
+    FORMAT,
+    Part,
+    npy,
+    petastorm_metadata,
+    read_description,
+    unseen_classes,
+    wild_bands,
+)
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
 from sattile.labels import LabelSource
@@ -242,6 +251,8 @@ def tile(
             log.warning("tile: no validation tiles: training will have to validate on its own tiles")
         if unseen := unseen_classes(description):
             log.warning("tile: no training tile shows %s: a network can't learn it from these", ", ".join(unseen))
+        for band, words in wild_bands(description).items():
+            log.warning("tile: band %s: %s: a missing value that no file declares? --nodata says it", band, words)
         run.finish()
     return out
 

@@ -33,10 +33,18 @@ def resolve(url: str) -> str:
     """The bundle's folder: `url`, or the latest of the versions that it holds.
 
     Raises:
-        UsageError: if its `latest.json` is damaged, or names what is not there.
+        UsageError: if its `latest.json` is missing, damaged, or names what is not there.
     """
-    if storage.exists(storage.join(url, BUNDLE)) or not storage.exists(storage.join(url, LATEST)):
+    if storage.exists(storage.join(url, BUNDLE)):
         return url
+    if not storage.exists(storage.join(url, LATEST)):
+        there = _whole(url)
+        if not there:
+            return url
+        raise UsageError(
+            f"{url} holds versions of a model ({', '.join(there)}) and no {LATEST}, which says which is the latest: "
+            f"name one, such as {storage.join(url, there[-1])}; a training with --versions writes it anew"
+        )
     said, _ = _read(url)
     if said is None:
         raise UsageError(
@@ -45,8 +53,7 @@ def resolve(url: str) -> str:
         )
     found = storage.join(url, said)
     if not storage.exists(storage.join(found, BUNDLE)):
-        names = [storage.name(entry.url) for entry in storage.list_folder(url)]
-        there = [f"v{one}" for one in _numbers(names) if storage.exists(storage.join(url, f"v{one}", BUNDLE))]
+        there = _whole(url)
         raise UsageError(
             f"{storage.join(url, LATEST)} names {said}, which is not there"
             + (f"; there are {', '.join(there)}: name one, such as {storage.join(url, there[-1])}" if there else "")
@@ -66,9 +73,18 @@ def _read(root: str) -> tuple[str | None, int]:
     return names[0], max(_numbers([one for one in names if one]), default=0)
 
 
+def _whole(root: str) -> list[str]:
+    """Names of the versions below a folder that are bundles."""
+    names = _numbers([storage.name(entry.url) for entry in storage.list_folder(root)])
+    folders = ((f"v{one}", storage.join(root, f"v{one}")) for one in names)
+    return [name for name, folder in folders if all(storage.exists(storage.join(folder, x)) for x in (MARK, BUNDLE))]
+
+
 def is_version(url: str) -> bool:
     """Whether this is one of the versions of a model."""
-    return NAME.fullmatch(storage.name(url)) is not None and storage.exists(storage.join(storage.parent(url), LATEST))
+    if NAME.fullmatch(storage.name(url)) is None:
+        return False
+    return any(storage.exists(one) for one in (storage.join(url, MARK), storage.join(storage.parent(url), LATEST)))
 
 
 @contextmanager
@@ -90,7 +106,7 @@ def opened(
             f"--versions --out {storage.parent(out)} makes the next one"
         )
     if not versions:
-        if storage.exists(storage.join(out, LATEST)):
+        if storage.exists(storage.join(out, LATEST)) or _whole(out):
             raise UsageError(f"--out {out} holds versions of a model: --versions makes the next one")
         with Run(command, out, settings, overwrite) as run:
             yield run

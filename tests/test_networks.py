@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sattile.errors import UsageError
+from sattile.model import save_bundle
 from sattile.receptive import measure
-from sattile.schema import IGNORE
+from sattile.schema import IGNORE, SegmentClass
+from sattile.statistics import BandStatistics, steady
 from sattile.training import indices, losses, networks, transfer
 
 
@@ -32,6 +35,46 @@ def test_a_few_wild_values_do_not_flatten_a_band() -> None:
         10.3, abs=0.1
     )
     assert networks.spread({"mean": 5, "std": 0, "percentiles": {"1": 5, "99": 5}}) == 1
+
+
+def test_values_that_carry_the_mean_off_do_not_count() -> None:
+    """One in ten thousand is -1e9; or float32's least number, as files without a declared nodata have it."""
+    rng = np.random.default_rng(0)
+    for wild in (-1e9, float(np.finfo(np.float32).min)):
+        values = rng.normal(100, 10, 100_000).astype(np.float32)
+        values[::10_000] = wild
+        made = BandStatistics("float32")
+        made.add(values)
+        found = steady(made.summary())
+        assert found["mean"] == pytest.approx(100, abs=1)
+        assert found["std"] == pytest.approx(10, abs=0.5)
+    usual = {"mean": 90.0, "std": 12.0, "percentiles": {"1": 77, "50": 95, "99": 124}}
+    assert steady(usual) is usual
+
+
+def test_a_network_is_known_by_what_it_does_not_by_how_keras_counts() -> None:
+    import keras
+
+    def found(activation: str = "relu", seed: int = 0) -> str:
+        keras.utils.set_random_seed(seed)
+        given = keras.Input((None, None, 2))
+        x = keras.layers.Conv2D(4, 3, padding="same", activation=activation)(given)
+        x = keras.layers.Concatenate()([given, x])
+        return networks.fingerprint(keras.Model(given, keras.layers.Conv2D(2, 1)(x)))
+
+    assert found() == found()
+    assert len({found(), found("tanh"), found(seed=1)}) == 3
+
+
+@pytest.mark.parametrize("arch", list(networks.BODIES))
+def test_tiles_are_multiples_of_the_stride(arch: str) -> None:
+    given = {"bands": ["a"], "classes": ["x", "y"], "statistics": {"a": {"mean": 1, "std": 1}}}
+    step = networks.stride(arch)
+    network = networks.build(arch, size=3 * step, **given)
+    networks.check_size(arch, network, 3 * step)
+    if step > 1:
+        with pytest.raises(UsageError, match=f"tiles of {3 * step + 1} x"):
+            networks.check_size(arch, network, 3 * step + 1)
 
 
 def build_foreign(bands: list[str], classes: list[str], statistics: dict[str, Any]) -> Any:
@@ -190,6 +233,21 @@ def test_scores_of_known_classes_are_kept() -> None:
     before, after = np.asarray(old(values)), np.asarray(new(values))
     ratio = after[..., 0] / after[..., 2]
     np.testing.assert_allclose(ratio, before[..., 1] / before[..., 0], rtol=1e-3)
+
+
+def test_bands_are_known_by_other_names_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bands, here = ["green", "nir", "swir1"], ["B11", "B8A", "B03", "B12"]
+    old = make("unet-tiny", bands, ["x", "y"], index_names=("ndwi", "nir~swir1"))
+    classes = (SegmentClass(0, "x", "#000000"), SegmentClass(1, "y", "#ffffff"))
+    about = {"arch": "unet-tiny", "indices": ["ndwi", "nir~swir1"]}
+    save_bundle(str(tmp_path / "old"), old, bands=bands, classes=classes, fill=[0] * 3, about=about)
+    given: dict[str, Any] = {"indices": (), "classes": ["x", "y"]}
+    source = transfer.load(str(tmp_path / "old"), bands=here, **given)
+    assert source.bands == ("B03", "B8A", "B11")
+    assert source.indices == ("ndwi", "B8A~B11")
+    with caplog.at_level(logging.WARNING, "sattile"):
+        assert transfer.load(str(tmp_path / "old"), bands=["a", "b"], **given).bands == ("green", "nir", "swir1")
+    assert "knows none of the bands here; weights of a, b begin anew" in caplog.text
 
 
 def test_a_keras_file_that_names_no_bands_must_fit(tmp_path: Path) -> None:

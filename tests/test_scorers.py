@@ -142,11 +142,22 @@ def test_stored_values_far_from_zero_cost_nothing(build: Callable[[float], Any],
     assert found[1] < 1.2 * found[0]
 
 
+def test_a_bundle_that_lost_its_part_for_openvino_runs_tensorflow(made: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(made.url, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "openvino")
+    copy = with_agreement(load_bundle(str(tmp_path / "copy")), 1.0)
+    assert choose_engine(copy) == "tensorflow"
+    with pytest.raises(UsageError, match="has lost its folder openvino"):
+        choose_engine(copy, "openvino")
+
+
 def test_a_gpu_that_tensorflow_does_not_see_is_refused(made: Bundle) -> None:
     if scorers.import_tensorflow().config.list_physical_devices("GPU"):
         pytest.skip("there is a GPU here")
     with pytest.raises(SattileError, match=r"sees no GPU here; install sattile\[gpu\].*or use --engine tensorflow"):
         load_scorer(made, engine=scorers.GPU)
+    with pytest.raises(UsageError, match="sees no GPU here"):  # by the driver, before anything runs
+        scorers.check_gpu()
 
 
 def test_a_network_runs_on_the_device_that_is_named_and_gives_the_same(made: Bundle, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from sattile.errors import TooManyRefused, UsageError
 from sattile.schema import Scene
 from sattile.split import SplitRule
 from sattile.tiles import _whereabouts, tile
+from sattile.training.reader import load_dataset
 
 NAMES = ("B02", "B03", "B04")
 
@@ -288,6 +289,28 @@ def test_without_classes_an_attributes_values_are_the_classes(spark, tmp_path):
     (row,) = rows_of(out).itertuples()
     assert (row.labels[:20, :30] == 0).all()  # later shapes lie on top
     assert (row.labels[20:] == 1).all()
+
+
+def test_missing_values_that_no_file_declares_are_told(spark, tmp_path, caplog):
+    """Float32's least number is a value, if a wild one; what float32 can't hold no network sees."""
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        image = rng.normal(100, 10, (2, 64, 96))
+        image[0, 3, 5] = np.finfo(np.float32).min
+        image[1, 7, 9] = 1e300
+        where = {"west": 600_000 + 5000 * index}
+        write_scene(tmp_path / "scenes" / f"s{index}.tif", image, names=("a", "b"), **where)
+        write_scene(tmp_path / "labels" / f"s{index}.tif", rng.integers(0, 2, (1, 64, 96)).astype(np.uint8), **where)
+    given = {"scenes": [str(tmp_path / "scenes")], "labels": str(tmp_path / "labels")}
+    out = tile(spark, **given, out=str(tmp_path / "out"), size=32, classes="even,odd", split="scene")
+    assert "band a: 98 % of the values lie between 7" in caplog.text
+    assert "and some at -3.40282347e+38: a missing value that no file declares? --nodata says it" in caplog.text
+    assert "band b:" not in caplog.text
+    hidden = [int((~row.valid).sum()) for row in rows_of(out).itertuples()]
+    assert sum(hidden) == 3
+    described = load_dataset(out)  # as a training takes it
+    np.testing.assert_allclose(described.mean, 100, atol=1)
+    np.testing.assert_allclose(described.std, 10, atol=1)
 
 
 def test_a_class_without_a_training_pixel_is_told(spark, tmp_path, caplog):

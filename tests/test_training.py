@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import rasterio
 from scenes_for_tests import write_scene
 from tiles_for_tests import BANDS, SIZE, make_tile, write_dataset, write_splits
 
-from sattile.errors import UsageError
+from sattile import storage
+from sattile.errors import SattileError, UsageError
 from sattile.model import load_bundle
 from sattile.prediction import predict
 from sattile.training import loop, train
 from sattile.training.reader import load_dataset
-from sattile.training.settings import Settings, make_settings, most_devices
+from sattile.training.settings import Settings, make_settings, most_devices, said_by
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +248,66 @@ def test_a_builder_that_fails_is_a_usage_error(spark: Any, dataset: str, tmp_pat
     assert not (tmp_path / "model" / "bundle.json").exists()
 
 
+BUILDER = """
+import keras
+
+def build(bands, classes, statistics):
+    given = keras.Input((None, None, len(bands)))
+    x = keras.layers.Rescaling(1e-3)(given)
+    x = keras.layers.Conv2D(4, 3, padding="same", activation="{activation}")(x)
+    return keras.Model(given, keras.layers.Conv2D(len(classes), 1, activation="softmax")(x))
+
+def broken(bands, classes, statistics):
+    raise RuntimeError("my own\\nfault")
+"""
+
+
+def test_a_builder_is_known_by_what_it_builds(
+    spark: Any, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, out = tmp_path / "a_builder.py", tmp_path / "model"
+    code.write_text(BUILDER.format(activation="relu"))
+    how: dict[str, Any] = {"dataset": dataset, "out": str(out), "arch": "a_builder:build", "epochs": 1}
+    train(spark, **how)
+    code.write_text(BUILDER.format(activation="tanh"))
+    with pytest.raises(UsageError, match=r"made with other settings.*network:"):
+        train(spark, **how)
+    with pytest.raises(UsageError, match=r"the builder failed, in .*a_builder\.py line 11: RuntimeError: my own$"):
+        train(spark, **(how | {"arch": "a_builder:broken", "out": str(tmp_path / "none")}))
+    assert not (tmp_path / "none").exists()
+
+
+def test_other_names_of_classes_or_bands_are_another_training(dataset: str) -> None:
+    described = load_dataset(dataset)
+    settings = make_settings(described, {})
+    land, water = described.classes
+    others = [
+        replace(described, classes=(replace(land, name="water"), replace(water, name="land"))),
+        replace(described, bands=("nir", "green", "swir")),
+    ]
+    assert len({storage.digest(said_by(settings, one)) for one in (described, *others)}) == 3
+
+
+def test_a_validation_loss_that_is_no_number_is_said(dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(SattileError, match=r"loss of epoch 1 is (nan|inf).*lower --learning-rate \(it was 1e\+30\)"):
+        weights_of(dataset, tmp_path, Settings(**{**SMALL.to_dict(), "learning_rate": 1e30, "batch_size": 12}))
+
+
+def test_a_missing_value_that_nobody_declared_is_said(spark: Any, tmp_path: Path) -> None:
+    url = Path(write_splits(tmp_path / "set", train=3, val=1)) / "dataset.json"
+    described = json.loads(url.read_text())
+    least = float(np.finfo(np.float32).min)
+    wild = {"mean": least / 50, "std": -least, "min": least, "max": 9, "percentiles": {"1": least, "50": 5, "99": 9}}
+    url.write_text(json.dumps(described | {"statistics": described["statistics"] | {"nir": wild}}))
+    with pytest.raises(UsageError, match=r"band nir has values from -3.4\d+e\+38 to 9.*--nodata -3.4028234"):
+        train(spark, dataset=str(url.parent), out=str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"arch": "unet-large", "dataset": 24}, "tiles of .* have 24 pixels: tile again with --size 16 or 32, or use"),
         ({"workers": 5}, "use 1, 2, 4"),
         ({"workers": 4}, r"runs 2 task\(s\) at once"),
         ({"arch": "unet-enormous"}, "unet-small"),
@@ -273,6 +332,10 @@ def test_a_builder_that_fails_is_a_usage_error(spark: Any, dataset: str, tmp_pat
 def test_what_cannot_be_is_said_before_anything_runs(
     spark: Any, dataset: str, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
+    if "dataset" in change and isinstance(change["dataset"], int):
+        url = Path(write_splits(tmp_path / "set", train=1)) / "dataset.json"
+        url.write_text(json.dumps(json.loads(url.read_text()) | {"size": change["dataset"]}))
+        change = change | {"dataset": str(url.parent)}
     with pytest.raises(UsageError, match=words):
         train(spark, **({"dataset": dataset, "out": str(tmp_path / "model")} | change))
     assert not (tmp_path / "model").exists()

@@ -262,3 +262,18 @@ def test_a_damaged_latest_is_not_followed_and_is_written_anew(tmp_path: Path, co
         resolve(str(tmp_path))
     assert make(tmp_path, {"seed": 1}) == "v2"
     assert latest(tmp_path) == "v2"
+
+
+def test_versions_without_a_latest_are_still_versions(tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    make(root, {"seed": 1})
+    (root / "latest.json").unlink()
+    with pytest.raises(UsageError, match=r"holds versions of a model \(v1\) and no latest\.json.*name one, such as"):
+        resolve(str(root))
+    before = files_of(root)
+    for out in (root, root / "v1"):
+        with pytest.raises(UsageError, match="--versions"), opened("train", str(out), {"seed": 2}, overwrite=True):
+            pass
+    assert files_of(root) == before
+    assert make(root, {"seed": 2}) == "v2"
+    assert latest(root) == "v2"

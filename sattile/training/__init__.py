@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import subprocess
 import sys
 import threading
@@ -150,18 +149,16 @@ def train(
             f"or leave --reader out: the tiles are the same"
         )
     # On a cluster a single worker is an executor's, too: the driver's container is small, and has no Spark to start.
-    on_cluster = workers > 1 or not _is_local(spark)
+    on_cluster = workers > 1 or not engine.is_local(spark)
     if on_cluster:
         _check_slots(spark, workers)
     dataset, out = storage.absolute(dataset), storage.absolute(out)
-    with opened("train", out, said_by(settings, described), overwrite, versions) as run:
+    with opened("train", out, said_by(settings, described, built(dataset, settings)), overwrite, versions) as run:
         job = job_of(dataset, run.out, settings, petastorm=reader == "petastorm")
         run.extra["workers"] = workers
 
         def make() -> None:
             if on_cluster:
-                if ":" in arch:
-                    child({"do": ["build"], **job})
                 run.extra["restarts"] = _fit_on_cluster(spark, workers, job, max_restarts)
             child({"do": ["assemble"] if on_cluster else ["fit", "assemble"], **job})
 
@@ -176,8 +173,20 @@ def job_of(dataset: str, out: str, settings: Settings, *, petastorm: bool = Fals
     return {"dataset": dataset, "work": work, "settings": settings.to_dict(), "petastorm": petastorm}
 
 
+def built(dataset: str, settings: Settings) -> str | None:
+    """Build what a builder of the user's own makes, and say what it is: `networks.fingerprint`.
+
+    Raises:
+        UsageError: if it can't be built.
+    """
+    if ":" not in settings.arch:
+        return None
+    found: str = child({"do": ["build"], **job_of(dataset, "", settings)})["network"]
+    return found
+
+
 def run_training(
-    run: Run, job: Mapping[str, Any], make: Callable[[], None], described: Dataset, versions: bool = False
+    run: Run, job: Mapping[str, Any], make: Callable[[], object], described: Dataset, versions: bool = False
 ) -> None:
     """Make and publish the bundle of a run, if it is not there already.
 
@@ -190,7 +199,7 @@ def run_training(
         log.info("train: %s is done already", run.out)
         run.skipped = 1
     else:
-        if run.replacing:
+        if run.changed:
             storage.remove(job["work"])
         epochs = job["settings"]["epochs"]
         pixels = described.tiles("train") * described.size**2 * epochs
@@ -202,11 +211,6 @@ def run_training(
     storage.remove(job["work"])
 
 
-def _is_local(spark: SparkSession) -> bool:
-    """Whether tasks are threads of the driver's own JVM."""
-    return re.fullmatch(r"local(\[.*\])?", spark.sparkContext.master or "") is not None
-
-
 def _check_slots(spark: SparkSession, workers: int) -> None:
     """All barrier tasks must run at once: say so now, not in Spark's words after a minute of waiting."""
     if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
@@ -215,7 +219,7 @@ def _check_slots(spark: SparkSession, workers: int) -> None:
             f"--conf spark.dynamicAllocation.enabled=false --num-executors {workers}"
         )
     # Executors register one after the other in the first moments of a session; the threads of a local one are there.
-    slots = _slots(spark, workers, 0 if _is_local(spark) else REGISTRATION)
+    slots = _slots(spark, workers, 0 if engine.is_local(spark) else REGISTRATION)
     if slots < workers:
         raise UsageError(
             f"workers {workers}: the session {spark.sparkContext.master} runs {slots} task(s) at once and all workers "
@@ -335,7 +339,7 @@ def _reason(text: str) -> SattileError:
     return SattileError(f"training failed on a worker: {(lines or [text[:300]])[-1][:500]}")
 
 
-def child(job: Mapping[str, Any], *, threads: int | None = None) -> None:
+def child(job: Mapping[str, Any], *, threads: int | None = None) -> dict[str, Any]:
     """Run `python -m sattile.training` on a job and hand on what it prints; its errors are raised here.
 
     TensorFlow stays out of the caller's process, which may be a notebook with a TensorFlow of its own. The child ends
@@ -343,6 +347,9 @@ def child(job: Mapping[str, Any], *, threads: int | None = None) -> None:
 
     Args:
         threads: that TensorFlow may use; all cores if not given.
+
+    Returns:
+        Its answer.
     """
     environment = {
         # The caller's gateway and submit arguments would bind the child to the caller's session.
@@ -384,9 +391,9 @@ def child(job: Mapping[str, Any], *, threads: int | None = None) -> None:
             for stream in (process.stdin, process.stdout):
                 if stream:
                     stream.close()
-        found = storage.read_json(answer) if storage.exists(answer) else {}
+        found: dict[str, Any] = storage.read_json(answer) if storage.exists(answer) else {}
     if status == 0 and found.get("done"):
-        return
+        return found
     if "usage" in found:
         raise UsageError(found["usage"])
     if "error" in found:

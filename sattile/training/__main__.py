@@ -1,7 +1,7 @@
 """The driver's child process, in which TensorFlow runs: `python -m sattile.training JOB`, JOB being JSON.
 
 `do` lists what to do: `build` (see whether the network can be built), `fit` (train here), `assemble` (make the bundle
-of the best weights). What comes of it goes to the file `answer`: `{"done": true}`, `{"usage": text}` or
+of the best weights). What comes of it goes to the file `answer`: `{"done": true, ...}`, `{"usage": text}` or
 `{"error": text}`.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from sattile import storage
 from sattile.errors import SattileError, UsageError
 from sattile.scorers import import_tensorflow
-from sattile.training import fit_worker, loop
+from sattile.training import fit_worker, loop, networks
 from sattile.training.reader import Dataset, Split, load_dataset
 from sattile.training.settings import Settings, most_devices
 
@@ -36,9 +36,10 @@ def main(text: str) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("sattile").setLevel(logging.INFO)
     try:
+        answer: dict[str, Any] = {}
         for one in job["do"]:
-            {"build": build, "fit": fit, "assemble": assemble}[one](job)
-        answer: dict[str, Any] = {"done": True}
+            answer |= {"build": build, "fit": fit, "assemble": assemble}[one](job) or {}
+        answer["done"] = True
     except UsageError as error:
         answer = {"usage": str(error)}
     except SattileError as error:
@@ -64,9 +65,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def build(job: Mapping[str, Any]) -> Any:
+def build(job: Mapping[str, Any]) -> dict[str, Any]:
+    """See whether the network can be built, and what it is."""
+    network = _network(job)
+    networks.check_size(job["settings"]["arch"], network, load_dataset(job["dataset"]).size)
+    return {"network": networks.fingerprint(network)}
+
+
+def _network(job: Mapping[str, Any]) -> Any:
     """The network of a job, with its first weights."""
-    return loop.make_network(load_dataset(job["dataset"]), Settings.from_dict(job["settings"]))
+    return loop.first_network(load_dataset(job["dataset"]), Settings.from_dict(job["settings"]))
 
 
 def fit(job: Mapping[str, Any]) -> None:
@@ -86,7 +94,7 @@ def assemble(job: Mapping[str, Any]) -> None:
     from sattile.model import save_bundle
 
     described = load_dataset(job["dataset"])
-    network = build(job)
+    network = _network(job)
     state = loop.read_best(job["work"])
     network.set_weights(state.weights)
     staged = storage.join(job["work"], "bundle")

@@ -31,6 +31,14 @@ log = logging.getLogger("sattile")
 CHECKPOINT, PROGRESS = "checkpoint.npz", "progress.json"
 
 
+def first_network(described: Dataset, settings: Settings, *, precision: str = "float32") -> Any:
+    """The network that a training begins with: that of its seed."""
+    import keras
+
+    keras.utils.set_random_seed(settings.seed)
+    return make_network(described, settings, precision=precision)
+
+
 def make_network(described: Dataset, settings: Settings, *, precision: str = "float32") -> Any:
     """The network of a training, with its first weights.
 
@@ -40,7 +48,7 @@ def make_network(described: Dataset, settings: Settings, *, precision: str = "fl
     import keras
 
     names: dict[str, Any] = {"bands": described.bands, "classes": [one.name for one in described.classes]}
-    statistics = described.description["statistics"]
+    statistics = described.statistics
     source = None
     if settings.start_from:
         source = transfer.load(settings.start_from, indices=settings.indices, **names)
@@ -101,9 +109,8 @@ def fit(
     }
     validating = shared | {"shuffle": False, "hidden": seen_before(held_out)}
 
-    keras.utils.set_random_seed(settings.seed)
     with strategy.scope():
-        network = make_network(described, settings, precision=settings.precision)
+        network = first_network(described, settings, precision=settings.precision)
         steps = len(plan(len(split), settings.batch_size, seed=0, epoch=0)[0])
         optimizer = keras.optimizers.AdamW(_schedule(settings, steps), weight_decay=settings.weight_decay)
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
@@ -115,53 +122,60 @@ def fit(
     train_step, validate_step = _steps(strategy, network, optimizer, loss, settings.accumulate)
 
     url = storage.join(work, CHECKPOINT)
-    key = storage.digest(said_by(settings, described))
+    key = storage.digest(said_by(settings, described, networks.fingerprint(network)))
     state = _resume(url, key, network, optimizer)
     _agree(strategy, len(state.history))
     callbacks = keras.callbacks.CallbackList([_tensorboard(work)] if worker == 0 else [], model=network)
     callbacks.on_train_begin()
-    for epoch in range(len(state.history), settings.epochs):
-        if state.stale >= settings.patience > 0:
-            break
-        callbacks.on_epoch_begin(epoch)
-        start = time.monotonic()
-        batches = Batches(split, epoch=epoch, **training)
-        found = [train_step(*_spread(strategy, workers, batch)) for batch in batches]
-        mean_loss = float(np.mean([float(one) for one in found]))
-        if not np.isfinite(mean_loss):
-            raise SattileError(
-                f"the loss of epoch {epoch + 1} is {mean_loss}: lower --learning-rate (it was "
-                f"{settings.learning_rate:g})"
-            )
-        seconds = time.monotonic() - start
-        parts = [validate_step(*_spread(strategy, workers, batch)) for batch in Batches(held_out, **validating)]
-        confusion = np.sum([np.asarray(part[0], np.int64) for part in parts], axis=0)
-        measured = metrics.summarize(confusion, described.classes)
-        logs = {
-            "epoch": epoch + 1,
-            "loss": mean_loss,
-            "val_loss": float(sum(float(part[1]) for part in parts) / max(confusion.sum(), 1)),
-            "val_miou": measured["miou"],
-            "learning_rate": float(optimizer.learning_rate),
-            "seconds": round(time.monotonic() - start, 2),
-            "tiles_per_s": round(len(split) / seconds, 1),
-            "waiting": round(batches.waited / seconds, 4),
-        }
-        state.add(logs, {**measured, "split": held_out.name}, network)
-        # Every worker reads the weights (that may take all of them), one writes.
-        saved = state.to_bytes(key, network, optimizer)
-        if worker == 0:
-            storage.write_bytes(url, saved)
-            storage.write_json(storage.join(work, PROGRESS), state.history)
-        callbacks.on_epoch_end(epoch, {name: float(value) for name, value in logs.items() if value is not None})
-        if stop_after == epoch + 1:
-            break
-    callbacks.on_train_end()
+    try:
+        for epoch in range(len(state.history), settings.epochs):
+            if state.stale >= settings.patience > 0:
+                break
+            callbacks.on_epoch_begin(epoch)
+            start = time.monotonic()
+            batches = Batches(split, epoch=epoch, **training)
+            found = [train_step(*_spread(strategy, workers, batch)) for batch in batches]
+            mean_loss = float(np.mean([float(one) for one in found]))
+            _check_loss(mean_loss, "loss", epoch, settings)
+            seconds = time.monotonic() - start
+            parts = [validate_step(*_spread(strategy, workers, batch)) for batch in Batches(held_out, **validating)]
+            confusion = np.sum([np.asarray(part[0], np.int64) for part in parts], axis=0)
+            measured = metrics.summarize(confusion, described.classes)
+            val_loss = float(sum(float(part[1]) for part in parts) / max(confusion.sum(), 1))
+            _check_loss(val_loss, "validation loss", epoch, settings)
+            logs = {
+                "epoch": epoch + 1,
+                "loss": mean_loss,
+                "val_loss": val_loss,
+                "val_miou": measured["miou"],
+                "learning_rate": float(optimizer.learning_rate),
+                "seconds": round(time.monotonic() - start, 2),
+                "tiles_per_s": round(len(split) / seconds, 1),
+                "waiting": round(batches.waited / seconds, 4),
+            }
+            state.add(logs, {**measured, "split": held_out.name}, network)
+            # Every worker reads the weights (that may take all of them), one writes.
+            saved = state.to_bytes(key, network, optimizer)
+            if worker == 0:
+                storage.write_bytes(url, saved)
+                storage.write_json(storage.join(work, PROGRESS), state.history)
+            callbacks.on_epoch_end(epoch, {name: float(value) for name, value in logs.items() if value is not None})
+            if stop_after == epoch + 1:
+                break
+    finally:
+        callbacks.on_train_end()
     return {
         "history": state.history,
         "best": state.best,
         "metrics": state.metrics,
     }
+
+
+def _check_loss(value: float, name: str, epoch: int, settings: Settings) -> None:
+    if not np.isfinite(value):
+        raise SattileError(
+            f"the {name} of epoch {epoch + 1} is {value}: lower --learning-rate (it was {settings.learning_rate:g})"
+        )
 
 
 def describe(logs: dict[str, Any], epochs: int) -> str:

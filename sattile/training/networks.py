@@ -8,13 +8,19 @@ a fixed affine map that folds into the convolution; group normalisation would mi
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sattile.errors import UsageError, nearest
+import numpy as np
+
+from sattile.errors import UsageError, first_line, nearest
+from sattile.statistics import spread
 from sattile.training import indices
 
 if TYPE_CHECKING:
@@ -125,7 +131,7 @@ def _encoder(x: Any, filters: int, size: int) -> Any:
 
 CLASSIFIER = "tile-classifier"
 
-BODIES: dict[str, Callable[..., Any]] = {
+BODIES: dict[str, partial[Any]] = {
     "unet-tiny": partial(unet, poolings=2, filters=8, block=plain),
     "unet-small": partial(unet, poolings=3, filters=16, block=plain),
     "unet-medium": partial(unet, poolings=4, filters=24, block=plain),
@@ -179,12 +185,36 @@ def build(
             inspect.signature(builder).bind(**given)
         except TypeError as error:
             raise UsageError(f"arch {arch}: the builder must take the keywords {', '.join(given)} ({error})") from error
-        network = builder(**given)
+        try:
+            network = builder(**given)
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise UsageError(
+                f"arch {arch}: the builder failed, in {at.filename} line {at.lineno}: {type(error).__name__}: "
+                f"{first_line(error)}"
+            ) from error
     else:
         check_name(arch)
         network = _assemble(arch, **given, size=size, pairs=indices.parse(index_names, bands))
     _check(arch, network, len(bands), len(classes))
     return network
+
+
+def stride(arch: str) -> int:
+    """Of which a tile's edge has to be a multiple, for a network of ours."""
+    body = BODIES[arch]
+    return 4 if body.func is _deeplab else 1 << body.keywords.get("poolings", 0)
+
+
+def fingerprint(network: keras.Model) -> str:
+    """Of a network's layers and weights, whatever Keras calls them: it numbers those without names as they come."""
+    text = re.sub(r'"shared_object_id": \d+', "", network.to_json())
+    for number, layer in enumerate([network, *network._flatten_layers(include_self=False)]):
+        text = text.replace(f'"{layer.name}"', f'"#{number}"')
+    content = hashlib.sha256(text.encode())
+    for one in network.get_weights():
+        content.update(np.ascontiguousarray(one).tobytes())
+    return content.hexdigest()
 
 
 def check_name(arch: str) -> None:
@@ -223,11 +253,7 @@ def _assemble(
 
 
 def normalise(x: Any, bands: Sequence[str], statistics: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Stored values to zero mean and unit deviation by band, clipped to +-`CLIP` deviations; always in float32.
-
-    The deviation is the larger half of the range from the 1st to the 99th percentile over 2.33 (a normal
-    distribution's own ratio) where outliers have blown up the plain one.
-    """
+    """Stored values to zero mean and unit deviation (`spread`) by band, clipped to +-`CLIP` of them; in float32."""
     import keras
 
     mean = [float(statistics[band]["mean"]) for band in bands]
@@ -235,18 +261,6 @@ def normalise(x: Any, bands: Sequence[str], statistics: Mapping[str, Mapping[str
     x = keras.layers.Normalization(mean=mean, variance=variance, dtype="float32", name=NORMALISE)(x)
     x = keras.layers.Activation("hard_tanh", dtype="float32", name="clip")(x)
     return keras.layers.Rescaling(CLIP, dtype="float32", name="rescale")(x)
-
-
-def spread(statistics: Mapping[str, Any]) -> float:
-    """A band's deviation that a few wild values cannot blow up; 1 for a constant band."""
-    std = float(statistics["std"])
-    percentiles = statistics.get("percentiles") or {}
-    if "1" in percentiles and "99" in percentiles:
-        mean = float(statistics["mean"])
-        half = max(float(percentiles["99"]) - mean, mean - float(percentiles["1"])) / 2.33
-        if 0 < half < std:
-            std = half
-    return std if std > 0 else 1.0
 
 
 def _import_builder(arch: str) -> Callable[..., keras.Model]:
@@ -271,3 +285,22 @@ def _check(arch: str, network: Any, bands: int, classes: int) -> None:
                 f"arch {arch}: {what} shape {shape}; (None, None, None, {channels}) is needed: channels last, one "
                 f"{'per band' if what == 'input' else 'score per class'}"
             )
+
+
+def check_size(arch: str, network: Any, size: int) -> None:
+    """Run a builder's network on one tile.
+
+    Raises:
+        UsageError: if it does not take it, or makes another size of it.
+    """
+    try:
+        found = network(np.zeros((1, size, size, network.input_shape[-1]), np.float32), training=False).shape[1:3]
+    except Exception as error:  # Keras raises whatever its layers raise
+        raise UsageError(
+            f"arch {arch}: it does not take tiles of {size} x {size} pixels: {first_line(error)}"
+        ) from error
+    if tuple(found) != (size, size):
+        raise UsageError(
+            f"arch {arch}: of tiles of {size} x {size} pixels it makes scores of {found[0]} x {found[1]}; both have to "
+            f"be of one size"
+        )

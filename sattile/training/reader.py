@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from sattile import storage
 from sattile.dataset import decode, npy, owners, petastorm_reader, read_dataset
 from sattile.grid import Window
 from sattile.schema import IGNORE, TILE, SegmentClass, read_classes
+from sattile.statistics import steady
 
 GROUND = 2048
 """Pixels; tiles of a square of this edge follow each other."""
@@ -38,7 +40,8 @@ class Dataset:
         bands: names, in channel order.
         classes: in the order of the scores.
         size: edge of a tile, in pixels.
-        mean, std: of the training split, float32 (bands,), stored values.
+        statistics: of the training split by band: `mean`, `std`, `min`, `max`, `percentiles`; see `statistics.steady`.
+        mean, std: of these, float32 (bands,), stored values.
         description: the whole JSON.
     """
 
@@ -46,6 +49,7 @@ class Dataset:
     bands: tuple[str, ...]
     classes: tuple[SegmentClass, ...]
     size: int
+    statistics: Mapping[str, Mapping[str, Any]]
     mean: np.ndarray
     std: np.ndarray
     description: dict[str, Any]
@@ -71,14 +75,15 @@ def load_dataset(url: str) -> Dataset:
     """
     description = read_dataset(url)
     bands = tuple(description["bands"])
-    statistics = [description["statistics"][band] for band in bands]
+    statistics = {band: steady(description["statistics"][band]) for band in bands}
     return Dataset(
         url=url,
         bands=bands,
         classes=read_classes(description["classes"]),
         size=description["size"],
-        mean=np.array([one["mean"] for one in statistics], np.float32),
-        std=np.array([one["std"] for one in statistics], np.float32),
+        statistics=statistics,
+        mean=np.array([statistics[band]["mean"] for band in bands], np.float64).astype(np.float32),
+        std=np.array([statistics[band]["std"] for band in bands], np.float64).astype(np.float32),
         description=description,
     )
 

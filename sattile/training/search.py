@@ -62,6 +62,8 @@ def search(
         UsageError: for a grid that can't be, before anything runs.
         SattileError: if all trainings failed.
     """
+    from sattile.training import built
+
     described = load_dataset(dataset)
     dataset, out = storage.absolute(dataset), storage.absolute(out)
     shared = dict((settings or {}).get("train", {}))
@@ -71,10 +73,14 @@ def search(
             f"train.{strange[0]} is nothing that the trainings of a search can share{nearest(strange[0], OPTIONS)}"
         )
     by_name: dict[str, Trial] = {}
+    networks: dict[tuple[Any, ...], str | None] = {}
     for one in parse_grid(grid):
         made = make_settings(described, {**shared, **one})
         check(made, described)
-        trial = _trial(out, described, made, one)
+        begins = made.arch, made.seed, made.start_from
+        if begins not in networks:
+            networks[begins] = built(dataset, made)
+        trial = _trial(out, described, made, one, networks[begins])
         by_name.setdefault(trial.name, trial)  # `1e-3` and `0.001` are one
     trials = list(by_name.values())
     with Run("search", out, {"dataset": described.digest}, overwrite, max_failed_fraction) as run:
@@ -147,12 +153,13 @@ class Trial:
     out: str
     settings: Settings
     varied: Mapping[str, Any]
+    network: str | None = None
 
 
-def _trial(out: str, described: Dataset, settings: Settings, varied: Mapping[str, Any]) -> Trial:
+def _trial(out: str, described: Dataset, settings: Settings, varied: Mapping[str, Any], network: str | None) -> Trial:
     # Of all its settings, not of those that vary: a larger grid finds what is there, whatever it varies.
-    name = f"{re.sub('[^A-Za-z0-9-]', '_', settings.arch)}-{storage.digest(said_by(settings, described))[:8]}"
-    return Trial(name, storage.join(out, TRIALS, name), settings, dict(varied))
+    name = f"{re.sub('[^A-Za-z0-9-]', '_', settings.arch)}-{storage.digest(said_by(settings, described, network))[:8]}"
+    return Trial(name, storage.join(out, TRIALS, name), settings, dict(varied), network)
 
 
 BECAME = "id long, skipped boolean, reason string"
@@ -174,12 +181,13 @@ def run_trials(
         trial, skipped, reason = trials[number], 0, None
         job = job_of(dataset, trial.out, trial.settings)
         try:
-            with Run("train", trial.out, said_by(trial.settings, described)) as run:
+            with Run("train", trial.out, said_by(trial.settings, described, trial.network)) as run:
                 run_training(run, job, partial(child, {"do": ["fit", "assemble"], **job}, threads=threads), described)
                 run.finish()
                 skipped = run.skipped
         except SattileError as error:
-            reason = str(error)
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))  # of what a process said last, the last word
         yield pd.DataFrame({"id": [number], "skipped": [bool(skipped)], "reason": [reason]})
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from sattile import spectrum, storage, versions
 from sattile.errors import UsageError
+from sattile.statistics import MEASURED
 from sattile.training import indices, networks, transfer
 from sattile.training.batches import SHARDS
 from sattile.training.reader import Dataset
@@ -88,10 +89,22 @@ def make_settings(dataset: Dataset, options: Mapping[str, Any]) -> Settings:
     return Settings.from_dict(given)
 
 
-def said_by(settings: Settings, dataset: Dataset) -> dict[str, Any]:
+def said_by(settings: Settings, dataset: Dataset, network: str | None = None) -> dict[str, Any]:
     """What the run record says a model was made of: two trainings of one record give the same weights (to the bit with
-    as many threads)."""
-    said = {**settings.to_dict(), "dataset": dataset.digest}
+    as many threads).
+
+    Args:
+        network: `networks.fingerprint` of what a builder of the user's own makes, whose name says nothing.
+    """
+    said = {
+        **settings.to_dict(),
+        # The digest is of the tiles: what their bands and labels are called is another thing.
+        "dataset": dataset.digest,
+        "bands": list(dataset.bands),
+        "classes": {str(one.id): one.name for one in dataset.classes},
+    }
+    if ":" in settings.arch:
+        said["network"] = network
     if settings.start_from:
         said["start_from"] = transfer.digest(settings.start_from)
     return said
@@ -150,6 +163,21 @@ def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: in
         )
     if ":" not in settings.arch:
         networks.check_name(settings.arch)
+        step = networks.stride(settings.arch)
+        if dataset.size % step:
+            fitting = " or ".join(str(one * step) for one in (dataset.size // step, dataset.size // step + 1) if one)
+            also = [name for name in networks.BODIES if dataset.size % networks.stride(name) == 0]
+            raise UsageError(
+                f"arch {settings.arch} halves its input down to 1/{step}, and the tiles of dataset {dataset.url} have "
+                f"{dataset.size} pixels: tile again with --size {fitting}, or use --arch {', '.join(also)}"
+            )
+    for band, found in dataset.statistics.items():
+        if max(abs(found["mean"]), found["std"]) > MEASURED:
+            raise UsageError(
+                f"dataset {dataset.url}: band {band} has values from {found['min']:g} to {found['max']:g}, which no "
+                f"sensor measures: a missing value that the files do not declare, most likely; tile again with "
+                f"--nodata {found['min' if -found['min'] > found['max'] else 'max']:.9g}"
+            )
     if settings.start_from:
         transfer.digest(settings.start_from)  # it is there, and a network
         earlier = transfer.arch(settings.start_from)

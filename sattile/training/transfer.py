@@ -6,6 +6,7 @@ of them, and the weights of bands that are new begin at zero.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from sattile import storage
+from sattile import spectrum, storage
 from sattile.errors import UsageError
 from sattile.training.networks import CLIP, FIRST, LOGITS, NORMALISE
+
+log = logging.getLogger("sattile")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Source:
     Attributes:
         url: where it came from.
         network: it.
-        bands, indices: names of what it takes.
+        bands, indices: names of what it takes, as the new network calls them.
         classes: names in the order of its scores.
     """
 
@@ -60,8 +63,19 @@ def load(url: str, *, bands: Sequence[str], indices: Sequence[str], classes: Seq
         return source
     bundle = load_bundle(url)
     network = load_keras(storage.open_local(storage.join(bundle.url, KERAS)))
-    known = tuple(bundle.network.get("indices") or ())
-    return Source(url, network, bundle.bands, known, tuple(one.name for one in bundle.classes))
+    called = spectrum.known(bundle.bands, bands)
+    if len(called) < len(bands):
+        new = [name for name in bands if name not in called.values()]
+        log.log(
+            logging.INFO if called else logging.WARNING,
+            "train: %s, whose bands are %s, knows %s of the bands here; weights of %s begin anew",
+            url, ", ".join(bundle.bands), "some" if called else "none", ", ".join(new),
+        )  # fmt: skip
+    known = tuple(
+        "~".join(called.get(end, end) for end in name.split("~")) for name in bundle.network.get("indices") or ()
+    )
+    names = tuple(called.get(band, band) for band in bundle.bands)
+    return Source(url, network, names, known, tuple(one.name for one in bundle.classes))
 
 
 def digest(url: str) -> str:
