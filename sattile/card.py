@@ -249,7 +249,8 @@ def _data(described: Mapping[str, Any]) -> list[str]:
     if all(splits[name].get("scenes") for name in names):
         rows.append(["scenes they come from", *(f"{splits[name]['scenes']:,}" for name in names)])
     labelled = [sum((splits[name].get("class_pixels") or {}).values()) for name in names]
-    rows.append(["labelled pixels", *(f"{one:,}" for one in labelled)])
+    overlap = (data.get("stride") or data["size"]) < data["size"]
+    rows.append(["labelled pixels" + ", of each tile" * overlap, *(f"{one:,}" for one in labelled)])
     for one in classes:
         shares = [_class_share(splits[name], one) for name in names]
         rows.append([f"labelled {_plain(one.name)}", *map(_share, shares)])
@@ -431,7 +432,7 @@ def _properties(described: Mapping[str, Any]) -> dict[str, Any]:
         "bands": [{"name": band} for band in bands],
         "mlm:name": name,
         "mlm:architecture": "U-Net" if ours and "unet" in arch else arch,
-        "mlm:tasks": ["scene-classification" if arch == "tile-classifier" else "semantic-segmentation"],
+        "mlm:tasks": _tasks(arch),
         "mlm:framework": "Keras",
         "mlm:accelerator": "amd64",
         "mlm:accelerator_constrained": False,
@@ -451,6 +452,10 @@ def _properties(described: Mapping[str, Any]) -> dict[str, Any]:
     if settings:
         found["mlm:hyperparameters"] = settings
     return found
+
+
+def _tasks(arch: str) -> list[str]:
+    return ["scene-classification" if arch == "tile-classifier" else "semantic-segmentation"]
 
 
 def _edges(described: Mapping[str, Any]) -> list[int]:
@@ -488,7 +493,7 @@ def _mlm_output(described: Mapping[str, Any]) -> dict[str, Any]:
     )
     return {
         "name": "scores",
-        "tasks": ["semantic-segmentation"],
+        "tasks": _tasks(_name(described)),
         "result": {
             "shape": [-1, *_edges(described), 1 if second else len(classes)],
             "dim_order": ["batch", "height", "width", "class"],

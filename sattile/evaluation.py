@@ -109,7 +109,7 @@ def evaluate(
         worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
         max_gsd_ratio: scenes whose pixel size differs by more than this factor from the model's are refused.
         regions: vector file; metrics for each of its regions, too. A tile belongs to the region that holds its middle,
-            a scene is dealt out in squares of 32 pixels.
+            a scene is dealt out in squares of 32 pixels; where regions overlap, the later one of the file has them.
         region_attribute: the attribute that names a region; its number in the file, from 1, if not given.
         samples: pictures to keep.
         overwrite: replace metrics made with other settings.
@@ -127,7 +127,7 @@ def evaluate(
     bundle = load_models(model)
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
     shared: dict[str, Any] = {
-        "engine": engine, "gpu": engines.gpus_a_task(spark) > 0,
+        "engine": engine, "gpu": engines.gpus_a_task(spark) > 0, "local": engines.is_local(spark),
         "threads": int(spark.conf.get("spark.task.cpus", "1") or 1), "fill": fill, "threshold": threshold,
         "nodata": nodata, "worker_memory": worker_memory, "tta": tta, "rescale": rescale,
     }  # fmt: skip
@@ -474,7 +474,7 @@ def _row_groups(files: Sequence[str], description: Mapping[str, Any], regions: R
                 read.append((url, number, list(zip(*(columns[name] for name in names), strict=True))))
     every = [tile for _, _, tiles in read for tile in tiles]
     owned = owners([tile[:3] for tile in every], size)
-    counts_for = strata.of_tiles(every, size, description["sources"], regions)
+    counts_for = strata.of_tiles(every, description, regions)
     return [
         TileGroup(url, number, tuple((*tile[:3], owned[tile[:3]], counts_for[tile[:3]]) for tile in tiles))
         for url, number, tiles in read
@@ -620,6 +620,10 @@ def _write_metrics(
         found["notes"].append("no labelled pixel lies in any of the regions: do they state the right CRS?")
     elif missed:
         log.warning("evaluate: no labelled pixel lies in %d of the regions: %s", len(missed), ", ".join(missed[:8]))
+    if not found["pixels"]:
+        found["notes"].append(
+            "not one labelled pixel was counted: labels and scenes share no ground, or all labels are ignored or nodata"
+        )
     for note in found["notes"]:
         log.warning("evaluate: %s", note)
     found |= {

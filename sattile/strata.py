@@ -7,7 +7,7 @@ where does not depend on how a scene is cut into blocks for prediction.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -110,7 +110,7 @@ def parts(scene: Scene, block: Window, strata: Strata) -> Iterator[tuple[Window,
     down = (rows * SQUARE + np.minimum((rows + 1) * SQUARE, scene.height)) / 2
     right = (cols * SQUARE + np.minimum((cols + 1) * SQUARE, scene.width)) / 2
     at_cols, at_rows = (one.ravel() for one in np.meshgrid(right, down))
-    blocks = blocks_at(scene, at_cols, at_rows, strata.cell)
+    blocks = blocks_at(scene.scene_id, scene.crs, scene.transform, at_cols, at_rows, strata.cell)
     regions = regions_at(strata.regions, scene.crs, scene.transform, at_cols, at_rows)
     found = list(zip(blocks, regions, strict=True))
     for index, row in enumerate(rows):
@@ -122,14 +122,16 @@ def parts(scene: Scene, block: Window, strata: Strata) -> Iterator[tuple[Window,
                 first = last
 
 
-def blocks_at(scene: Scene, cols: np.ndarray, rows: np.ndarray, cell: float) -> list[str]:
+def blocks_at(
+    scene_id: str, crs: str | None, transform: Sequence[float], cols: np.ndarray, rows: np.ndarray, cell: float
+) -> list[str]:
     """The spatial block of each point of a scene, (n,) float pixel coordinates."""
-    if scene.crs is None:
-        return [scene.scene_id] * len(cols)
-    lon, lat = _in(scene.crs, "EPSG:4326", scene.transform, cols, rows)
+    if crs is None:
+        return [scene_id] * len(cols)
+    lon, lat = _in(crs, "EPSG:4326", transform, cols, rows)
     on_ground = np.isfinite(lon) & np.isfinite(lat)
     found = split.cells_at(np.where(on_ground, lon, 0), np.where(on_ground, lat, 0), cell)
-    return [key if good else scene.scene_id for key, good in zip(found, on_ground, strict=True)]
+    return [key if good else scene_id for key, good in zip(found, on_ground, strict=True)]
 
 
 def regions_at(
@@ -174,23 +176,28 @@ def _in(
 
 
 def of_tiles(
-    tiles: Sequence[tuple[str, int, int, str]], size: int, sources: Sequence[dict[str, Any]], regions: Regions | None
+    tiles: Sequence[tuple[str, int, int, str]], description: Mapping[str, Any], regions: Regions | None
 ) -> dict[tuple[str, int, int], Stratum]:
-    """The stratum of each tile of a dataset; the region is that of its middle.
+    """The stratum of each tile of a dataset: its ground cell, or a larger block where that is smaller than `SMALLEST`;
+    the region is that of its middle.
 
     Args:
         tiles: (scene_id, row, col, spatial_block).
-        size: their edge.
-        sources: of the dataset's description.
+        description: of the dataset.
 
     Raises:
         UsageError: with regions, if the dataset does not say where its scenes lie.
     """
-    if regions is None:
-        return {tile[:3]: (tile[3], None) for tile in tiles}
+    size, gsd, sources = description["size"], description["gsd"], description["sources"]
     places = {one["scene_id"]: one for one in sources}
-    if not all("transform" in one for one in sources):
+    is_placed = all("transform" in one for one in sources)
+    if regions is not None and not is_placed:
         raise UsageError("the dataset does not say where its tiles lie, so --regions can't be used; tile it again")
+    cell = SMALLEST * gsd if is_placed and gsd else 0.0
+    if cell <= (description.get("split_rule", {}).get("cell") or size * (gsd or 0.0)):
+        cell = 0.0  # the tiles' own are large enough
+    if regions is None and not cell:
+        return {tile[:3]: (tile[3], None) for tile in tiles}
     by_scene: dict[str, list[tuple[str, int, int, str]]] = {}
     for tile in tiles:
         by_scene.setdefault(tile[0], []).append(tile)
@@ -198,8 +205,10 @@ def of_tiles(
     found: dict[tuple[str, int, int], Stratum] = {}
     for scene_id, group in by_scene.items():
         rows, cols = (np.array([tile[axis] for tile in group]) + size / 2 for axis in (1, 2))
-        names = regions_at(regions, places[scene_id]["crs"], places[scene_id]["transform"], cols, rows)
-        found |= {tile[:3]: (tile[3], name) for tile, name in zip(group, names, strict=True)}
+        crs, transform = places[scene_id]["crs"], places[scene_id]["transform"]
+        names = regions_at(regions, crs, transform, cols, rows)
+        blocks = blocks_at(scene_id, crs, transform, cols, rows, cell) if cell else [tile[3] for tile in group]
+        found |= {tile[:3]: (block, name) for tile, block, name in zip(group, blocks, names, strict=True)}
     return found
 
 

@@ -187,7 +187,7 @@ def test_the_card_holds_what_the_bundle_knows() -> None:
         ["", "training", "validation"],
         ["tiles", "1,300", "31"],
         ["scenes they come from", "2", "1"],
-        ["labelled pixels", "10,000", "400"],
+        ["labelled pixels, of each tile", "10,000", "400"],
         ["labelled land", "99.5 %", "75.0 %"],
         ["labelled open water", "0.5 %", "25.0 %"],
     ]
@@ -209,6 +209,13 @@ def test_the_card_holds_what_the_bundle_knows() -> None:
     (result,) = said["model-index"][0]["results"]
     assert {one["type"]: one["value"] for one in result["metrics"]} == {"mean_iou": 0.755, "accuracy": 0.93}
     assert result["dataset"]["split"] == "val"
+
+
+def test_tiles_side_by_side_and_whole_windows_are_called_so() -> None:
+    beside = TRAINED | {"data": TRAINED["data"] | {"stride": TRAINED["data"]["size"]}}
+    assert tables(model_card(beside))["Training data"][3][0] == "labelled pixels"
+    classifier = model_item(TRAINED | {"network": TRAINED["network"] | {"arch": "tile-classifier"}})["properties"]
+    assert classifier["mlm:tasks"] == classifier["mlm:output"][0]["tasks"] == ["scene-classification"]
 
 
 def test_card_and_item_say_that_weights_came_from_an_earlier_network() -> None:

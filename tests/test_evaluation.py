@@ -347,7 +347,9 @@ def test_labels_of_another_class_refuse_their_scene(spark: Any, model: str, arch
     )  # fmt: skip
     record = json.loads((out / "_run.json").read_text())
     assert (record["done"], record["quarantined"]) == (0, 1)
-    assert json.loads((out / "metrics.json").read_text())["pixels"] == 0
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["pixels"] == 0
+    assert any("not one labelled pixel was counted" in note for note in found["notes"])
 
 
 def test_a_model_that_does_not_fit_a_dataset_is_refused(model: str) -> None:

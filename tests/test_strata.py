@@ -154,8 +154,22 @@ def test_regions_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 def test_a_tile_is_in_the_region_of_its_middle() -> None:
     tiles = [("s", 0, 0, "1_2"), ("s", 64, 28, "1_3")]  # the corner of the second lies in the west alone
     source = {"scene_id": "s", "url": "s.tif", "crs": "EPSG:32632", "transform": [10, 0, 600_500, 0, -10, 5_000_000]}
-    found = strata.of_tiles(tiles, 32, [source], REGIONS)
+    described = {"size": 32, "gsd": 10.0, "sources": [source], "split_rule": {"cell": 1920.0}}
+    found = strata.of_tiles(tiles, described, REGIONS)
     assert found == {("s", 0, 0): ("1_2", "west"), ("s", 64, 28): ("1_3", "east")}
-    assert strata.of_tiles(tiles, 32, [source], None)[("s", 64, 28)] == ("1_3", None)
+    assert strata.of_tiles(tiles, described, None)[("s", 64, 28)] == ("1_3", None)
     with pytest.raises(UsageError, match="tile it again"):
-        strata.of_tiles(tiles, 32, [{"scene_id": "s"}], REGIONS)
+        strata.of_tiles(tiles, described | {"sources": [{"scene_id": "s"}]}, REGIONS)
+
+
+def test_tiles_that_lie_near_are_one_spatial_block() -> None:
+    """32 px: 16 of them are as large as the smallest block of scenes; without a place they stay as they are."""
+    tiles = [("s", 32 * row, 32 * col, f"{row}_{col}") for row in range(12) for col in range(8)]
+    source = {"scene_id": "s", "url": "s.tif", "crs": "EPSG:32632", "transform": [10, 0, 600_500, 0, -10, 5_000_000]}
+    described = {"size": 32, "gsd": 10.0, "sources": [source], "split_rule": {"cell": None}}
+    blocks = [block for block, _ in strata.of_tiles(tiles, described, None).values()]
+    assert 6 <= len(set(blocks)) <= 12  # of 3 x 2 whole ones, wherever their borders lie
+    assert max(blocks.count(one) for one in blocks) <= 20
+    for without in ({"gsd": None}, {"sources": [{"scene_id": "s"}]}, {"size": 128}):
+        kept = strata.of_tiles(tiles, described | without, None)
+        assert [block for block, _ in kept.values()] == [tile[3] for tile in tiles]
