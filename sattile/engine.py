@@ -206,6 +206,11 @@ def concurrent_tasks(spark: SparkSession) -> int:
         return slots(spark)
 
 
+def is_local(spark: SparkSession) -> bool:
+    """Whether tasks are threads of the driver's own JVM."""
+    return re.fullmatch(r"local(\[.*\])?", spark.sparkContext.master or "") is not None
+
+
 def gpus_a_task(spark: SparkSession) -> float:
     """GPUs that Spark gives each task by its settings; 0.25 where four tasks share one."""
     return float(spark.sparkContext.getConf().get("spark.task.resource.gpu.amount", "0"))

@@ -387,7 +387,7 @@ def choose_geometry(
             raise UsageError(f"halo {halo} with merge blend: its windows overlap instead; set --stride")
         step = 1 if fixed and edge % total_stride else total_stride
         size = size or edge or min(ceil_to(CELL, step), max(max_input // step * step, step))
-        stride = stride or max(size // 2 // step, 1) * step
+        stride = max(size // 2 // step, 1) * step if stride is None else stride
         chosen = Geometry("blend", size, stride, 0, step, fixed)
     elif merge != "crop":
         raise UsageError(f"merge {merge!r}: use crop or blend")

@@ -41,6 +41,9 @@ GPU_PIXELS = 2048 * 2048
 GPU_MEMORY = 4_000_000_000
 """Bytes that an evaluation may take of a GPU: three tasks share one of 16 GB."""
 
+LEAST_MEMORY = 100_000_000
+"""Less is a slip of the pen: `3` for 3g."""
+
 BATCH_PIXELS = 512 * 512
 """Small windows share a batch up to this many pixels; on CPUs larger batches win nothing."""
 
@@ -121,7 +124,10 @@ def parse_memory(value: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", str(value).strip().lower())
     if not match:
         raise UsageError(f"worker_memory {value!r}: give bytes, or a number with m or g, such as 3g")
-    return int(float(match.group(1)) * 1024 ** " kmgt".index(match.group(2) or " "))
+    found = int(float(match.group(1)) * 1024 ** " kmgt".index(match.group(2) or " "))
+    if found < LEAST_MEMORY:
+        raise UsageError(f"worker_memory {value!r} is {found} bytes: give what a worker needs, such as 1500m or 3g")
+    return found
 
 
 def prepare(
@@ -133,6 +139,7 @@ def prepare(
     halo: int | None = None,
     engine: str = "auto",
     gpu: bool = False,
+    local: bool = False,
     threads: int = 1,
     fill: float | str | Sequence[float] | None = None,
     threshold: float | None = None,
@@ -146,11 +153,17 @@ def prepare(
 ) -> Inference:
     """Everything about a run that does not depend on the scenes, checked.
 
+    Args:
+        gpu: Spark gives its tasks GPUs.
+        local: its tasks run on this machine.
+
     Raises:
         UsageError: for a geometry, engine, fill, threshold or rescaling that cannot be.
     """
     chosen = choose_engine(bundle, engine, gpu=gpu)
     on_gpu = chosen == scorers.GPU
+    if on_gpu and local:
+        scorers.check_gpu()
     if tta not in TURNS:
         raise UsageError(f"tta {tta!r}: use {', '.join(TURNS)}")
     if threshold is not None and not math.isfinite(threshold):

@@ -348,8 +348,12 @@ def finished(out: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield name, item
 
 
-def write_collection(out: str, product: Product) -> None:
-    """Write `collection.json` over all that lies finished in `out`; nothing is written if it would not change."""
+def write_collection(out: str, product: Product, *, empty: bool = True) -> None:
+    """Write `collection.json` over all that lies finished in `out`; nothing is written if it would not change.
+
+    Args:
+        empty: also the first one, of nothing.
+    """
     items = list(finished(out))
     boxes = [item["bbox"] for _, item in items if "bbox" in item]
     times = sorted(
@@ -382,6 +386,8 @@ def write_collection(out: str, product: Product) -> None:
     }
     text = json.dumps(collection, indent=2, ensure_ascii=False) + "\n"
     url = storage.join(out, COLLECTION)
+    if not items and not empty and not storage.exists(url):
+        return
     if not storage.exists(url) or storage.read_bytes(url) != text.encode():
         storage.write_text(url, text)
 
@@ -415,6 +421,9 @@ VRT_TYPES = {"uint8": "Byte", "uint16": "UInt16", "uint32": "UInt32", "float32":
 
 RASTERS = ("labels", "scores", "coverage", "scenes")
 OVERVIEW = "overview.png"
+OWN = frozenset({COLLECTION, OVERVIEW, *(f"{one}.vrt" for one in RASTERS), "vectors.parquet"})
+"""What lies beside the folders of maps."""
+
 OVERVIEW_EDGE = 2048
 
 
@@ -431,6 +440,7 @@ def write_whole(out: str, product: Product, grid: Affine6, whole: Window | None 
             storage.remove(storage.join(out, f"{name}.vrt"))
     sheets = [(name, item) for name, item in finished(out) if item["properties"][SETTINGS] == product.settings]
     if not sheets:
+        remove_whole(out)
         return
     windows = {name: Window(*item["properties"][WINDOW]) for name, item in sheets}
     shown = whole or hull(windows.values())
@@ -442,6 +452,12 @@ def write_whole(out: str, product: Product, grid: Affine6, whole: Window | None 
         _write_changed(storage.join(out, f"{layer.name}.vrt"), _vrt(layer, shown, windows, crs, transform).encode())
     colors = {one.id: cog.rgb(one.color) for one in product.classes}
     _write_changed(storage.join(out, OVERVIEW), cog.encode_png(_overview(out, shown, windows), colors))
+
+
+def remove_whole(out: str) -> None:
+    """Remove what `write_whole` wrote."""
+    for name in (*(f"{one}.vrt" for one in RASTERS), OVERVIEW):
+        storage.remove(storage.join(out, name))
 
 
 def _vrt(layer: cog.Layer, shown: Window, windows: dict[str, Window], crs: str, transform: Sequence[float]) -> str:

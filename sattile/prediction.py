@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -187,6 +188,8 @@ def fitting(
 
 
 def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float) -> str | None:
+    if scene.scene_id[:1] in "._" or scene.scene_id in mosaic.OWN:
+        return f"its map would be called {scene.scene_id}, as files of sattile's own are; rename the scene"
     called = spectrum.match(bundle.bands, scene.band_names)
     if called is None:
         missing = spectrum.missing(bundle.bands, scene.band_names)
@@ -373,6 +376,7 @@ def predict(
     area = read_aoi(aoi)
     job = prepare(
         bundle, merge=merge, size=size, stride=stride, halo=halo, engine=engine, gpu=engines.gpus_a_task(spark) > 0,
+        local=engines.is_local(spark),
         threads=int(spark.conf.get("spark.task.cpus", "1") or 1), fill=fill, threshold=threshold, nodata=nodata,
         aoi=area, scores=scores, coverage=coverage, worker_memory=worker_memory, tta=tta,
         rescale=rescale,
@@ -431,24 +435,32 @@ def predict(
             f"({storage.name(bundle.url)}, {bundle.digest[:16]}), merged with {job.geometry.merge}",
             on_grid=layout is not None,
         )  # fmt: skip
-        staging = storage.join(out, mosaic.STAGING)
-        storage.remove(staging)  # what a killed run left; the lease is ours
+        run.check_held()
+        storage.remove(storage.join(out, mosaic.STAGING))  # what a killed run left; the lease is ours
+        # A name of its own: if this job sleeps and is taken for dead, the next one's is left alone.
+        staging = storage.join(out, mosaic.STAGING, uuid.uuid4().hex[:12])
+        ended = False
         try:
             if layout is None:
                 _by_scene(spark, run, found, job, product, staging, worker_memory)
             else:
                 _on_grid(spark, run, found, job, layout, product, staging)
+            ended = True
         finally:
             storage.remove(staging)
-            mosaic.write_collection(out, product)
-            if layout is not None:
-                grid_limits = layout.grid.limits if layout.grid.is_file else None
-                mosaic.write_whole(out, product, layout.grid.transform, grid_limits)
-        if layout is not None:
-            with run.stage("vectors") if outlined else nullcontext():
-                polygons = sheets.write_vectors(spark, out, product, layout.grid, outlined, sieve)
-            if outlined:
-                run.extra["polygons"] = polygons
+            if run.is_held:
+                storage.remove(storage.join(out, mosaic.STAGING))
+                # A run that failed before anything was there leaves a folder that takes any settings.
+                mosaic.write_collection(out, product, empty=ended)
+                if layout is None:
+                    mosaic.remove_whole(out)
+                else:
+                    grid_limits = layout.grid.limits if layout.grid.is_file else None
+                    mosaic.write_whole(out, product, layout.grid.transform, grid_limits)
+        with run.stage("vectors") if outlined else nullcontext():
+            polygons = sheets.write_vectors(spark, out, product, layout.grid if layout else None, outlined, sieve)
+        if outlined:
+            run.extra["polygons"] = polygons
         run.finish()
     return out
 
@@ -462,13 +474,12 @@ def _by_scene(
     with run.stage("plan"):
         stale = [scene for scene in found if not mosaic.is_done(out, Target.of(scene), product)]
         todo = plan(job, stale, worker_memory=worker_memory, slots=engines.slots(spark))
-    run.skipped = len(found) - len(todo.scenes)
+    run.skipped = len(found) - len(stale)
     run.extra["plan"] = todo.describe(last_speed(out))
     outside = len(stale) - len(todo.scenes)
     if outside:
         run.extra["outside_aoi"] = outside
         log.info("predict: %d scenes lie outside the area of interest", outside)
-    _clean(out, {scene.scene_id for scene in found}, run.replacing, product)
     urls = {scene.scene_id: scene.url for scene in todo.scenes}
     area = dict.fromkeys(urls, 0)
     for piece in todo.pieces:
@@ -482,9 +493,11 @@ def _by_scene(
                 if row.staged is None:
                     run.refuse([Refusal(urls[row.name], "predict", row.reason)])
                     continue
+                run.check_held()
                 mosaic.publish(row.staged, out, row.name)
                 run.done += 1
                 figures.publish(row, area[row.name])
+    _clean(run, {scene.scene_id for scene in found}, product)
 
 
 def _on_grid(
@@ -519,7 +532,6 @@ def _on_grid(
         log.warning("predict: %d scenes lie outside the grid or the area of interest", len(outside))
     if said := sheets.stretched(every, layout.grid):
         log.warning("predict: %s", said)
-    _clean(out, {sheet.target.name for sheet in every}, run.replacing, product)
     for scene_id, reason in sorted(bad.items()):
         again = f"left out of {', '.join(told[scene_id])}; remove these folders to try it again"
         run.refuse([Refusal(by_id[scene_id].url, "predict", f"{reason} ({again})")])
@@ -527,10 +539,10 @@ def _on_grid(
     kept = {one for sheet in every if sheet.target.name in done for one in sheet.scenes}
     with _Figures(spark, run, found, job, kept) as figures:
         while todo:
+            run.check_held()
             for sheet in todo:
-                if (
-                    not sheet.scenes
-                ):  # all that reached it was refused; it may have been published before that was known
+                if not sheet.scenes:
+                    # All that reached it was refused; it may have been published before that was known.
                     storage.remove(storage.join(out, sheet.target.name))
                     published.discard(sheet.target.name)
             now = {sheet.target.name: sheet for sheet in todo if sheet.scenes}
@@ -543,6 +555,7 @@ def _on_grid(
                     if row.staged is None:
                         fresh |= sheets.refusals(row.reason)
                     elif not now[row.name].scenes & set(fresh):
+                        run.check_held()
                         mosaic.publish(row.staged, out, row.name)
                         published.add(row.name)
                         figures.publish(row, row.valid)
@@ -550,6 +563,7 @@ def _on_grid(
             todo = [sheet.without(fresh) for sheet in every if sheet.scenes & set(fresh)]
             every = [sheet.without(fresh) for sheet in every]
     run.done = len(published)
+    _clean(run, {sheet.target.name for sheet in every}, product)
 
 
 class _Figures:
@@ -563,7 +577,7 @@ class _Figures:
         self._run, self._stack = run, ExitStack()
         self._urls, self._known = {scene.scene_id: scene.url for scene in scenes}, job.bundle.known
         self._spark = spark
-        earlier = {} if run.replacing else (run.previous or {}).get("unlike", {})
+        earlier = {} if run.changed else (run.previous or {}).get("unlike", {})
         self.unlike = {scene_id: why for scene_id, why in earlier.items() if scene_id in kept}
         self.evaluated = self.delivered = self.valid = self.moved = 0
         self.seen = Sights()
@@ -618,16 +632,15 @@ class _Figures:
         }
 
 
-def _clean(out: str, present: set[str], replacing: bool, product: Product) -> None:
-    """Say which maps lie in `out` though no scene given now leads to them; those of other settings go with
-    `--overwrite`."""
-    for name, item in list(mosaic.finished(out)):
-        if name in present:
-            continue
-        if replacing and item["properties"][mosaic.SETTINGS] != product.settings:
-            log.warning("predict: removed %s, made with other settings from what is not given now", name)
-            storage.remove(storage.join(out, name))
-        else:
+def _clean(run: Run, present: set[str], product: Product) -> None:
+    """When all is published: say which maps lie there though no scene given now leads to them. With `--overwrite` those
+    go that are still of other settings."""
+    run.check_held()
+    for name, item in list(mosaic.finished(run.out)):
+        if run.replacing and item["properties"][mosaic.SETTINGS] != product.settings:
+            log.warning("predict: removed %s, made with other settings; its scene gave nothing with these", name)
+            storage.remove(storage.join(run.out, name))
+        elif name not in present:
             log.warning("predict: %s is of an earlier run, and its scene was refused or not given now; left so", name)
 
 

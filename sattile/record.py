@@ -98,9 +98,11 @@ class Run:
     peak_memory: float = 0.0
 
     def __enter__(self) -> Run:
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise UsageError(f"max_failed_fraction {self.max_failed_fraction:g}: give a share from 0 to 1")
         self.settings = plain(self.settings)
         self.previous = self._read_previous()
-        self.replacing = False
+        self.changed = False
         if self.previous:
             changed = _differences(self.previous["settings"], self.settings)
             if changed and not self.overwrite:
@@ -108,13 +110,14 @@ class Run:
                     f"{self.out} was made with other settings ({'; '.join(changed)}); "
                     f"use another --out, or --overwrite to replace it"
                 )
-            self.replacing = bool(changed)
+            self.changed = bool(changed)
+        self.replacing = self.changed or bool((self.previous or {}).get("replacing"))
         self._lease = storage.Lease(self.out)
         try:
             self._lease.__enter__()
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise UsageError(f"--out {self.out} can't be written: {error.strerror or error}") from error
-        earlier = {} if self.replacing else self.previous or {}
+        earlier = {} if self.changed else self.previous or {}
         self._notes = {name: earlier[name] for name in NOTES if name in earlier}
         self.note()
         return self
@@ -123,10 +126,12 @@ class Run:
         """Keep something for the run that goes on, should this one be killed: of the names in `NOTES`."""
         self._notes |= noted
         started = {"command": self.command, "settings": self.settings, **self._notes}
+        if self.replacing:
+            started["replacing"] = True
         storage.write_json(storage.join(self.out, STARTED), started)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None and not self._visible():
+        if kind is not None and self.is_held and not self._visible():
             storage.remove(storage.join(self.out, STARTED))  # nothing was made: nothing to finish or to agree with
         self._lease.__exit__(kind, *rest)
 
@@ -177,6 +182,23 @@ class Run:
             speed = f", {stage.pixels / 1e6 / stage.seconds:.1f} Mpix/s" if stage.pixels and stage.seconds else ""
             log.info("%s: %s took %.1f s%s", self.command, name, stage.seconds, speed)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the out folder is still this job's to write to."""
+        return self._lease.look()
+
+    def check_held(self) -> None:
+        """Before anything that others see is written or removed: the machine may have slept.
+
+        Raises:
+            SattileError: if another job has taken the folder over meanwhile.
+        """
+        if not self.is_held:
+            raise SattileError(
+                f"{self.out} was taken over by another job while this one stood still; let that one finish, then "
+                f"run this again"
+            )
+
     def refuse(self, refusals: Sequence[Refusal]) -> None:
         """Put scenes into quarantine, and say so at once."""
         for one in refusals:
@@ -204,11 +226,7 @@ class Run:
             SattileError: if another job has taken the folder over meanwhile.
             TooManyRefused: if refused / given is above `max_failed_fraction`; everything is written first.
         """
-        if self._lease.lost:
-            raise SattileError(
-                f"{self.out} was taken over by another job while this one stood still; let that one finish, then "
-                f"run this again"
-            )
+        self.check_held()
         url = storage.join(self.out, QUARANTINE)
         if self.refused:
             rows = sorted({(one.url, one.stage, one.reason) for one in self.refused})

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import math
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sattile.errors import SattileError, UsageError
+from sattile.errors import SattileError, UsageError, said_by_task
 
 Scorer = Callable[[np.ndarray], np.ndarray]
 """(N, H, W, bands) of any dtype -> (N, H, W, classes) float32."""
@@ -105,6 +106,20 @@ def use_gpu() -> str:
     tf.config.experimental.enable_op_determinism()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     return "/GPU:0"
+
+
+def check_gpu() -> None:
+    """Whether TensorFlow sees a GPU on this machine, asked in a process of its own: this one is to stay without it.
+
+    Raises:
+        UsageError: if it sees none.
+    """
+    script = "from sattile import scorers; scorers.use_gpu()"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = said_by_task(done.stderr)
+        raise UsageError(str(said) if said else f"engine {GPU}: TensorFlow does not start: {done.stderr[-300:]}")
 
 
 def placed_on(device: str) -> AbstractContextManager[None]:

@@ -39,6 +39,7 @@ from sattile.inference import (
 from sattile.mapreduce import INFERRED, ROW_BYTES, Tally, columns, deal, refused, rows_of, task_numbers, write_maps
 from sattile.mosaic import Part, Product, Target
 from sattile.schema import Refusal, Scene, SegmentClass
+from sattile.stac import moment
 from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
 from sattile.warp import Cut, Grid, Warp, grid_like, parse_grid
 
@@ -167,7 +168,18 @@ def lay_out(
         block = choose_block(job, found, parse_memory(worker_memory), sheet)
     elif not 16 <= block <= sheet:
         raise UsageError(f"block {block}: give pixels from 16 to the sheet's {sheet}")
+    memory = parse_memory(worker_memory)
+    if (need := block_memory(job, block, ratio_to(job, found))) > memory:
+        log.warning(
+            "predict: a worker may need %.1f GB for blocks of %d px and windows of %d px, more than worker_memory "
+            "%.1f GB; a smaller --size needs less", need / 1e9, block, job.geometry.input_size, memory / 1e9,
+        )  # fmt: skip
     return Layout(found, sheet, block, rule, parse_weights(weights))
+
+
+def ratio_to(job: Inference, grid: Grid) -> float:
+    """Pixels of the model's own size for one of the grid, along one axis."""
+    return max((resolution(grid) or job.bundle.gsd or 1.0) / (job.bundle.gsd or resolution(grid) or 1.0), 1e-3)
 
 
 def choose_block(job: Inference, grid: Grid, memory: int, sheet: int) -> int:
@@ -175,7 +187,7 @@ def choose_block(job: Inference, grid: Grid, memory: int, sheet: int) -> int:
 
     It follows from the model's pixel size, not from the scenes: the archive grows, and its settings stay.
     """
-    ratio = max((resolution(grid) or job.bundle.gsd or 1.0) / (job.bundle.gsd or resolution(grid) or 1.0), 1e-3)
+    ratio = ratio_to(job, grid)
     if job.geometry.merge == "crop":
         wanted = (job.geometry.size - job.geometry.total_stride - 6) / (ratio * TURN)
     else:
@@ -354,7 +366,11 @@ def stretched(sheets: Sequence[Sheet], grid: Grid) -> str | None:
 def in_order(scenes: Sequence[Scene], rule: str) -> list[Scene]:
     """Scenes as they are added: by id, or the newest first (those without a time last)."""
     ordered = sorted(scenes, key=lambda one: one.scene_id)
-    return sorted(ordered, key=lambda one: one.datetime or "", reverse=True) if rule == "newest" else ordered
+    if rule != "newest":
+        return ordered
+    return sorted(
+        ordered, key=lambda one: moment(one.datetime).timestamp() if one.datetime else -math.inf, reverse=True
+    )
 
 
 def _blocks_of(warp: Warp, layout: Layout) -> Iterator[tuple[tuple[int, int], Window]]:
@@ -390,7 +406,7 @@ def _sheet(
 ) -> Sheet:
     name = f"r{key[0]}_c{key[1]}"
     transform = grid.of(window)
-    times = sorted(scene.datetime for scene in used if scene.datetime)
+    times = sorted((scene.datetime for scene in used if scene.datetime), key=moment)
     known = bool(times) and len(times) == len(used)
     target = Target(
         name, window.height, window.width, grid.crs, transform,
@@ -937,18 +953,18 @@ def chosen_classes(
 
 
 def write_vectors(
-    spark: SparkSession, out: str, product: Product, grid: Grid, classes: Sequence[SegmentClass], sieve: float
+    spark: SparkSession, out: str, product: Product, grid: Grid | None, classes: Sequence[SegmentClass], sieve: float
 ) -> int:
     """Polygons of all finished sheets of `out`, unless the file is already made of just these; how many there are.
 
-    Without classes, a file of other labels than the present ones goes.
+    Without classes, a file of other labels than the present ones goes; without sheets any.
     """
     state, url = storage.join(out, _VECTORS_STATE), storage.join(out, VECTORS)
     if not classes and not storage.exists(url):
         return 0
     maps, made_of = [], []
     for name, item in mosaic.finished(out):
-        if item["properties"][mosaic.SETTINGS] == product.settings:
+        if grid is not None and item["properties"][mosaic.SETTINGS] == product.settings:
             maps.append(vectors.Map(name, storage.join(out, name, "labels.tif"), *item["properties"][mosaic.WINDOW]))
             made_of.append([name, item["properties"][mosaic.WINDOW], item["assets"]["labels"]["file:checksum"]])
     labels = storage.digest(made_of)
@@ -959,11 +975,11 @@ def write_vectors(
             before = storage.read_json(state)
         if classes and before.get("source") == source:
             return int(before["polygons"])
-        if not classes and before.get("labels") != labels:
+        if not maps or (not classes and before.get("labels") != labels):
             log.warning("predict: %s was of other labels, and is removed; --vectors makes it anew", VECTORS)
             storage.remove(url)
             storage.remove(state)
-    if not maps or not classes:
+    if not maps or not classes or grid is None:
         return 0
     for entry in storage.list_folder(out):
         if storage.name(entry.url).startswith(f".{VECTORS}.work-"):  # of a killed run; the lease is ours

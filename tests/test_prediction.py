@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from scenes_for_tests import write_scene
 
 from sattile import inference, mapreduce, mosaic, prediction, scorers
-from sattile.errors import TooManyRefused, UsageError
+from sattile.errors import SattileError, TooManyRefused, UsageError
 from sattile.grid import Geometry, Window, blocks, ceil_to
 from sattile.inference import BlockRead, Inference, Piece, label_block
 from sattile.model import Bundle, load_bundle, load_models
@@ -234,9 +234,10 @@ def test_batches_are_of_one_shape_and_windows_without_data_are_not_evaluated() -
 def test_memory_is_read_as_people_write_it() -> None:
     assert inference.parse_memory("1500m") == 1500 * 2**20
     assert inference.parse_memory("3g") == inference.parse_memory("3 GiB") == 3 * 2**30
-    assert inference.parse_memory(5) == 5
-    with pytest.raises(UsageError, match="3g"):
-        inference.parse_memory("much")
+    assert inference.parse_memory(500_000_000) == 500_000_000
+    for slip in ("much", 3, "0", "300k"):
+        with pytest.raises(UsageError, match="3g"):
+            inference.parse_memory(slip)
 
 
 @given(st.integers(100, 4000), st.one_of(st.none(), st.integers(0, 200)), st.sampled_from(["1500m", "3g", "12g"]))
@@ -342,6 +343,7 @@ def test_scenes_within_the_ratio_or_without_a_gsd_are_fine_and_bands_come_in_the
         ({"rescale": "0,5"}, "a factor and an offset"),
         ({"rescale": "one,2"}, "a factor and an offset"),
         ({"merge": "crop", "halo": 2}, "use halo 8"),
+        ({"merge": "blend", "stride": 0}, "use stride 4"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(wish: dict[str, Any], message: str) -> None:
@@ -617,6 +619,85 @@ def test_the_area_of_interest_limits_what_is_computed(
     assert (labels[65:] == 255).all()
     # Blocks of 50 by 58 or 59 px (at most 64, evenly): rows to 100, columns from 58 on.
     assert found["delivered_pixels"] == 100 * (233 - 58)
+
+
+def test_overwriting_leaves_no_map_of_other_settings(
+    spark: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of a scene outside the new area, nor of one that can't be read any more; also if it was killed in between."""
+    import geopandas
+    import shapely
+
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    for seed, (name, west) in enumerate([("in", 600_000), ("torn", 600_100), ("outside", 700_000)]):
+        write_scene(scenes / f"{name}.tif", noise(seed, 60, 40), names=("x", "y"), nodata=0, west=west)
+    area = geopandas.GeoSeries([shapely.box(600_000, 4_999_000, 602_000, 5_000_000)], crs="EPSG:32632")
+    area.to_file(tmp_path / "aoi.geojson")
+
+    def go(**options: Any) -> dict[str, Any]:
+        predict(spark, model=str(models / "identity"), scenes=[str(scenes)], out=str(out), **options)
+        return record_of(out)
+
+    assert go()["done"] == 3
+    size = os.path.getsize(scenes / "torn.tif")
+    os.truncate(scenes / "torn.tif", size - 2000)
+    later: dict[str, Any] = {"aoi": str(tmp_path / "aoi.geojson"), "max_failed_fraction": 1.0}
+    with monkeypatch.context() as patched:
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(prediction, "plan", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(**later, overwrite=True)
+    found = go(**later)  # of these settings, so nothing is to be overwritten
+    assert (found["done"], found["skipped"], found["quarantined"], found["outside_aoi"]) == (1, 0, 1, 1)
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["in"]
+    listed = json.loads((out / "collection.json").read_text())["links"]
+    assert [link["href"] for link in listed if link["rel"] == "item"] == ["./in/item.json"]
+
+
+def test_a_job_that_slept_leaves_alone_what_another_one_does_now(
+    spark: Any, models: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, publish = tmp_path / "out", mosaic.publish
+    lock, theirs = out / "_lock.json", out / mosaic.STAGING / "theirs" / "half.tif"
+
+    def last(*arguments: Any) -> None:
+        publish(*arguments)
+        lock.write_text(json.dumps({"owner": "another:1:0", "time": time.time(), "seconds": 60}))
+        theirs.parent.mkdir()
+        theirs.write_text("half")
+
+    monkeypatch.setattr(mosaic, "publish", last)
+    with pytest.raises(SattileError, match="taken over by another job"):
+        predict(spark, model=str(models / "identity"), scenes=[str(archive)], out=str(out))
+    assert theirs.read_text() == "half"
+    assert [path.name for path in theirs.parent.parent.iterdir()] == ["theirs"]
+    assert json.loads(lock.read_text())["owner"] == "another:1:0"
+    assert len(list(out.glob("*/item.json"))) == 1
+    assert not (out / "collection.json").exists()
+
+
+def test_a_run_that_made_nothing_leaves_a_folder_for_any_settings(
+    spark: Any, models: Path, archive: Path, tmp_path: Path
+) -> None:
+    wish: dict[str, Any] = {"model": str(models / "identity"), "scenes": [str(archive)], "out": str(tmp_path / "out")}
+    with pytest.raises(UsageError, match="EPSG:32632@10"):
+        predict(spark, **wish, grid="EPSG:32632@1e9")
+    predict(spark, **wish, grid="EPSG:32632@10")
+    assert list((tmp_path / "out").glob("*/item.json"))
+
+
+def test_a_scene_with_a_name_of_our_own_costs_that_scene(spark: Any, models: Path, tmp_path: Path) -> None:
+    names = ["_staging", "collection.json", "good", "labels.vrt"]
+    paths = [write_scene(tmp_path / f"{name}.tif", noise(1, 30, 40), names=("x", "y"), nodata=0) for name in names]
+    out = tmp_path / "out"
+    predict(spark, model=str(models / "identity"), scenes=paths, out=str(out), max_failed_fraction=1)
+    table = pq.read_table(out / "_quarantine.parquet").to_pylist()
+    assert len(table) == 3
+    assert all("rename the scene" in row["reason"] for row in table)
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["good"]
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -106,12 +107,36 @@ def test_a_run_that_finds_nothing_to_do_keeps_what_was_measured(tmp_path):
 def test_a_job_that_lost_its_folder_does_not_finish(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(SattileError, match="taken over by another job"), Run("tile", str(out), {}) as run:
-        run._lease.lost = True
+        (out / "_lock.json").write_text(json.dumps({"owner": "another:1:0", "time": time.time(), "seconds": 60}))
         run.finish()
     assert not (out / "_run.json").exists()
+    assert {path.name for path in out.iterdir()} == {"_lock.json", "_started.json"}  # the other's
 
 
 def test_settings_that_json_has_no_number_for_are_kept_as_text(tmp_path):
     finished(tmp_path, {"nodata": float("nan"), "shape": (1, 2)})
     assert json.loads((tmp_path / "_run.json").read_text())["settings"] == {"nodata": "nan", "shape": [1, 2]}
     assert finished(tmp_path, {"nodata": float("nan"), "shape": (1, 2)}).finished_before
+
+
+def test_what_a_killed_overwrite_began_the_next_run_finishes(tmp_path):
+    """Otherwise results of both settings would lie side by side for good."""
+    finished(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt), Run("tile", str(tmp_path / "out"), {"size": 8}, overwrite=True) as run:
+        assert run.changed
+        assert run.replacing
+        (tmp_path / "out" / "old").write_text("")
+        raise KeyboardInterrupt
+    with Run("tile", str(tmp_path / "out"), {"size": 8}) as run:
+        assert not run.changed
+        assert run.replacing
+        run.finish()
+    with Run("tile", str(tmp_path / "out"), {"size": 8}) as run:
+        assert not run.replacing
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_is_from_0_to_1(tmp_path, share):
+    with pytest.raises(UsageError, match="a share from 0 to 1"):
+        finished(tmp_path / "out", max_failed_fraction=share)
+    assert not (tmp_path / "out").exists()

@@ -616,3 +616,10 @@ def test_landsat_at_two_resolutions_is_read_onto_the_finer(shared_data):
         coarse = source.read(1)
     assert abs(data[..., 0][valid].mean() / coarse.mean() - 1) < 0.01
     assert one_of(folder, pattern="{scene}-{band}-Elkton-VA.tiff", bands=["B2", "B4"]).height == 169
+
+
+def test_a_scene_named_by_path_and_by_url_is_one(spark, tmp_path):
+    path = tiff(tmp_path / "a b.tif")
+    ways = [str(path), f"file:{path}", f"file://{path}", f"file://{path}".replace(" ", "%20")]
+    (scene,) = scenes.resolve(spark, ways).scenes
+    assert (scene.scene_id, scene.url) == ("a b", str(path))

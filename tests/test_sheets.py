@@ -334,7 +334,7 @@ def test_a_constant_is_constant_and_nodata_is_nodata(archive: Path, network: Any
 
 def test_the_newest_scene_wins_where_it_is_valid(archive: Path, network: Any) -> None:
     network(lambda batch: np.concatenate([batch[..., :1], batch[..., :1] * 0 + 50], -1))
-    times = {"a": "2020-01-01T00:00:00Z", "b": "2021-01-01T00:00:00Z", "c": None}
+    times = {"a": "2021-01-01T00:00:00Z", "b": "2021-01-01T00:00:00.900Z", "c": None}  # as text, a would be later
     scenes = [replace(one, datetime=times[one.scene_id]) for one in scenes_of(archive)]
     layout = layout_of(SAME, 64, rule="newest")
     [sheet] = stitched(scenes, job_of(Geometry("crop", 32, 32, 0, 1)), layout).values()
@@ -764,6 +764,26 @@ def test_what_is_over_all_sheets_goes_with_what_it_shows(spark: Any, model: str,
     assert sorted(path.name for path in out.glob("*.vrt")) == ["labels.vrt"]
     # Axes are x and y whatever a CRS calls them: a mapping would be taken at its word by GDAL.
     assert "dataAxisToSRSAxisMapping" not in (out / "labels.vrt").read_text()
+
+
+def test_what_is_over_all_sheets_goes_with_the_last_of_them(spark: Any, model: str, tmp_path: Path) -> None:
+    """With a scene that can't be read any more, and with maps of scenes instead."""
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    write_scene(scenes / "x.tif", image_of("q", (160, 60)), names=("x", "y"), nodata=0)
+    whole = {"labels.vrt", "overview.png", "vectors.parquet"}
+    wish: dict[str, Any] = {"grid": "EPSG:32632@10", "vectors": "all", "max_failed_fraction": 1.0}
+    go(spark, model, scenes, out, **wish)
+    assert whole <= {path.name for path in out.iterdir()}
+    kept = (scenes / "x.tif").read_bytes()
+    damaged(scenes / "x.tif", 600_000, 5_000_000, 160, last_rows=32)
+    assert go(spark, model, scenes, out, **wish)["polygons"] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["_quarantine.parquet", "_run.json", "collection.json"]
+
+    (scenes / "x.tif").write_bytes(kept)
+    go(spark, model, scenes, out, **wish)
+    assert whole <= {path.name for path in out.iterdir()}
+    predict(spark, model=model, scenes=[str(scenes)], out=str(out), overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == ["_run.json", "collection.json", "x"]
 
 
 def test_a_resolution_that_cannot_be_meant_is_refused_before_anything_runs(

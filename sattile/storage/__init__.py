@@ -52,8 +52,8 @@ def filesystem(url: str) -> FileSystem:
 
 
 def absolute(url: str) -> str:
-    """The same place, said so that it means the same in every process. `.` and `..` go, links stay."""
-    return os.path.abspath(url) if scheme_of(url) == "file" and not url.lower().startswith("file:") else url
+    """The same place, said so that it means the same in every process. `.`, `..` and `file:` go, links stay."""
+    return os.path.abspath(local_path(url)) if scheme_of(url) == "file" else url
 
 
 def stat(url: str) -> Entry | None:
@@ -277,10 +277,14 @@ class Lease:
         except (OSError, ValueError):
             return None
 
+    def look(self) -> bool:
+        """Whether it is still ours, by what is written now."""
+        self.lost = (self._held() or {}).get("owner", self.owner) != self.owner
+        return not self.lost
+
     def _renew(self) -> None:
         while not self._stop.wait(self.seconds / 4):
-            self.lost = (self._held() or {}).get("owner", self.owner) != self.owner
-            if self.lost:
+            if not self.look():
                 return
             with suppress(OSError):
                 write_bytes(self.url, self._content())
