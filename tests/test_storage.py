@@ -116,6 +116,24 @@ def test_a_lease_that_another_job_has_taken_is_not_taken_back(tmp_path):
     assert storage.read_json(lease.url) == other
 
 
+def test_a_lease_that_another_job_took_and_gave_back_is_lost_too(tmp_path):
+    with storage.Lease(str(tmp_path)) as lease:
+        assert lease.look()
+        lock = tmp_path / lease.NAME
+        kept = lock.read_bytes()
+        lock.write_text("{")  # what can't be read just now says nothing
+        assert lease.look()
+        lock.unlink()
+        assert not lease.look()
+        lock.write_bytes(kept)
+        assert not lease.look()
+    with storage.Lease(str(tmp_path), seconds=0.2) as lease:
+        (tmp_path / lease.NAME).unlink()
+        time.sleep(0.3)
+        assert lease.lost
+        assert not (tmp_path / lease.NAME).exists()  # not made anew
+
+
 def test_a_lock_that_is_being_written_is_not_taken(tmp_path):
     """A file is made before its content is there."""
     lock = tmp_path / storage.Lease.NAME

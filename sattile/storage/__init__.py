@@ -278,15 +278,18 @@ class Lease:
             return None
 
     def look(self) -> bool:
-        """Whether it is still ours, by what is written now."""
-        self.lost = (self._held() or {}).get("owner", self.owner) != self.owner
+        """Whether it is still ours, by what is written now: it is not where another job took it over, even if that one
+        has ended meanwhile. What can't be read just now says nothing."""
+        with suppress(OSError, SattileError):
+            held = self._held()
+            self.lost = self.lost or (held["owner"] != self.owner if held else not exists(self.url))
         return not self.lost
 
     def _renew(self) -> None:
         while not self._stop.wait(self.seconds / 4):
             if not self.look():
                 return
-            with suppress(OSError):
+            with suppress(OSError, SattileError):
                 write_bytes(self.url, self._content())
 
     def __exit__(self, *_: object) -> None:
