@@ -239,6 +239,7 @@ def tile(
                 if not description["splits"]["train"]["tiles"]:
                     run.finish()
                     raise UsageError(_why_empty(description, rule, size))
+                run.check_held()
                 _publish(out, work, description, before)
         finally:
             storage.remove(work)

@@ -206,6 +206,7 @@ def run_training(
         with run.stage("train", pixels=pixels), _followed(job["work"], epochs):
             make()
         with run.stage("bundle"):
+            run.check_held()
             _publish(storage.join(job["work"], "bundle"), run.out)
         run.done = 1
     storage.remove(job["work"])
