@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from tiles_for_tests import write_splits
 
@@ -71,8 +72,14 @@ def test_each_combination_is_a_bundle_and_a_larger_grid_does_what_is_missing(
     assert "0.005" in capsys.readouterr().err
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(TooManyRefused, match="1 of 2 trainings were refused"):
+    with pytest.raises(UsageError, match=r"the builder failed, in .*test_search\.py line \d+: MemoryError: too large"):
         search(spark, grid=f"learning_rate=5e-3; arch=unet-tiny,{__name__}:fails", **how)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    with pytest.raises(TooManyRefused, match="1 of 2 trainings were refused"):
+        search(spark, grid="learning_rate=5e-3,1e30", **how)
+    [refused] = pq.read_table(out / "_quarantine.parquet").to_pylist()
+    assert "lower --learning-rate" in refused["reason"]
+    assert "\n" not in refused["reason"]
     changed = {path.name for path, time in before.items() if not path.exists() or path.stat().st_mtime_ns != time}
     assert changed <= {"_run.json", "search.json"}
     run = json.loads((out / "_run.json").read_text())
