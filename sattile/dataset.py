@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from sattile import schema, storage
 from sattile.errors import UsageError
-from sattile.statistics import MEASURED, steady
+from sattile.statistics import MEASURED
 
 FORMAT = "sattile-tiles/1"
 DESCRIPTION = "dataset.json"
@@ -56,6 +56,10 @@ def unseen_classes(description: Mapping[str, Any]) -> list[str]:
     return [one["name"] for one in description["classes"] if not pixels.get(str(one["id"]))]
 
 
+WILD = 1000
+"""How many times the range of 98 % of the values a value is off that range, from which on it is told."""
+
+
 def wild_bands(description: Mapping[str, Any]) -> dict[str, str]:
     """{band: what to say} where some values lie far off from all others: a missing value that no file declares?"""
     found = {}
@@ -63,8 +67,9 @@ def wild_bands(description: Mapping[str, Any]) -> dict[str, str]:
         if one["mean"] is None:
             continue
         low, high = one["percentiles"]["1"], one["percentiles"]["99"]
-        far = one["min"] if low - one["min"] > one["max"] - high else one["max"]
-        if steady(one) is not one or abs(far) > MEASURED:
+        below, above = low - one["min"], one["max"] - high
+        far = one["min"] if below > above else one["max"]
+        if max(below, above) > WILD * (high - low) > 0 or abs(far) > MEASURED:
             found[band] = f"98 % of the values lie between {low:g} and {high:g}, and some at {far:.9g}"
     return found
 
