@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -88,6 +89,11 @@ def _overview(arguments: Sequence[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        # argparse takes -1 and -1.5 for values, but not float32's least number, nor --rescale -1,-1000.
+        self._negative_number_matcher = re.compile(r"-\.?\d[\d.,eE+-]*$")
+
     def error(self, message: str) -> Any:
         raise UsageError(f"{message}\n  `{self.prog} --help` lists the options")
 

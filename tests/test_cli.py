@@ -170,3 +170,12 @@ def test_spark_submit_runs_a_job_and_returns_its_status(tmp_path):
     assert (tmp_path / "out" / "scenes.parquet").exists()
     wrong = subprocess.run([*submit, "--out", str(tmp_path / "o")], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
+
+
+def test_values_below_zero_are_values():
+    found = cli.parser(config.COMMANDS["tile"]).parse(["--nodata", "-3.4028235e+38", "--scenes", "a"])
+    assert found["nodata"] == -3.4028235e38
+    found = cli.parser(config.COMMANDS["predict"]).parse(
+        ["--rescale", "-1,-1000", "--fill", "-.5,-1e3", "--threshold", "-2"]
+    )
+    assert (found["rescale"], found["fill"], found["threshold"]) == ("-1,-1000", "-.5,-1e3", -2.0)
