@@ -7,6 +7,7 @@ network as `grid.Geometry` lays them; what overlaps is added up (`stitch`), and 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import resource
@@ -28,9 +29,11 @@ from sattile.schema import Scene
 from sattile.scorers import TURNS, Scorer
 from sattile.stitch import NODATA, Stitcher, blend_weights, to_labels
 
+log = logging.getLogger("sattile")
+
 WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 600_000_000, scorers.GPU: 2_500_000_000}
 """Bytes a worker holds before it reads a pixel: Python, the engine, the decoder with GDAL and its cache (measured, but
-for the last, which is TensorFlow's and 1.4 GB for CUDA's libraries)."""
+for the last: TensorFlow's and a guess of 1.4 GB for CUDA's libraries)."""
 
 ACTIVATIONS = {"tensorflow": 1.15, "openvino": 0.38, scorers.GPU: 0.0}
 """What an engine holds in a worker's memory for each byte of a bundle's `activation_bytes` (measured)."""
@@ -247,6 +250,20 @@ def block_memory(job: Inference, edge: int) -> int:
     out = edge**2 * (2 + 4 * classes * job.scores + 4 * job.coverage)
     # Twice what is read: the block being inferred here, the next one in the decoder.
     return int(WORKER_BASE[job.engine] + 2 * read + window + sums + out)
+
+
+def warn_of_memory(need: int, memory: int, what: str) -> None:
+    """Say that a worker may need more than it may use.
+
+    Args:
+        need, memory: both in bytes.
+        what: takes it.
+    """
+    if need > memory:
+        log.warning(
+            "predict: a worker may need %.1f GB for %s, more than worker_memory %.1f GB; a smaller --size needs less",
+            need / 1e9, what, memory / 1e9,
+        )  # fmt: skip
 
 
 def describe_job(job: Inference) -> dict[str, Any]:

@@ -469,7 +469,7 @@ def load_keras(path: str) -> Any:
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises whatever a file's content makes its layers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = first_line(error)
         raise UsageError(
             f"{path} can't be loaded in Keras's safe mode: {reason[:400]} (models with Lambda layers or classes of "
             f"their own carry code; rebuild them from Keras's own layers)"

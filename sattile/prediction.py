@@ -30,6 +30,7 @@ from sattile.inference import (
     label_blocks,
     parse_memory,
     prepare,
+    warn_of_memory,
 )
 from sattile.mapreduce import INFERRED, Tally, columns, deal, refused, rows_of, task_numbers, write_maps
 from sattile.model import Bundle, load_models
@@ -123,11 +124,7 @@ def plan(job: Inference, scenes: Sequence[Scene], *, worker_memory: int | str = 
     evaluated *= job.passes
     delivered = sum(piece.block.area for piece in pieces)
     estimate = block_memory(job, edge)
-    if estimate > memory:
-        log.warning(
-            "predict: a worker may need %.1f GB for windows of %d px, more than worker_memory %.1f GB; "
-            "a smaller --size needs less", estimate / 1e9, job.geometry.input_size, memory / 1e9,
-        )  # fmt: skip
+    warn_of_memory(estimate, memory, f"windows of {job.geometry.input_size} px")
     touched = {piece.scene.scene_id for piece in pieces}
     left = tuple(scene for scene in scenes if scene.scene_id in touched)
     return Plan(job, left, tuple(pieces), edge, delivered, evaluated, estimate)

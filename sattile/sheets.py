@@ -35,6 +35,7 @@ from sattile.inference import (
     parse_memory,
     run_windows,
     see,
+    warn_of_memory,
 )
 from sattile.mapreduce import INFERRED, ROW_BYTES, Tally, columns, deal, refused, rows_of, task_numbers, write_maps
 from sattile.mosaic import Part, Product, Target
@@ -164,16 +165,13 @@ def lay_out(
             raise UsageError(f"--like {like}: {error.reason}") from None
     else:
         found = parse_grid(str(grid))
+    memory = parse_memory(worker_memory)
     if block is None:
-        block = choose_block(job, found, parse_memory(worker_memory), sheet)
+        block = choose_block(job, found, memory, sheet)
     elif not 16 <= block <= sheet:
         raise UsageError(f"block {block}: give pixels from 16 to the sheet's {sheet}")
-    memory = parse_memory(worker_memory)
-    if (need := block_memory(job, block, ratio_to(job, found))) > memory:
-        log.warning(
-            "predict: a worker may need %.1f GB for blocks of %d px and windows of %d px, more than worker_memory "
-            "%.1f GB; a smaller --size needs less", need / 1e9, block, job.geometry.input_size, memory / 1e9,
-        )  # fmt: skip
+    what = f"blocks of {block} px and windows of {job.geometry.input_size} px"
+    warn_of_memory(block_memory(job, block, ratio_to(job, found)), memory, what)
     return Layout(found, sheet, block, rule, parse_weights(weights))
 
 

@@ -30,6 +30,7 @@ from sattile import engine, storage
 from sattile.dataset import unseen_classes
 from sattile.errors import SattileError, UsageError, said_by_task
 from sattile.record import Run
+from sattile.scorers import NOISE
 from sattile.training.loop import PROGRESS, describe
 from sattile.training.reader import Dataset, load_dataset
 from sattile.training.settings import Settings, check, make_settings, said_by
@@ -353,7 +354,7 @@ def child(job: Mapping[str, Any], *, threads: int | None = None) -> dict[str, An
         Its answer.
     """
     environment = {
-        # The caller's gateway and submit arguments would bind the child to the caller's session.
+        # The caller's gateway and submit arguments would bind what looks for Spark there to the caller's session.
         name: value
         for name, value in os.environ.items()
         if name not in ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "PYSPARK_SUBMIT_ARGS", "TF_CONFIG")
@@ -381,7 +382,7 @@ def child(job: Mapping[str, Any], *, threads: int | None = None) -> dict[str, An
             process.stdin.write(base64.b64encode(pickle.dumps(storage.access())).decode() + "\n")
             process.stdin.flush()
             for line in process.stdout:
-                if not line.startswith(_NOISE):
+                if not line.startswith(NOISE):
                     said.append(line)
                     sys.stderr.write(line)
                     sys.stderr.flush()
@@ -401,18 +402,6 @@ def child(job: Mapping[str, Any], *, threads: int | None = None) -> dict[str, An
         raise SattileError(found["error"])
     how = f"was killed by signal {-status} (out of memory?)" if status < 0 else f"ended with status {status}"
     raise SattileError(f"the training process {how}; it said last:\n{''.join(said)}".rstrip())
-
-
-# Said by TensorFlow and Spark before their log levels can be set; no news to anyone.
-_NOISE = (
-    "WARNING: All log messages before absl::InitializeLog",
-    "WARNING: Using incubator modules",
-    "I0000 ",
-    "Doing CPU training...",
-    "MirroredStrategyRunner will run in local mode",
-    "Setting default log level",
-    "To adjust logging",
-)
 
 
 @contextmanager

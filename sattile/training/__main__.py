@@ -35,6 +35,7 @@ def main(text: str) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("sattile").setLevel(logging.INFO)
+    import_tensorflow()  # first of all, without its noise
     try:
         answer: dict[str, Any] = {}
         for one in job["do"]:

@@ -122,7 +122,8 @@ def fit(
     train_step, validate_step = _steps(strategy, network, optimizer, loss, settings.accumulate)
 
     url = storage.join(work, CHECKPOINT)
-    key = storage.digest(said_by(settings, described, networks.fingerprint(network)))
+    own = networks.fingerprint(network) if ":" in settings.arch else None
+    key = storage.digest(said_by(settings, described, own))
     state = _resume(url, key, network, optimizer)
     _agree(strategy, len(state.history))
     callbacks = keras.callbacks.CallbackList([_tensorboard(work)] if worker == 0 else [], model=network)

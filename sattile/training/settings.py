@@ -103,7 +103,7 @@ def said_by(settings: Settings, dataset: Dataset, network: str | None = None) ->
         "bands": list(dataset.bands),
         "classes": {str(one.id): one.name for one in dataset.classes},
     }
-    if ":" in settings.arch:
+    if network is not None:
         said["network"] = network
     if settings.start_from:
         said["start_from"] = transfer.digest(settings.start_from)
