@@ -1,7 +1,8 @@
 """Prediction against the bare model, and the engine with a cheap model against a plain rasterio loop.
 
 * bare model: as many processes as cores, one thread each, that call the same scorer on one window again and again (with
-  `--engines tensorflow-gpu` they share the GPU).
+  `--engines tensorflow-gpu` they share the GPU). Beside it the network as Keras gives it, in a `tf.function`: without
+  the fusion of its layers, what one has without sattile.
 * plain loop: one process reads blocks with rasterio, applies the same 1x1 model with numpy, writes a tiled GeoTIFF and
   makes the COG of it (mode overviews): the product that `sattile predict` publishes.
 """
@@ -57,10 +58,15 @@ def unet_bundle(folder: Path) -> str:
 
 
 def bare(model: str, engine: str, shape: tuple[int, int, int, int], seconds: float, start: Any) -> float:
-    """Mpix/s of one process that does nothing but call the scorer."""
-    from sattile.model import load_bundle, load_scorer
+    """Mpix/s of one process that does nothing but call the scorer; `engine` keras is the network as it was given."""
+    from sattile import scorers
+    from sattile.model import KERAS, load_bundle, load_keras, load_scorer
 
-    score = load_scorer(load_bundle(model), engine=engine, threads=1)
+    if engine == "keras":
+        scorers.use_threads(1)
+        score = scorers.by_tensorflow(load_keras(f"{model}/{KERAS}"), second=False)
+    else:
+        score = load_scorer(load_bundle(model), engine=engine, threads=1)
     batch = np.random.default_rng(0).integers(1, 5_000, shape).astype(np.uint16)
     score(batch)
     start.wait()
@@ -219,7 +225,7 @@ def networks(
         try:
             # The first run is the start: workers, the network's compilation, memory taken for the first time.
             predicted(spark, model, scene, folder / "unet_out", engine=engine, **options)
-            records, alone = [], []
+            records, alone, plain_keras = [], [], []
             for _ in range(repeats):
                 record = predicted(spark, model, scene, folder / "unet_out", engine=engine, **options)
                 records.append(record)
@@ -227,6 +233,8 @@ def networks(
                 geometry = Geometry(**{name: settings[name] for name in Geometry.__dataclass_fields__})
                 shape = geometry.input_shape(edge, edge)
                 alone.append(bare_speed(model, engine, (settings["batch"], *shape, len(BANDS)), cores))
+                if engine == "tensorflow":
+                    plain_keras.append(bare_speed(model, "keras", (settings["batch"], *shape, len(BANDS)), cores))
         finally:
             spark.stop()
         evaluated = float(np.median([one["evaluated_mpix_per_s"] for one in records]))
@@ -239,6 +247,9 @@ def networks(
             f"ratio {found[engine]:.2f}; peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker "
             f"(medians of {repeats})"
         )
+        if plain_keras:
+            found["keras"] = evaluated / float(np.median(plain_keras))
+            print(f"  the network as Keras gives it: {np.median(plain_keras):.2f} Mpix/s, ratio {found['keras']:.2f}")
     if not {"tensorflow", "openvino"} <= delivered.keys():
         return found
     found["openvino_to_tensorflow"] = delivered["openvino"] / delivered["tensorflow"]

@@ -28,6 +28,7 @@ import numpy as np
 from sattile import card, scorers, storage
 from sattile.drift import Known
 from sattile.errors import SattileError, UsageError, first_line
+from sattile.fusion import fuse
 from sattile.receptive import measure, other_size
 from sattile.schema import SegmentClass, describe_classes, read_classes
 from sattile.scorers import Scorer
@@ -234,7 +235,8 @@ def save_bundle(
     from sattile.record import versions
 
     output = _check_signature(network, bands, classes)
-    measured = measure(network)
+    fused = fuse(network)
+    measured = measure(fused)
     with storage.scratch() as scratch:
         file = os.path.join(scratch, KERAS)
         if keras_file:
@@ -243,7 +245,7 @@ def save_bundle(
             network.save(file)
             _without_chance(file)
         digest = storage.sha256_file(file)
-        _export(network, os.path.join(scratch, SAVED_MODEL))
+        _export(fused, os.path.join(scratch, SAVED_MODEL))
         fast = _for_openvino(network, scratch, output, tiles) if scorers.has_openvino() else {}
         storage.remove(storage.join(url, BUNDLE))
         for part in (SAVED_MODEL, OPENVINO):
@@ -592,7 +594,7 @@ def _load_one(bundle: Bundle, engine: str, threads: int) -> Scorer:
             device = scorers.use_gpu() if engine == scorers.GPU else scorers.CPU
             with scorers.placed_on(device):
                 network = load_keras(path)
-            _loaded[key] = scorers.by_tensorflow(network, second=second, device=device)
+                _loaded[key] = scorers.by_tensorflow(fuse(network), second=second, device=device)
     return _loaded[key]
 
 
