@@ -9,6 +9,7 @@ copy into the pipe and one out, with none inside Python.
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import mmap
 import os
@@ -27,6 +28,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
+
+import numpy as np
 
 from sattile import storage
 from sattile.errors import Refused, SattileError
@@ -296,7 +299,7 @@ def _serve(descriptor: int, parent: int) -> None:
             function, args, kwargs, given_back, access = pickle.loads(message)
             lender.returned(given_back)
             storage.use(access)
-            answer = pickle.dumps((False, function(*args, **kwargs)), protocol=5, buffer_callback=buffers.append)
+            answer = _pickled((False, function(*args, **kwargs)), buffers.append)
         except BaseException as error:
             buffers = []
             answer = _pack(error)
@@ -312,6 +315,23 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(0)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, one: Any) -> Any:
+        """Arrays whose axes were turned go out of band, too: as they lie in memory, to be turned again."""
+        if type(one) is not np.ndarray or one.flags.forc:
+            return NotImplemented
+        axes = sorted(range(one.ndim), key=lambda axis: -one.strides[axis])
+        lying = one.transpose(axes)
+        return (np.transpose, (lying, np.argsort(axes).tolist())) if lying.flags.c_contiguous else NotImplemented
+
+
+def _pickled(value: Any, take: Callable[[pickle.PickleBuffer], Any]) -> bytes:
+    """A value pickled with its arrays beside it."""
+    written = io.BytesIO()
+    _Pickler(written, protocol=5, buffer_callback=take).dump(value)
+    return written.getvalue()
 
 
 def _pack(error: BaseException) -> bytes:

@@ -102,7 +102,8 @@ class Inference:
                 out *= np.float32(factor)
                 out += np.float32(offset)
         if not valid.all():
-            out[~valid] = np.asarray(self.fill, np.float32)
+            for band, value in enumerate(self.fill):
+                np.copyto(out[..., band], np.float32(value), where=~valid)
 
     @property
     def scorer(self) -> Scorer:
@@ -387,7 +388,7 @@ def read_block(
         region = block
         data, valid = np.zeros((*block.shape, 0)), np.zeros(block.shape, bool)
     else:
-        data, valid = raster.read(scene, region, nodata=nodata, scaled=scaled)
+        data, valid = raster.read(scene, region, nodata=nodata, scaled=scaled, by_band=True)
     wanted = valid[block.slices(region)]
     return BlockRead(region, data, valid, wanted if inside is None else wanted & inside, truth, record.peak_memory_mb())
 
@@ -470,7 +471,8 @@ def run_windows(
         return
     shape = placements[0].read.shape
     fill = np.asarray(job.fill, np.float32)
-    batch = np.empty((count, *shape, len(job.bundle.bands)), np.float32)
+    # A plane for each band, as it was read, and as OpenVINO takes it.
+    batch = np.moveaxis(np.empty((count, len(job.bundle.bands), *shape), np.float32), 1, -1)
     for first in range(0, len(placements), count):
         group = placements[first : first + count]
         for index in range(count):

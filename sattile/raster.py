@@ -508,7 +508,7 @@ atexit.register(close_files)  # GDAL closing a file elsewhere after Python has e
 
 
 def read(
-    scene: Scene, window: Window, *, nodata: float | None = None, scaled: bool = False
+    scene: Scene, window: Window, *, nodata: float | None = None, scaled: bool = False, by_band: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read a window of a scene, on the scene's grid.
 
@@ -520,9 +520,11 @@ def read(
         window: may reach outside the scene.
         nodata: missing value of all bands, before whatever the files say.
         scaled: physical values (stored * scale + offset) instead of stored ones.
+        by_band: lay a band's pixels side by side in memory, as most files have them, instead of a pixel's bands.
 
     Returns:
-        data: (height, width, bands), the smallest dtype that holds all bands; float32 if scaled; 0 outside the scene.
+        data: (height, width, bands) in either case; the smallest dtype that holds all bands, float32 if scaled; 0
+            outside the scene.
         valid: (height, width) bool: every band is valid, as the files' masks, declared nodata or alpha say, and finite.
 
     Raises:
@@ -535,8 +537,14 @@ def read(
                     f"band {band.name} states no scale and offset, and physical values are wanted; state them in "
                     f"the file (gdal_edit.py -scale S -offset O FILE) or in its STAC item"
                 )
+
+    def empty(dtype: Any) -> np.ndarray:
+        if by_band:
+            return np.moveaxis(np.zeros((len(scene.bands), *window.shape), dtype), 0, -1)
+        return np.zeros((*window.shape, len(scene.bands)), dtype)
+
     dtype = result_dtype(scene)
-    data = np.zeros((*window.shape, len(scene.bands)), dtype)
+    data = empty(dtype)
     valid = np.zeros(window.shape, bool)
     inside = window & Window(0, 0, scene.height, scene.width)
     if inside.area:
@@ -560,7 +568,7 @@ def read(
     if scaled:
         scales = np.array([1.0 if band.scale is None else band.scale for band in scene.bands])
         offsets = np.array([0.0 if band.offset is None else band.offset for band in scene.bands])
-        physical = np.zeros(data.shape, np.float32)
+        physical = empty(np.float32)
         place = inside.slices(window)
         if inside.area:
             # In float64: float32 products of large stored numbers are off in the last digits.
@@ -638,7 +646,7 @@ def _read_pixels(
     area = RasterioWindow(window.col, window.row, window.width, window.height)
     indexes = [band.index for band in bands]
     try:
-        # GDAL writes into the pixel-interleaved array itself: no copy to turn the axes.
+        # GDAL writes into the array itself, however it lies.
         source.read(indexes, window=area, out=np.moveaxis(out, 2, 0))
         valid = _valid(source, bands, area, nodata, out)
         _check_whole(bands[0].url)

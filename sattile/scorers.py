@@ -252,49 +252,41 @@ def by_openvino(xml: str, *, threads: int, second: bool) -> Scorer:
 
         network = read.clone()
         network.reshape({0: shape})
-        last_axis = _cut_tail(network)
-        head, body = _cut_head(network)
+        head, body = _cut_head(_by_planes(network))
         last = request(body, PRECISION)
         if head is None:
-            return lambda images: np.moveaxis(last.infer([images], share_inputs=True)[0], last_axis, -1)
+            return lambda planes: last.infer([planes], share_inputs=True)[0]
         first = request(head, "f32")
         for index in range(len(head.outputs)):
             last.set_input_tensor(index, first.get_output_tensor(index))
 
-        def run(images: np.ndarray) -> np.ndarray:
-            first.infer([images], share_inputs=True, share_outputs=True)
-            return np.moveaxis(last.infer()[0], last_axis, -1)
+        def run(planes: np.ndarray) -> np.ndarray:
+            first.infer([planes], share_inputs=True, share_outputs=True)
+            return last.infer()[0]
 
         return run
 
     def score(images: np.ndarray) -> np.ndarray:
-        images = np.ascontiguousarray(images, np.float32)
         if images.shape not in compiled:
             _forget_large(compiled)
             compiled[images.shape] = compile_for(images.shape)
-        return _both(np.asarray(compiled[images.shape](images), np.float32), second)
+        planes = np.ascontiguousarray(np.moveaxis(images, -1, 1), np.float32)
+        return _both(np.moveaxis(np.asarray(compiled[images.shape](planes), np.float32), 1, -1), second)
 
     return score
 
 
-def _cut_tail(network: Any) -> int:
-    """Leave out that channels are moved last, if that is the last thing it does: numpy does so without moving any.
+def _by_planes(network: Any) -> Any:
+    """The same network with a plane for each band in and for each class out, as OpenVINO computes: it moves none."""
+    from openvino.preprocess import PrePostProcessor
 
-    Args:
-        network: an `openvino.Model`, changed in place.
-
-    Returns:
-        The axis of the channels in what it gives.
-    """
-    result = network.get_results()[0]
-    moved = result.input_value(0).get_node()
-    if moved.get_type_name() != "Transpose" or moved.input_value(1).get_node().get_type_name() != "Constant":
-        return -1
-    if moved.input_value(1).get_node().data.tolist() != [0, 2, 3, 1]:
-        return -1
-    result.input(0).replace_source_output(moved.input_value(0))
-    network.validate_nodes_and_infer_types()
-    return 1
+    openvino = _openvino()
+    planes, pixels = openvino.Layout("NCHW"), openvino.Layout("NHWC")
+    processor = PrePostProcessor(network)
+    for port in (processor.input(), processor.output()):
+        port.tensor().set_layout(planes)
+        port.model().set_layout(pixels)
+    return processor.build()
 
 
 HEAD = {
@@ -367,7 +359,7 @@ def turned(scorer: Scorer, how: str) -> Scorer:
         total: np.ndarray | None = None
         for quarters, mirrored in turns:
             given = np.rot90(images, quarters, (1, 2))
-            found = scorer(np.ascontiguousarray(given[:, :, ::-1] if mirrored else given))
+            found = scorer(given[:, :, ::-1] if mirrored else given)
             back = np.rot90(found[:, :, ::-1] if mirrored else found, -quarters, (1, 2))
             total = np.array(back) if total is None else np.add(total, back, out=total)
         assert total is not None

@@ -515,7 +515,7 @@ def read_step(
         Refused: if the scene can't be read.
     """
     pixels = scene if cloud is None else scene.select(scene.band_names[:-1])
-    data, valid = raster.read(pixels, region, nodata=nodata, scaled=scaled)
+    data, valid = raster.read(pixels, region, nodata=nodata, scaled=scaled, by_band=True)
     clouds = None
     if cloud is not None:
         values, known = raster.read(scene.select([cloud]), need, nodata=nodata)

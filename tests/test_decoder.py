@@ -97,6 +97,25 @@ def test_arrays_come_back_equal_and_writable():
         data[0, 0, 0] = 7
 
 
+def turned(*shape: int) -> list[np.ndarray]:
+    """The same numbers laid in other orders: a plane a band, columns first, a part of a larger one, backwards."""
+    lying = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    return [np.moveaxis(lying, 0, -1), np.asfortranarray(lying), lying[:, 1:-1, 2:], lying[::-1], lying[:, :0]]
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 400, 500)], ids=["small", "lent"])
+def test_arrays_come_back_as_they_lay_in_memory(shape):
+    with Decoder() as one:
+        found, expected = one.call(turned, *shape), turned(*shape)
+    for data, was in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(data, was)
+        assert data.dtype == was.dtype
+    assert np.moveaxis(found[0], -1, 0).flags.c_contiguous
+    assert found[1].flags.f_contiguous
+    # Out of band: not a copy that was written into the message.
+    assert not found[0].base.flags.owndata
+
+
 def test_a_large_window_comes_back_in_far_less_time_than_it_takes_to_decode():
     with Decoder() as one:
         one.call(ramp, 16, 16, 4)

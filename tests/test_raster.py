@@ -91,6 +91,11 @@ def assert_is_part(scene: Scene, window: Window, everything: tuple[np.ndarray, n
     assert data.shape == expected.shape
     assert np.array_equal(data, expected, equal_nan=data.dtype.kind == "f")
     assert np.array_equal(valid, expected_valid)
+    lying, lying_valid = raster.read(scene, window, by_band=True, **options)
+    assert np.moveaxis(lying, -1, 0).flags.c_contiguous
+    assert lying.dtype == data.dtype
+    assert np.array_equal(lying, data, equal_nan=data.dtype.kind == "f")
+    assert np.array_equal(lying_valid, valid)
 
 
 # ---------------------------------------------------------------- values
