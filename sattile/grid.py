@@ -329,7 +329,7 @@ SHAPES = 32
 CELL = 512
 """Edge of the smallest cell that is chosen unasked: that of a COG's own tiles."""
 
-FAIR_PRICE, WORST_PRICE = 1.15, 4.0
+FAIR_PRICE, WORST_PRICE = 1.12, 4.0
 """Pixels evaluated per pixel delivered: what a default window should cost at most, and above which overlapping
 windows are the better default than a halo."""
 

@@ -31,11 +31,11 @@ from sattile.stitch import NODATA, Stitcher, blend_weights, to_labels
 
 log = logging.getLogger("sattile")
 
-WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 600_000_000, scorers.GPU: 2_500_000_000}
+WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 650_000_000, scorers.GPU: 2_500_000_000}
 """Bytes a worker holds before it reads a pixel: Python, the engine, the decoder with GDAL and its cache (measured, but
 for the last: TensorFlow's and a guess of 1.4 GB for CUDA's libraries)."""
 
-ACTIVATIONS = {"tensorflow": 1.15, "openvino": 0.38, scorers.GPU: 0.0}
+ACTIVATIONS = {"tensorflow": 1.15, "openvino": 0.42, scorers.GPU: 0.0}
 """What an engine holds in a worker's memory for each byte of a bundle's `activation_bytes` (measured)."""
 
 GPU_PIXELS = 2048 * 2048
@@ -174,10 +174,8 @@ def prepare(
         raise UsageError(f"threshold {threshold}: give a score")
     given = _fill(bundle, fill)
     room = max(parse_memory(worker_memory) - WORKER_BASE[chosen], 0)
-    bands, classes = len(bundle.bands), len(bundle.classes)
     # As `block_memory` of a block that is one window, and a tenth to spare.
-    per_pixel = bundle.activation_bytes * ACTIVATIONS[chosen] + 4 * bands + 4 * classes + 2 * (4 * bands + 1)
-    pixels = room * 0.9 / per_pixel
+    pixels = room * 0.9 / (window_memory(bundle, chosen) + 2 * (4 * len(bundle.bands) + 1))
     if on_gpu:
         pixels = min(pixels, pixels_at_once(bundle, chosen))
     max_input = max(math.isqrt(int(pixels)), 64)
@@ -192,12 +190,16 @@ def prepare(
     )  # fmt: skip
 
 
+def window_memory(bundle: Bundle, engine: str) -> float:
+    """Bytes that a worker holds for each pixel of a window: its network's own, and twice what goes in and comes out."""
+    return bundle.activation_bytes * ACTIVATIONS[engine] + 8 * len(bundle.bands) + 8 * len(bundle.classes)
+
+
 def pixels_at_once(bundle: Bundle, engine: str) -> int:
     """How many pixels are worth one evaluation."""
     if engine != scorers.GPU:
         return BATCH_PIXELS
-    there = bundle.activation_bytes * ACTIVATIONS["tensorflow"] + 4 * len(bundle.bands) + 4 * len(bundle.classes)
-    return min(GPU_PIXELS, int(GPU_MEMORY / there))
+    return min(GPU_PIXELS, int(GPU_MEMORY / window_memory(bundle, "tensorflow")))
 
 
 def batch_of(bundle: Bundle, engine: str, edge: int) -> int:
@@ -242,11 +244,7 @@ def block_memory(job: Inference, edge: int) -> int:
     geometry = job.geometry
     context = geometry.halo if geometry.merge == "crop" else geometry.size
     read = (edge + 2 * context) ** 2 * (4 * bands + 1)
-    window = (
-        geometry.input_size**2
-        * job.batch
-        * (job.bundle.activation_bytes * ACTIVATIONS[job.engine] + 4 * bands + 4 * classes)
-    )
+    window = geometry.input_size**2 * job.batch * window_memory(job.bundle, job.engine)
     sums = edge**2 * (8 * classes + 8) if geometry.merge == "blend" else 0
     out = edge**2 * (2 + 4 * classes * job.scores + 4 * job.coverage)
     # Twice what is read: the block being inferred here, the next one in the decoder.

@@ -27,7 +27,6 @@ from sattile.drift import Sights
 from sattile.errors import Refused, UsageError, nearest
 from sattile.grid import Placement, Window, hull
 from sattile.inference import (
-    ACTIVATIONS,
     WORKER_BASE,
     BlockRead,
     Inference,
@@ -36,6 +35,7 @@ from sattile.inference import (
     run_windows,
     see,
     warn_of_memory,
+    window_memory,
 )
 from sattile.mapreduce import INFERRED, ROW_BYTES, Tally, columns, deal, refused, rows_of, task_numbers, write_maps
 from sattile.mosaic import Part, Product, Target
@@ -192,7 +192,7 @@ def choose_block(job: Inference, grid: Grid, memory: int, sheet: int) -> int:
         wanted = MOST_EDGE / max(ratio, 1.0)
     most = int(min(max(wanted, 16), MOST_EDGE, sheet)) // 16 * 16
     while most > 64 and block_memory(job, most, ratio) > memory:
-        most = most * 3 // 4 // 16 * 16
+        most = most * 15 // 16 // 16 * 16
     return max(most, 16)
 
 
@@ -209,9 +209,7 @@ def block_memory(job: Inference, edge: int, ratio: float) -> int:
     context = geometry.halo if geometry.merge == "crop" else geometry.size
     read = (need + 2 * context) ** 2 * (4 * bands + 1)
     window = min(need + 2 * context, geometry.input_size) if geometry.merge == "crop" else geometry.input_size
-    network = window**2 * job.batch * (
-        job.bundle.activation_bytes * ACTIVATIONS[job.engine] + 4 * bands + 4 * classes
-    )  # fmt: skip
+    network = window**2 * job.batch * window_memory(job.bundle, job.engine)
     scores = need**2 * (4 * classes + 8 + (8 * classes + 8) * (geometry.merge == "blend"))
     sums = edge**2 * ((8 + 4 + 8) * classes + 8 + 4 + 2 + 3)
     return int(WORKER_BASE[job.engine] + 2 * read + network + scores + sums)

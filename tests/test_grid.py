@@ -136,7 +136,7 @@ def test_crop_evaluates_no_more_than_its_price(geometry: Geometry, height: int, 
 
 
 def test_a_scene_a_little_larger_than_whole_windows_costs_little_more() -> None:
-    geometry = Geometry("crop", 1552, 1552, 56, 8)
+    geometry = Geometry("crop", 1928, 1928, 56, 8)
     for extent in (3216, 3217, 8192, 10_000, 10_980, 15_537):
         edge = geometry.input_shape(extent, extent)[0]
         assert geometry.count(extent, extent, 1552) * edge**2 <= 1.155 * extent**2
@@ -193,8 +193,8 @@ def test_a_geometry_that_shows_seams_is_refused_with_the_numbers_to_use(
 
 
 def test_defaults() -> None:
-    # U-Net of 3 levels: (1552 + 2 * 56)^2 / 1552^2 = 1.1495, and 1.1503 for 1544.
-    assert choose_geometry(total_stride=8, radius=51, max_input=4096) == Geometry("crop", 1552, 1552, 56, 8)
+    # U-Net of 3 levels: (1928 + 2 * 56)^2 / 1928^2 = 1.1196, and 1.1201 for 1920.
+    assert choose_geometry(total_stride=8, radius=51, max_input=4096) == Geometry("crop", 1928, 1928, 56, 8)
     assert choose_geometry(total_stride=8, radius=51, max_input=1500) == Geometry("crop", 1384, 1384, 56, 8)
     assert choose_geometry(total_stride=1, radius=0) == Geometry("crop", 512, 512, 0, 1)
     assert choose_geometry(total_stride=8, radius=None) == Geometry("blend", 512, 256, 0, 8)

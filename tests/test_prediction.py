@@ -256,16 +256,16 @@ def test_windows_and_blocks_follow_from_the_memory_of_a_worker(
 
 def test_the_default_network_pays_a_fair_price_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "choose_engine", lambda *_, **__: "openvino")
-    network = bundle_of(bands=tuple("rgbn"), fill=(0,) * 4, total_stride=8, receptive_radius=51, activation_bytes=652.8)
+    network = bundle_of(bands=tuple("rgbn"), fill=(0,) * 4, total_stride=8, receptive_radius=51, activation_bytes=326.4)
     job = inference.prepare(network, worker_memory="1500m")
-    for edge in (8192, 10_000, 10_980):
+    for edge in (8192, 10_000, 10_980, 47_000):
         plan = prediction.plan(job, [scene_of(edge, edge)], worker_memory="1500m", slots=2)
-        assert plan.evaluated <= 1.151 * plan.delivered
+        assert plan.evaluated <= 1.15 * plan.delivered
         assert plan.memory <= 1500 * 2**20
 
 
 def test_gpus_get_large_inputs_and_no_batch_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = bundle_of(bands=tuple("rgbn"), fill=(0,) * 4, total_stride=8, receptive_radius=51, activation_bytes=652.8)
+    network = bundle_of(bands=tuple("rgbn"), fill=(0,) * 4, total_stride=8, receptive_radius=51, activation_bytes=326.4)
     job = inference.prepare(network, gpu=True)
     assert (job.engine, job.geometry.input_size, job.batch) == ("tensorflow-gpu", 2048, 1)
     plan = prediction.plan(job, [scene_of(10_980, 10_980)], slots=4)

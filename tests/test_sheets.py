@@ -467,7 +467,7 @@ def test_a_grid_whose_pixels_are_not_what_its_crs_calls_them_is_told(
 
 
 def test_blocks_follow_from_model_grid_and_memory_alone() -> None:
-    def block(memory: int = 3_000_000_000, grid: str = SAME, **changes: Any) -> int:
+    def block(memory: int = 4_000_000_000, grid: str = SAME, **changes: Any) -> int:
         bundle = bundle_of(gsd=10.0, activation_bytes=600.0, **changes)
         job = replace(job_of(Geometry("crop", 1024, 1024, 64, 8)), bundle=bundle)
         return sheets.choose_block(job, parse_grid(grid), memory, 16_384)
