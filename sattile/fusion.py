@@ -41,13 +41,16 @@ def fuse(network: keras.Model) -> keras.Model:
         id(tensor) for tensors in [graph.outputs, *(node.input_tensors for node in nodes)] for tensor in tensors
     )
 
+    mark = "__"  # between a layer's name and a number: no layer's own name has it
+    while any(mark in one.name for one in graph.operations):
+        mark += "_"
     inputs = [keras.Input(batch_shape=one.shape, dtype=one.dtype, name=one.name) for one in graph.inputs]
     now = {id(before): after for before, after in zip(graph.inputs, inputs, strict=True)}
     for number, node in enumerate(nodes):
         convolution = _folded(node, maker, readers) or _convolution(node)
         parts = _parts(convolution, maker) if convolution else []
         if convolution and (convolution.layer is not node.operation or any(part.repeats != (1, 1) for part in parts)):
-            outputs = [_convolve(convolution, parts, now, f"{convolution.layer.name}__{number}")]
+            outputs = [_convolve(convolution, parts, now, f"{convolution.layer.name}{mark}{number}")]
         else:
             args, kwargs = node.arguments.fill_in(now)
             outputs = keras.tree.flatten(node.operation(*args, **kwargs))
@@ -75,11 +78,13 @@ class _Part:
 
 
 def _convolution(node: Any) -> _Convolution | None:
-    """A node as a convolution, if it is one."""
+    """A node as a convolution, if it is one; not of 16 bits, which fused weights would round otherwise."""
     import keras
 
     layer = node.operation
-    if type(layer) not in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) or layer.data_format != "channels_last":
+    if type(layer) not in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D):
+        return None
+    if layer.data_format != "channels_last" or layer.compute_dtype != "float32":
         return None
     kernel, bias = np.asarray(layer.kernel, np.float64), np.asarray(layer.bias, np.float64) if layer.use_bias else None
     return _Convolution(layer, kernel, bias, node.input_tensors[0])
@@ -145,7 +150,9 @@ def _convolve(convolution: _Convolution, parts: list[_Part], now: dict[int, Any]
 
     layer, bias = convolution.layer, convolution.bias
     if all(part.repeats == (1, 1) for part in parts):
-        alone = type(layer).from_config(layer.get_config() | {"use_bias": True, "name": name})
+        options = layer.get_config() | {"use_bias": True, "name": name}
+        # The kernel has what LoRA adds to it already.
+        alone = type(layer).from_config({key: one for key, one in options.items() if not key.startswith("lora_")})
         return _call(alone, now[id(convolution.given)], convolution.kernel, bias)
 
     kernels = np.split(convolution.kernel, np.cumsum([part.tensor.shape[-1] for part in parts[:-1]]), axis=2)
@@ -158,17 +165,17 @@ def _convolve(convolution: _Convolution, parts: list[_Part], now: dict[int, Any]
         tensors = [tensor for tensor, _ in found]
         x = tensors[0] if len(tensors) == 1 else keras.layers.Concatenate(name=f"{each}_join")(tensors)
         kernel = np.concatenate([kernel for _, kernel in found], axis=2)
-        options = {"padding": "same", "use_bias": not terms, "name": each, "dtype": layer.dtype_policy}
+        options = {"padding": "same", "use_bias": not terms, "name": each, "dtype": "float32"}
         if repeats == (1, 1):
             one = keras.layers.Conv2D(layer.filters, layer.kernel_size, **options)
         else:
             kernel = _gathered(kernel, repeats)
             one = keras.layers.Conv2DTranspose(layer.filters, kernel.shape[:2], strides=repeats, **options)
         terms.append(_call(one, x, kernel, None if terms else bias))
-    x = terms[0] if len(terms) == 1 else keras.layers.Add(name=f"{name}_add", dtype=layer.dtype_policy)(terms)
+    x = terms[0] if len(terms) == 1 else keras.layers.Add(name=f"{name}_add", dtype="float32")(terms)
     if layer.activation is keras.activations.linear:
         return x
-    return keras.layers.Activation(layer.activation, name=f"{name}_activation", dtype=layer.dtype_policy)(x)
+    return keras.layers.Activation(layer.activation, name=f"{name}_activation", dtype="float32")(x)
 
 
 def _gathered(kernel: np.ndarray, repeats: tuple[int, int]) -> np.ndarray:

@@ -198,7 +198,7 @@ def _kind(step: _Step) -> str:
         return "pointwise" if axes and all(one in (-1, 3) for one in axes) else "whole"
     if name == "GetItem":
         key = step.arguments.args[1]
-        key = key if isinstance(key, tuple) else (key,)
+        key = tuple(key) if isinstance(key, tuple | list) else (key,)  # a list once it was saved and loaded
         spatial = key[: key.index(Ellipsis)] if Ellipsis in key else key[:3]
         return "pointwise" if all(one == slice(None) for one in spatial) else "whole"
     if name in ("Conv2D", "DepthwiseConv2D", "SeparableConv2D", "MaxPooling2D", "AveragePooling2D"):

@@ -284,7 +284,8 @@ def _by_planes(network: Any) -> Any:
     planes, pixels = openvino.Layout("NCHW"), openvino.Layout("NHWC")
     processor = PrePostProcessor(network)
     for port in (processor.input(), processor.output()):
-        port.tensor().set_layout(planes)
+        # As float32 whatever the network's own: its Python binding takes bfloat16 for float16.
+        port.tensor().set_layout(planes).set_element_type(openvino.Type.f32)
         port.model().set_layout(pixels)
     return processor.build()
 

@@ -179,6 +179,32 @@ def test_a_layer_that_is_called_twice() -> None:
     assert differ(trained(keras.Model(values, x))) < 1e-5
 
 
+def test_names_that_a_fused_layer_could_have() -> None:
+    values = keras.Input((None, None, 3))
+    x = L.BatchNormalization(name="b")(L.Conv2D(3, 3, padding="same", name="a")(values))
+    for number in range(4):
+        x = L.ReLU(name=f"a__{number}")(x)
+    assert differ(trained(keras.Model(values, x))) < 1e-5
+
+
+def test_low_rank_adaptation_is_part_of_the_kernel() -> None:
+    values = keras.Input((None, None, 3))
+    layer = L.Conv2D(4, 3, padding="same")
+    network = trained(keras.Model(values, L.BatchNormalization()(layer(values))))
+    layer.enable_lora(2)
+    for one in (layer.lora_kernel_a, layer.lora_kernel_b):
+        one.assign(np.random.default_rng(0).normal(0, 0.5, one.shape))
+    assert differ(network) < 1e-5
+    assert "BatchNormalization" not in kinds(fuse(network))
+
+
+def test_networks_of_sixteen_bits_stay() -> None:
+    values = keras.Input((None, None, 3))
+    x = L.Conv2D(4, 3, padding="same", dtype="mixed_bfloat16")(values)
+    network = trained(keras.Model(values, L.BatchNormalization(dtype="mixed_bfloat16")(x)))
+    assert "BatchNormalization" in kinds(fuse(network))
+
+
 def test_models_of_other_kinds() -> None:
     values = keras.Input((None, None, 3))
     inner = way_up(lambda skip, x: L.Concatenate()([skip, L.UpSampling2D()(x)]))

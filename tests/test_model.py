@@ -179,6 +179,17 @@ def test_global_pooling_has_no_bound() -> None:
     assert measure(keras.Model(values, L.Conv2D(2, 1)(values))).receptive_radius == 0
 
 
+def test_slices_of_channels_have_no_neighbours_once_loaded_either(tmp_path: Path) -> None:
+    values = keras.Input((None, None, 3))
+    x = keras.layers.Concatenate()([values[..., :2], values[:, :, :, 1:]])
+    network = keras.Model(values, L.Conv2D(2, 3, padding="same")(x))
+    network.save(tmp_path / "net.keras")
+    assert measure(network).receptive_radius == 1
+    assert measure(keras.models.load_model(tmp_path / "net.keras")).receptive_radius == 1
+    rows = keras.Model(values, L.Conv2D(2, 1)(values[:, ::1, 0:]))
+    assert measure(rows).receptive_radius is None
+
+
 def test_fixed_input_shape_is_kept() -> None:
     values = keras.Input((24, 40, 3))
     found = measure(keras.Model(values, L.Conv2D(2, 5, padding="same")(values)))

@@ -124,6 +124,23 @@ def foreign(offset: float) -> object:
     return keras.Model(inputs, x)
 
 
+def test_scores_of_sixteen_bits_are_read_as_what_they_are(tmp_path: Path) -> None:
+    import keras
+
+    from sattile.model import _export
+
+    inputs = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(2, 3, padding="same", dtype="bfloat16")(keras.layers.Rescaling(1e-3)(inputs))
+    network, xml = keras.Model(inputs, x), str(tmp_path / "model.xml")
+    _export(network, str(tmp_path / "saved_model"))
+    scorers.convert(str(tmp_path / "saved_model"), xml)
+    images = np.random.default_rng(0).integers(1, 3000, (1, 24, 40, 3))
+    expected = scorers.by_tensorflow(network, second=False)(images)
+    found = scorers.by_openvino(xml, threads=1, second=False)(images)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("build", [as_is, foreign])
 def test_stored_values_far_from_zero_cost_nothing(build: Callable[[float], Any], tmp_path: Path) -> None:
     """OpenVINO's own bfloat16 keeps steps of 128 of values near 30,000: normalising comes before it."""
