@@ -1,8 +1,8 @@
 """Prediction against the bare model, and the engine with a cheap model against a plain rasterio loop.
 
 * bare model: as many processes as cores, one thread each, that call the same scorer on one window again and again (with
-  `--engines tensorflow-gpu` they share the GPU). Beside it the network as Keras gives it, in a `tf.function`: without
-  the fusion of its layers, what one has without sattile.
+  `--engines tensorflow-gpu` they share the GPU). Beside it the network as Keras gives it, in a `tf.function` or as
+  OpenVINO reads its SavedModel: without the fusion of its layers, what one has without sattile.
 * plain loop: one process reads blocks with rasterio, applies the same 1x1 model with numpy, writes a tiled GeoTIFF and
   makes the COG of it (mode overviews): the product that `sattile predict` publishes.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,19 +58,41 @@ def unet_bundle(folder: Path) -> str:
     return str(out)
 
 
-def bare(model: str, engine: str, shape: tuple[int, int, int, int], seconds: float, start: Any) -> float:
-    """Mpix/s of one process that does nothing but call the scorer; `engine` keras is the network as it was given."""
+def given(model: str, engine: str, shape: tuple[int, int, int, int]) -> Callable[[np.ndarray], Any]:
+    """The scores of a bundle's network as Keras gives it, one thread: a bundle's other parts have its layers fused."""
     from sattile import scorers
-    from sattile.model import KERAS, load_bundle, load_keras, load_scorer
+    from sattile.model import KERAS, load_keras
 
-    if engine == "keras":
-        scorers.use_threads(1)
-        score = scorers.by_tensorflow(load_keras(f"{model}/{KERAS}"), second=False)
-    else:
-        score = load_scorer(load_bundle(model), engine=engine, threads=1)
+    scorers.use_threads(1)
+    network = load_keras(f"{model}/{KERAS}")
+    if engine != "openvino":
+        return scorers.by_tensorflow(network, second=False)
+    import openvino
+
+    core = openvino.Core()
+    with tempfile.TemporaryDirectory() as folder:
+        network.export(folder, verbose=False)
+        read = core.read_model(folder)
+        read.reshape({0: shape})
+        settings = {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False, "INFERENCE_PRECISION_HINT": "bf16"}
+        request = core.compile_model(read, "CPU", settings).create_infer_request()
+    return lambda images: request.infer([images], share_inputs=True)[0]
+
+
+def bare(
+    model: str, engine: str, shape: tuple[int, int, int, int], seconds: float, as_given: bool, start: Any
+) -> float:
+    """Mpix/s of one process that does nothing but call the scorer, or the network as it was `given`."""
+    from sattile.model import load_bundle, load_scorer
+
     count, height, width, bands = shape
     planes = np.random.default_rng(0).integers(1, 5_000, (count, bands, height, width)).astype(np.float32)
     batch = np.moveaxis(planes, 1, -1)  # as sattile lays it
+    if as_given:
+        score = given(model, engine, shape)
+        batch = np.ascontiguousarray(batch)
+    else:
+        score = load_scorer(load_bundle(model), engine=engine, threads=1)
     score(batch)
     start.wait()
     begin = time.monotonic()
@@ -80,12 +103,20 @@ def bare(model: str, engine: str, shape: tuple[int, int, int, int], seconds: flo
     return calls * batch[..., 0].size / 1e6 / (time.monotonic() - begin)
 
 
-def bare_speed(model: str, engine: str, shape: tuple[int, int, int, int], processes: int, seconds: float = 25) -> float:
+def bare_speed(
+    model: str,
+    engine: str,
+    shape: tuple[int, int, int, int],
+    processes: int,
+    *,
+    as_given: bool = False,
+    seconds: float = 25,
+) -> float:
     """Mpix/s of some such processes together."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(processes) as pool:
         start = manager.Barrier(processes)
-        return sum(pool.starmap(bare, [(model, engine, shape, seconds, start)] * processes))
+        return sum(pool.starmap(bare, [(model, engine, shape, seconds, as_given, start)] * processes))
 
 
 def cheap_scores(data: np.ndarray) -> np.ndarray:
@@ -247,11 +278,15 @@ def networks(
             f"ratio {found[engine]:.2f}; peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker "
             f"(medians of {repeats})"
         )
-        if engine == "tensorflow":
-            # Not between the runs: Spark ends workers that had nothing to do for a minute.
-            given = [bare_speed(model, "keras", (settings["batch"], *shape, len(BANDS)), cores) for _ in range(repeats)]
-            found["keras"] = evaluated / float(np.median(given))
-            print(f"  the network as Keras gives it: {np.median(given):.2f} Mpix/s, ratio {found['keras']:.2f}")
+        if engine == "tensorflow-gpu":
+            continue
+        # Not between the runs: Spark ends workers that had nothing to do for a minute.
+        batch = (settings["batch"], *shape, len(BANDS))
+        plainly = [bare_speed(model, engine, batch, cores, as_given=True) for _ in range(repeats)]
+        found[f"{engine}_as_given"] = evaluated / float(np.median(plainly))
+        print(
+            f"  the network as Keras gives it: {np.median(plainly):.2f} Mpix/s, ratio {found[f'{engine}_as_given']:.2f}"
+        )
     if not {"tensorflow", "openvino"} <= delivered.keys():
         return found
     found["openvino_to_tensorflow"] = delivered["openvino"] / delivered["tensorflow"]
