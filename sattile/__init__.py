@@ -24,6 +24,8 @@ _DOORS = {
     "evaluate": "sattile.evaluation",
     "predict": "sattile.prediction",
     "report": "sattile.reporting",
+    "run": "sattile.pipeline",
+    "reprocess": "sattile.pipeline",
     "make_archive": "sattile.demo",
 }
 

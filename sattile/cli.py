@@ -20,7 +20,7 @@ import sattile
 from sattile import config, record
 from sattile.config import COMMANDS, Command, Option
 from sattile.errors import SattileError, UsageError, nearest, said_by_task
-from sattile.pipeline import FOLDERS
+from sattile.pipeline import STEPS
 
 log = logging.getLogger("sattile")
 
@@ -169,7 +169,7 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
         names = ", ".join(name if name == command.bare else "--" + name.replace("_", "-") for name in missing)
         raise UsageError(f"`sattile {command.name}` needs {names}\n  for example: {command.example}")
     if command.chains:
-        values["settings"] = {name: part for name, part in settings.items() if name in FOLDERS}
+        values["settings"] = {name: part for name, part in settings.items() if name in STEPS[command.name]}
     start = time.monotonic()
     if command.needs_spark:
         result = _with_session(command, values, job["master"], settings.get("spark", {}))

@@ -129,6 +129,12 @@ COMMANDS = {
             "sattile run --scenes scenes --labels labels --out work --set train.epochs=10 --set tile.size=128",
         ),
         Command(
+            "reprocess",
+            "sattile.pipeline:reprocess",
+            "bring the maps of an archive up to date, every night: index, predict, report",
+            "sattile reprocess --model model --scenes 'scenes/*.tif' --out nightly",
+        ),
+        Command(
             "doctor",
             "sattile.doctor:doctor",
             "check the session, its executors and a shared folder, and say what to set",

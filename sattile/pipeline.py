@@ -1,12 +1,14 @@
-"""The whole loop: index, tile, train, evaluate, predict, report, each into a folder of its own below one."""
+"""Commands one after the other, each into a folder of its own below one: the whole loop, and what cron calls."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sattile import record as records
 from sattile import storage
 from sattile.errors import TooManyRefused, UsageError
 from sattile.record import Run
@@ -24,6 +26,9 @@ FOLDERS = {
     "predict": "mosaics",
     "report": "report",
 }
+"""By step, in their order."""
+
+STEPS = {"run": tuple(FOLDERS), "demo": tuple(FOLDERS), "reprocess": ("index", "predict", "report")}
 
 
 def run(
@@ -90,80 +95,214 @@ def _chain(
 ) -> str:
     """The steps one after the other; `prepare` runs first, once the out folder is known to be ours."""
     from sattile.dataset import read_dataset
-    from sattile.evaluation import evaluate
     from sattile.labels import read_pairs
+
+    steps = _checked("run", settings)
+    arguments = [row["scene"] for row in read_pairs(pairs)] if pairs else scenes
+
+    with Run("run", out, {"steps": steps, **reading, "classes": classes}, shared["overwrite"], 1.0) as record:
+        step = _Steps(spark, record, steps)
+        folder = step.folder
+        # Settings are agreed on above, for all steps; below, what differs follows from a step before.
+        shared = {**shared, "overwrite": True}
+        if prepare is not None:
+            prepare()
+        step("index", scenes=arguments, **reading, **shared)
+        labelled: dict[str, Any] = {"pairs": pairs} if pairs else {"scenes": [folder("index")], "labels": labels}
+        if pairs:
+            labelled |= reading
+        step("tile", **labelled, classes=classes, **shared)
+        step("train", dataset=folder("tile"), overwrite=shared["overwrite"])
+        splits = read_dataset(folder("tile"))["splits"]
+        split = next((name for name in ("test", "val", "train") if splits[name]["tiles"]), "train")
+        if split != "test":
+            log.warning("run: no test tiles: evaluating on %s, which flatters the model", split)
+        step("evaluate", model=folder("train"), dataset=folder("tile"), split=split, overwrite=shared["overwrite"])
+        step("predict", model=folder("train"), scenes=[folder("index")], nodata=reading["nodata"], **shared)
+        step("report", folders=[folder(name) for name in FOLDERS if name != "report"])
+        record.done = len(FOLDERS)
+        record.finish()
+    return step.end()
+
+
+def reprocess(
+    spark: SparkSession,
+    *,
+    model: str,
+    scenes: Sequence[str],
+    out: str,
+    bands: str | None = None,
+    pattern: str | None = None,
+    nodata: float | None = None,
+    prune: bool = False,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+    max_failed_fraction: float = 0.1,
+) -> str:
+    """Bring the maps of an archive up to date: index, predict and report; what is as it was is left so.
+
+    For cron: a run that begins while the one before goes on is refused (2), and a killed one is finished by the next.
+    `OUT/_run.json` names the maps that are `new`, `changed` and `removed`.
+
+    Args:
+        model: a bundle; of a folder of versions the latest, and once there is a later one all maps are made anew.
+        scenes: files, globs, folders, STAC items: the archive.
+        out: folder of it all: `catalog`, `mosaics` and `report` lie below.
+        bands: names of the files' bands, see the README; 'blue=B02,...' says which is which.
+        pattern: how band files are named, such as '{scene}, {band}.tiff'.
+        nodata: missing value, whatever the files declare.
+        prune: remove maps whose scenes have left the archive.
+        settings: of each step, by command: {'predict': {'merge': 'blend'}}; on the command line --conf, or --set
+            predict.grid=EPSG:32633@10.
+        overwrite: replace what was made with other settings.
+        max_failed_fraction: refused scenes / given ones above which the command fails (3).
+
+    Returns:
+        URL of the report.
+
+    Raises:
+        UsageError: wrong settings, missing files, an archive without scenes.
+        TooManyRefused: after everything that is good has been published.
+    """
+    from sattile.model import load_models
+    from sattile.sheets import parse_weights
+
+    steps = _checked("reprocess", settings or {})
+    bundle = load_models(model)
+    if pattern and bands is None:
+        # As `predict` does by itself: files that the model does not want would lend their grid to the others.
+        cloud = parse_weights(steps.get("predict", {}).get("weights")).cloud
+        bands = ",".join([*bundle.bands, *([cloud] if cloud else [])])
+    reading = {"bands": bands, "pattern": pattern, "nodata": nodata}
+    out = storage.absolute(out)
+    named = ",".join(storage.absolute(one.strip()) for one in model.split(","))
+    with Run("reprocess", out, {"model": named, "steps": steps, **reading}, overwrite, 1.0) as record:
+        step = _Steps(spark, record, steps)
+        # Settings are agreed on above; what differs below is another version of the model.
+        shared = {"overwrite": True, "max_failed_fraction": max_failed_fraction}
+        maps = step.folder("predict")
+        before = record.notes.get("before")  # of a run that was killed: what it published is new, too
+        if before is None:
+            before = _published(maps)
+            record.note(before=before)
+        step("index", scenes=list(scenes), **reading, **shared)
+        if prune:
+            _prune(maps, step.folder("index"))
+        step("predict", model=bundle.url, scenes=[step.folder("index")], nodata=nodata, **shared)
+        step("report", folders=[step.folder("index"), maps])
+        now = _published(maps)
+        changes = {
+            "new": [name for name in now if name not in before],
+            "changed": [name for name in now if name in before and now[name] != before[name]],
+            "removed": [name for name in before if name not in now],
+        }
+        record.done = len(changes["new"]) + len(changes["changed"])
+        record.skipped = len(now) - record.done
+        record.finish(model=bundle.url, **changes)
+    told = ", ".join(f"{len(names)} {word}" for word, names in changes.items())
+    records.announce(f"maps: {told}, {record.skipped} as they were")
+    return step.end()
+
+
+def _published(maps: str) -> dict[str, str]:
+    """Digests of the finished maps of a folder, by name: of all that their items say, checksums among it."""
+    from sattile import mosaic
+
+    return {name: storage.digest(item) for name, item in mosaic.finished(maps)} if storage.exists(maps) else {}
+
+
+def _prune(maps: str, catalog: str) -> None:
+    """Remove maps of scenes that are neither in the catalogue nor refused for it: a file that can't be read today keeps
+    the map that was made of it before."""
+    from sattile import mosaic
+    from sattile.scenes import read_catalog
+
+    there = {scene.url for scene in read_catalog(catalog)} | {one.url for one in records.read_quarantine(catalog)}
+    if not storage.exists(maps):
+        return
+    with storage.Lease(maps):
+        for name, item in list(mosaic.finished(maps)):
+            made_of = {link["href"] for link in item["links"] if link["rel"] == "derived_from"}
+            if made_of and not made_of & there:
+                log.info("reprocess: removed the map %s, whose scenes have left the archive", name)
+                storage.remove(storage.join(maps, name))
+
+
+def _functions() -> dict[str, Callable[..., str]]:
+    """The steps by name."""
+    from sattile.evaluation import evaluate
     from sattile.prediction import predict
     from sattile.reporting import report
     from sattile.scenes import index
     from sattile.tiles import tile
     from sattile.training import train
 
-    functions: dict[str, Callable[..., str]] = {
-        "index": index,
-        "tile": tile,
-        "train": train,
-        "evaluate": evaluate,
-        "predict": predict,
-        "report": report,
-    }
-    steps = {name: dict(part) for name, part in settings.items()}
-    _check(steps, functions)
-    folder = {name: storage.join(out, base) for name, base in FOLDERS.items()}
-    arguments = [row["scene"] for row in read_pairs(pairs)] if pairs else scenes
-    late: list[TooManyRefused] = []
+    return {"index": index, "tile": tile, "train": train, "evaluate": evaluate, "predict": predict, "report": report}
 
-    with Run("run", out, {"steps": steps, **reading, "classes": classes}, shared["overwrite"], 1.0) as record:
-        # Settings are agreed on above, for all steps; below, what differs follows from a step before.
-        shared = {**shared, "overwrite": True}
 
-        def step(name: str, **options: Any) -> None:
-            session = (spark,) if name != "report" else ()
-            with record.stage(name):
-                try:
-                    functions[name](*session, **{**options, **steps.get(name, {})})
-                except TooManyRefused as error:  # the others are published: go on with them
-                    late.append(error)
+@dataclass
+class _Steps:
+    """Runs steps, each into its folder below the out folder of the record.
 
-        if prepare is not None:
-            prepare()
-        step("index", scenes=arguments, out=folder["index"], **reading, **shared)
-        labelled: dict[str, Any] = {"pairs": pairs} if pairs else {"scenes": [folder["index"]], "labels": labels}
-        if pairs:
-            labelled |= reading
-        step("tile", out=folder["tile"], **labelled, classes=classes, **shared)
-        step("train", dataset=folder["tile"], out=folder["train"], overwrite=shared["overwrite"])
-        splits = read_dataset(folder["tile"])["splits"]
-        split = next((name for name in ("test", "val", "train") if splits[name]["tiles"]), "train")
-        if split != "test":
-            log.warning("run: no test tiles: evaluating on %s, which flatters the model", split)
-        step("evaluate", model=folder["train"], dataset=folder["tile"], split=split,
-             out=folder["evaluate"], overwrite=shared["overwrite"])  # fmt: skip
-        step("predict", model=folder["train"], scenes=[folder["index"]], out=folder["predict"],
-             nodata=reading["nodata"], **shared)  # fmt: skip
-        step("report", folders=[folder[name] for name in FOLDERS if name != "report"], out=folder["report"])
-        record.done = len(FOLDERS)
-        record.finish()
-    page = storage.join(folder["report"], "index.html")
-    if late:
-        raise TooManyRefused("; ".join(str(error) for error in late) + f"; the report is {page}")
-    return page
+    Attributes:
+        settings: of each step by hand; they go before what the chain says.
+        late: what was refused beyond the limit: the next steps go on with what is good.
+    """
+
+    spark: SparkSession
+    record: Run
+    settings: Mapping[str, Mapping[str, Any]]
+    late: list[TooManyRefused] = field(default_factory=list)
+
+    def folder(self, name: str) -> str:
+        return storage.join(self.record.out, FOLDERS[name])
+
+    def __call__(self, name: str, **options: Any) -> None:
+        session = (self.spark,) if name != "report" else ()
+        with self.record.stage(name):
+            try:
+                _functions()[name](*session, **{**options, **self.settings.get(name, {})}, out=self.folder(name))
+            except TooManyRefused as error:
+                self.late.append(error)
+            except UsageError as error:
+                if not self.late:
+                    raise
+                # What was refused left nothing for this step: that is the reason, not what this step says.
+                raise TooManyRefused("; ".join(str(one) for one in self.late)) from error
+            self.record.refused.extend(records.read_quarantine(self.folder(name)))  # told already, by the step
+
+    def end(self) -> str:
+        """URL of the report.
+
+        Raises:
+            TooManyRefused: if a step raised it.
+        """
+        page = storage.join(self.folder("report"), "index.html")
+        if self.late:
+            raise TooManyRefused("; ".join(str(error) for error in self.late) + f"; the report is {page}")
+        return page
 
 
 CHOSEN = {"out", "scenes", "labels", "pairs", "model", "dataset", "folders"}
 """What the chain itself says to its steps."""
 
 
-def _check(steps: Mapping[str, Mapping[str, Any]], functions: Mapping[str, Callable[..., str]]) -> None:
-    """Refuse settings that no step has, before the first one runs."""
-    for name, part in steps.items():
-        if name not in functions:
-            raise UsageError(f"settings of {name}: steps are {', '.join(functions)}")
-        known = set(inspect.signature(functions[name]).parameters) - CHOSEN - {"spark"}
+def _checked(chain: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Settings of the steps of a chain.
+
+    Raises:
+        UsageError: for settings that no step has, before the first one runs.
+    """
+    for name, part in settings.items():
+        if name not in STEPS[chain]:
+            raise UsageError(f"settings of {name}: steps are {', '.join(STEPS[chain])}")
+        known = set(inspect.signature(_functions()[name]).parameters) - CHOSEN - {"spark"}
         for option in part:
             if option in CHOSEN:
                 raise UsageError(f"{name}.{option} is chosen by the chain of commands; leave it out of the settings")
             if option not in known:
                 raise UsageError(f"{name}.{option} is no setting; there are {', '.join(sorted(known))}")
+    return {name: dict(part) for name, part in settings.items()}
 
 
 def demo(

@@ -33,8 +33,8 @@ QUARANTINE = "_quarantine.parquet"
 STARTED = "_started.json"
 """Settings of a run while it goes on: what a killed one leaves, so that the next run with them may finish it."""
 
-NOTES = ("unlike",)
-"""What a run finds out that the next one has to know, though it does not find it out again."""
+NOTES = ("unlike", "before")
+"""What a run finds out that the one which goes on for it has to know, though it does not find it out again."""
 
 
 def versions() -> dict[str, str]:
@@ -118,14 +118,14 @@ class Run:
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise UsageError(f"--out {self.out} can't be written: {error.strerror or error}") from error
         earlier = {} if self.changed else self.previous or {}
-        self._notes = {name: earlier[name] for name in NOTES if name in earlier}
+        self.notes = {name: earlier[name] for name in NOTES if name in earlier}
         self.note()
         return self
 
     def note(self, **noted: Any) -> None:
         """Keep something for the run that goes on, should this one be killed: of the names in `NOTES`."""
-        self._notes |= noted
-        started = {"command": self.command, "settings": self.settings, **self._notes}
+        self.notes |= noted
+        started = {"command": self.command, "settings": self.settings, **self.notes}
         if self.replacing:
             started["replacing"] = True
         storage.write_json(storage.join(self.out, STARTED), started)
@@ -219,8 +219,11 @@ class Run:
             measured |= {name: value for name, value in (self.previous or {}).items() if name in measured}
         return measured
 
-    def finish(self) -> None:
+    def finish(self, **now: Any) -> None:
         """Write the record and the quarantine table.
+
+        Args:
+            now: what the record says of this run alone, also if it found nothing to do.
 
         Raises:
             SattileError: if another job has taken the folder over meanwhile.
@@ -245,6 +248,7 @@ class Run:
                 "settings": self.settings,
                 "inputs": sorted(self.inputs, key=lambda one: str(one["url"])),
                 **self._measured(),
+                **now,
                 "done": self.done,
                 "skipped": self.skipped,
                 "quarantined": len(self.refused),
@@ -259,6 +263,14 @@ class Run:
                 f"{self.max_failed_fraction:g} allows; {url} says why"
                 + (" (the others are published)" if self.done + self.skipped else "")
             )
+
+
+def read_quarantine(out: str) -> list[Refusal]:
+    """What the last run into this folder refused."""
+    url = storage.join(out, QUARANTINE)
+    if not storage.exists(url):
+        return []
+    return [Refusal(**row) for row in pq.read_table(pa.BufferReader(storage.read_bytes(url))).to_pylist()]
 
 
 def plain(value: Any) -> Any:

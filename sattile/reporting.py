@@ -26,12 +26,12 @@ from sattile.figures import (
     reliability_figure,
     split_rank,
 )
-from sattile.record import QUARANTINE, RUN, Run
+from sattile.record import RUN, Run, read_quarantine
 from sattile.schema import PALETTE
 from sattile.versions import is_version, resolve
 
 ORDER = ("index", "tile", "train", "bundle", "evaluate", "predict")
-NOT_TOLD = ("report", "run")  # itself, and the sum of the others
+NOT_TOLD = ("report", "run", "reprocess")  # itself, and the sums of the others
 PAGE = "index.html"
 
 MAX_SAMPLES = 12
@@ -103,7 +103,7 @@ def collect(folders: Sequence[str]) -> list[Folder]:
         if entry is None or not entry.is_folder:
             raise UsageError(f"{url} is not a folder; name out folders of sattile")
         here = _records([resolve(url)])
-        if not here or here[0].command == "run":
+        if not here or here[0].command in ("run", "reprocess"):
             here = _records([resolve(one.url) for one in storage.list_folder(url) if one.is_folder])
         if not here:
             raise UsageError(f"{url} has no {RUN}, nor has a folder in it: no sattile run has finished there")
@@ -304,12 +304,9 @@ def _quarantine(folders: Sequence[Folder]) -> Iterable[dict[str, Any]]:
     """Refused scenes, one row for each reason: url, name, reason, stages ('tile: read')."""
     rows: dict[tuple[str, str], list[str]] = {}
     for folder in folders:
-        url = folder.join(QUARANTINE)
-        if not storage.exists(url):
-            continue
-        for row in _read_table(url).to_pylist():
-            stages = rows.setdefault((row["url"], row["reason"]), [])
-            stage = f"{folder.command}: {row['stage']}" if row["stage"] != folder.command else folder.command
+        for one in read_quarantine(folder.url):
+            stages = rows.setdefault((one.url, one.reason), [])
+            stage = f"{folder.command}: {one.stage}" if one.stage != folder.command else folder.command
             if stage not in stages:
                 stages.append(stage)
     for (url, reason), stages in rows.items():

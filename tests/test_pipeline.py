@@ -73,3 +73,19 @@ def test_a_changed_archive_is_followed_and_changed_settings_are_refused(spark, t
     assert all(options["overwrite"] for name, options in seen if name != "report")
     with pytest.raises(UsageError, match="made with other settings"):
         pipeline.run(spark, **given, settings={"tile": {"size": 48, "fractions": "1,0,0"}})
+
+
+def test_where_all_scenes_are_refused_that_is_the_reason(spark, tmp_path):
+    """And not that the next step finds no dataset."""
+    import numpy as np
+    from scenes_for_tests import position_image, write_scene
+
+    from sattile.errors import TooManyRefused
+
+    write_scene(tmp_path / "scenes" / "a.tif", position_image(64, 96, 2))
+    write_scene(tmp_path / "labels" / "b.tif", np.ones((1, 64, 96), np.uint8))
+    with pytest.raises(TooManyRefused, match=r"1 of 1 scenes were refused.*tiles/_quarantine\.parquet says why"):
+        pipeline.run(
+            spark, scenes=[str(tmp_path / "scenes")], labels=str(tmp_path / "labels"), out=str(tmp_path / "out"),
+            classes="land,water", settings={"tile": {"size": 32}},
+        )  # fmt: skip
