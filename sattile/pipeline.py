@@ -169,14 +169,16 @@ def reprocess(
 
     steps = _checked("reprocess", settings or {})
     bundle = load_models(model)
+    reading = {"bands": bands, "pattern": pattern, "nodata": nodata}
+    # The same from whatever folder it is called.
+    out, archive = storage.absolute(out), [storage.absolute(one) for one in scenes]
+    named = ",".join(storage.absolute(one.strip()) for one in model.split(","))
+    agreed = {"model": named, "steps": steps, **reading}
     if pattern and bands is None:
         # As `predict` does by itself: files that the model does not want would lend their grid to the others.
         cloud = parse_weights(steps.get("predict", {}).get("weights")).cloud
-        bands = ",".join([*bundle.bands, *([cloud] if cloud else [])])
-    reading = {"bands": bands, "pattern": pattern, "nodata": nodata}
-    out = storage.absolute(out)
-    named = ",".join(storage.absolute(one.strip()) for one in model.split(","))
-    with Run("reprocess", out, {"model": named, "steps": steps, **reading}, overwrite, 1.0) as record:
+        reading["bands"] = ",".join([*bundle.bands, *([cloud] if cloud else [])])
+    with Run("reprocess", out, agreed, overwrite, 1.0) as record:
         step = _Steps(spark, record, steps)
         # Settings are agreed on above; what differs below is another version of the model.
         shared = {"overwrite": True, "max_failed_fraction": max_failed_fraction}
@@ -185,7 +187,7 @@ def reprocess(
         if before is None:
             before = _published(maps)
             record.note(before=before)
-        step("index", scenes=list(scenes), **reading, **shared)
+        step("index", scenes=archive, **reading, **shared)
         if prune:
             _prune(maps, step.folder("index"))
         step("predict", model=bundle.url, scenes=[step.folder("index")], nodata=nodata, **shared)
@@ -217,13 +219,15 @@ def _prune(maps: str, catalog: str) -> None:
     from sattile import mosaic
     from sattile.scenes import read_catalog
 
-    there = {scene.url for scene in read_catalog(catalog)} | {one.url for one in records.read_quarantine(catalog)}
+    scenes = read_catalog(catalog)
+    there = {scene.url for scene in scenes} | {one.url for one in records.read_quarantine(catalog)}
+    names = {scene.scene_id for scene in scenes}  # a scene that has moved keeps its map until that is made anew
     if not storage.exists(maps):
         return
     with storage.Lease(maps):
         for name, item in list(mosaic.finished(maps)):
             made_of = {link["href"] for link in item["links"] if link["rel"] == "derived_from"}
-            if made_of and not made_of & there:
+            if made_of and not made_of & there and name not in names:
                 log.info("reprocess: removed the map %s, whose scenes have left the archive", name)
                 storage.remove(storage.join(maps, name))
 

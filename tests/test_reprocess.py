@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,17 @@ def test_a_night_does_what_is_new_or_has_changed(spark: Any, models: Path, archi
     assert changes(nightly(spark, models, archive, prune=True)) == ([], [], ["c"])
     assert listed(out) == ["a", "b", "d"]
     assert not (out / "mosaics" / "c").exists()
+
+
+def test_an_archive_is_the_same_from_whatever_folder(
+    spark: Any, models: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nightly(spark, models, archive)
+    before = contents(archive.parent / "nightly")
+    monkeypatch.chdir(archive)
+    relative = {"model": os.path.relpath(models / "versions"), "scenes": ["*.tif"], "out": "../nightly"}
+    assert changes(nightly(spark, models, archive, prune=True, **relative)) == ([], [], [])
+    assert contents(archive.parent / "nightly") == before
 
 
 def test_what_can_not_be_read_tonight_keeps_its_map(spark: Any, models: Path, archive: Path) -> None:

@@ -178,11 +178,17 @@ def test_a_mosaic_is_that_of_one_machine_a_second_run_does_nothing_and_too_few_s
         {"model": "hdfs:///loop/model", "scenes": ["hdfs:///loop/catalog"], "out": "hdfs:///loop/mosaics"},
     )
     many = {"dataset": "hdfs:///loop/tiles", "workers": 4, "batch_size": 12, "out": "hdfs:///four"}
-    said = submit("yarn", *steps(mosaic, predict, ("train", many)), status=2)
+    archive = {"model": "hdfs:///loop/model", "scenes": ["hdfs:///water/water_*_img.tif"], "out": "hdfs:///nightly"}
+    nightly = ("reprocess", archive)
+    said = submit("yarn", *steps(mosaic, predict, nightly, nightly, ("train", many)), status=2)
     assert states("hdfs:///loop") == before
     record = storage.read_json("hdfs:///loop/mosaics/_run.json")
     assert (record["done"], record["skipped"]) == (0, 2)
     assert re.search(r"workers 4: .* runs [012] task", said)
+    assert "maps: 2 new, 0 changed, 0 removed, 0 as they were" in said
+    assert "maps: 0 new, 0 changed, 0 removed, 2 as they were" in said
+    map_of = "mosaics/water_val_img/labels.tif"
+    assert storage.read_bytes(f"hdfs:///nightly/{map_of}") == storage.read_bytes(f"hdfs:///loop/{map_of}")
     model = fetch("hdfs:///loop/model", tmp_path / "model")
     scenes = [line.split(",")[0] for line in (water / "pairs.csv").read_text().splitlines()[1:]]
     options = [word for name, value in grid.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
