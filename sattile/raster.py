@@ -17,7 +17,7 @@ import math
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -84,7 +84,7 @@ class FileInfo:
         gsd: in metres; None without a CRS that lies on Earth.
         datetime: ISO 8601 in UTC; None if not stated.
         footprint: WKB in EPSG:4326; None without a CRS that lies on Earth.
-        identity: [size in bytes, mtime in ns].
+        identity: see `schema.Scene`: of the file, and of a mask beside it.
         striped: stored in rows as wide as the file, and wide: a window reads many times its bytes.
     """
 
@@ -97,7 +97,7 @@ class FileInfo:
     gsd: float | None = None
     datetime: str | None = None
     footprint: bytes | None = None
-    identity: list[int] = field(default_factory=list)
+    identity: dict[str, list[int]] = field(default_factory=dict)
     striped: bool = False
 
 
@@ -110,9 +110,11 @@ def describe_file(url: str) -> FileInfo:
     entry = storage.stat(url)
     if entry is None:
         raise Refused(f"the file is gone: {url}")
+    found = {url: entry} | {mask: storage.stat(mask) for mask in _masks(url)}
+    identity = {name: [one.size, one.mtime] for name, one in found.items() if one is not None}
     with _open(url) as source:
         try:
-            return _describe(url, source, [entry.size, entry.mtime])
+            return _describe(url, source, identity)
         except Refused:
             raise
         except Exception as error:  # whatever a strange header makes rasterio, pyproj or shapely say
@@ -120,7 +122,7 @@ def describe_file(url: str) -> FileInfo:
             raise Refused(f"its header is not understood: {type(error).__name__}: {reason}") from None
 
 
-def _describe(url: str, source: rasterio.DatasetReader, identity: list[int]) -> FileInfo:
+def _describe(url: str, source: rasterio.DatasetReader, identity: dict[str, list[int]]) -> FileInfo:
     crs, transform = _position(source)
     bands = _data_bands(url, source)
     _check_blocks(source)
@@ -170,16 +172,21 @@ def _driver(url: str) -> str:
     raise Refused("is neither GeoTIFF, COG nor JPEG 2000; convert it: gdal_translate -of COG IN OUT.tif")
 
 
+def _masks(url: str) -> list[str]:
+    """Where GDAL looks for a mask beside a file."""
+    return [url + suffix for suffix in ((".msk", ".MSK") if storage.scheme_of(url) == "file" else (".msk",))]
+
+
 def _check_mask(url: str) -> None:
     """GDAL opens a mask beside the file with any driver it has: let it be a TIFF."""
-    for suffix in (".msk", ".MSK") if storage.scheme_of(url) == "file" else (".msk",):
+    for mask in _masks(url):
         try:
-            with storage.open_file(url + suffix) as file:
+            with storage.open_file(mask) as file:
                 good = file.read(4) in TIFF
         except OSError:
             continue
         if not good:
-            raise Refused(f"the mask beside it ({storage.name(url)}{suffix}) is no TIFF; remove it, or write it again")
+            raise Refused(f"the mask beside it ({storage.name(mask)}) is no TIFF; remove it, or write it again")
 
 
 class _Elsewhere(MultiByteRangeResourceContainer):
@@ -470,13 +477,18 @@ class _Files:
 
     def __init__(self, limit: int = OPEN_FILES):
         self.limit = limit
-        self._open: OrderedDict[tuple[str, int, int], rasterio.DatasetReader] = OrderedDict()
+        self._open: OrderedDict[tuple[str, int, int, Hashable], rasterio.DatasetReader] = OrderedDict()
 
-    def get(self, url: str) -> rasterio.DatasetReader:
+    def get(self, url: str, masks: Hashable = ()) -> rasterio.DatasetReader:
+        """A file, open.
+
+        Args:
+            masks: the version of what lies beside it, by the scene: GDAL keeps a mask that it has opened.
+        """
         entry = storage.stat(url)
         if entry is None:
             raise Refused(f"the file is gone: {url}")
-        key = (url, entry.size, entry.mtime)
+        key = (url, entry.size, entry.mtime, masks)
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
@@ -489,7 +501,7 @@ class _Files:
         return source
 
     def identity(self, url: str) -> list[int]:
-        return next(([size, mtime] for name, size, mtime in self._open if name == url), [])
+        return next(([size, mtime] for name, size, mtime, _ in self._open if name == url), [])
 
     def close(self) -> None:
         while self._open:
@@ -590,7 +602,7 @@ def _by_file(bands: Iterable[Band]) -> dict[str, list[int]]:
 
 
 def _source(scene: Scene, url: str) -> rasterio.DatasetReader:
-    source = _files.get(url)
+    source = _files.get(url, tuple(tuple(scene.identity.get(mask, ())) for mask in _masks(url)))
     expected, found = scene.identity.get(url), _files.identity(url)
     if expected and found and list(expected) != found:
         raise Refused(

@@ -635,6 +635,7 @@ def describe(
 
 def _trusted(scene: Scene, bands: Sequence[str] | None) -> Scene | None:
     """A catalogue's scene with the bands wanted, if its files are as they were; None if it is to be described again."""
+    described = {band.url for band in scene.bands}
     if bands is not None:
         called = spectrum.match(bands, scene.band_names)
         if called is None:
@@ -643,13 +644,13 @@ def _trusted(scene: Scene, bands: Sequence[str] | None) -> Scene | None:
         scene = scene.select_as(called)
     for url, identity in scene.identity.items():
         entry = storage.stat(url)
-        if entry is None:
+        if entry is None and url in described:
             raise Refused(f"the file is gone: {url}; run `sattile index` again")
-        if [entry.size, entry.mtime] != list(identity):
+        if entry is None or [entry.size, entry.mtime] != list(identity):
             return None
     # With fewer files, another of them may have the finest grid.
     files = {band.url for band in scene.bands}
-    return scene if bands is None or files == set(scene.identity) else None
+    return scene if bands is None or files == described else None
 
 
 def _again(candidate: Candidate, scene: Scene, bands: Sequence[str] | None) -> Candidate:
@@ -700,7 +701,7 @@ def build_scene(candidate: Candidate, infos: Sequence[FileInfo], bands: Sequence
         gsd=finest.gsd,
         datetime=next((one for one in datetimes if one), None),
         footprint=finest.footprint,
-        identity={info.url: list(info.identity) for info in used},
+        identity={url: list(version) for info in used for url, version in info.identity.items()},
     )
 
 

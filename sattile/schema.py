@@ -55,7 +55,7 @@ class Scene:
         gsd: pixel size in metres (geometric mean of both axes, at the scene's centre); None without a CRS.
         datetime: acquisition, ISO 8601 in UTC; None if not stated.
         footprint: outline in EPSG:4326 as WKB (may be a MultiPolygon at the antimeridian); None without a CRS.
-        identity: per file, what tells one version of it from another: {url: [size in bytes, mtime in ns]}.
+        identity: what tells a version of its files, and masks beside them, from another: {url: [bytes, mtime in ns]}.
     """
 
     scene_id: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -66,7 +67,7 @@ def scene_of(*urls: str, names: tuple[str, ...] = ()) -> Scene:
     named = tuple(replace(band, name=f"b{at}") for at, band in enumerate(bands, 1))
     return Scene(
         "s", urls[0], finest.height, finest.width, named, finest.crs, finest.transform, finest.gsd, finest.datetime,
-        finest.footprint, {info.url: info.identity for info in infos},
+        finest.footprint, {url: one for info in infos for url, one in info.identity.items()},
     )  # fmt: skip
 
 
@@ -224,6 +225,30 @@ def test_a_mask_goes_before_nodata(tmp_path, inside):
     scene = scene_of(url)
     _, valid = raster.read(scene, whole(scene))
     assert np.array_equal(valid, mask > 0)
+
+
+def test_another_mask_beside_a_file_is_another_scene(tmp_path):
+    """And is what is read from then on, though the file itself is as it was, and still open."""
+    url = str(tmp_path / "a.tif")
+    identities = []
+    for seed in (1, 2, None):
+        mask = None if seed is None else np.random.default_rng(seed).choice([0, 255], (6, 10)).astype("uint8")
+        (tmp_path / "masked").mkdir(exist_ok=True)
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="NO"):
+            write(tmp_path / "masked" / "a.tif", np.ones((6, 10, 2), "uint8"), mask=mask)
+        if not os.path.exists(url):
+            shutil.copy(tmp_path / "masked" / "a.tif", url)
+        if mask is None:
+            os.remove(f"{url}.msk")
+        else:
+            shutil.copy(tmp_path / "masked" / "a.tif.msk", f"{url}.msk")
+        scene = scene_of(url)
+        _, valid = raster.read(scene, whole(scene))
+        assert np.array_equal(valid, np.ones((6, 10), bool) if mask is None else mask > 0)
+        identities.append(scene.identity)
+    assert [set(one) for one in identities] == [{url, f"{url}.msk"}, {url, f"{url}.msk"}, {url}]
+    assert identities[0] != identities[1]
+    assert identities[0][url] == identities[2][url]
 
 
 def test_alpha_is_no_band_but_says_what_is_valid(tmp_path):
@@ -413,7 +438,7 @@ def test_bands_and_times(tmp_path):
     assert info.bands == (Band("B02", url, 1, "uint16"), Band("", url, 2, "uint16"))
     assert info.datetime == "2021-05-17T10:11:12Z"
     assert info.crs == "EPSG:32618"
-    assert info.identity == [os.stat(url).st_size, os.stat(url).st_mtime_ns]
+    assert info.identity == {url: [os.stat(url).st_size, os.stat(url).st_mtime_ns]}
     with rasterio.open(url, "r+") as out:
         out.update_tags(ns="IMAGERY", ACQUISITIONDATETIME="2020-01-02T03:04:05+02:00")
     assert raster.describe_file(url).datetime == "2020-01-02T01:04:05Z"

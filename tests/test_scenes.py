@@ -552,6 +552,24 @@ def test_a_catalogue_is_trusted_while_its_files_are_as_they_were(spark, tmp_path
     assert not scenes.resolve(spark, out, bands=["B99"]).scenes
 
 
+def test_a_scene_whose_mask_has_gone_or_changed_is_described_again(spark, tmp_path):
+    path = tmp_path / "in" / "a.tif"
+    tiff(path)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="NO"), rasterio.open(path, "r+") as file:
+        file.write_mask(np.zeros((file.height, file.width), np.uint8))
+    out = str(tmp_path / "out")
+    scenes.index(spark, str(tmp_path / "in"), out=out)
+    (listed,) = scenes.read_catalog(out)
+    assert set(listed.identity) == {str(path), f"{path}.msk"}
+    assert scenes.resolve(spark, out).scenes == [listed]
+    os.utime(f"{path}.msk", (1, 1))
+    (touched,) = scenes.resolve(spark, out).scenes
+    assert touched.identity[f"{path}.msk"] != listed.identity[f"{path}.msk"]
+    os.remove(f"{path}.msk")
+    (bare,) = scenes.resolve(spark, out).scenes
+    assert set(bare.identity) == {str(path)}
+
+
 def test_fewer_bands_of_a_catalogue_have_the_finest_grid_of_those(spark, tmp_path):
     tiff(tmp_path / "in" / "s_B02.tif")
     tiff(tmp_path / "in" / "s_B11.tif", height=6, width=10, resolution=20)
