@@ -28,7 +28,13 @@ FOLDERS = {
 }
 """By step, in their order."""
 
-STEPS = {"run": tuple(FOLDERS), "demo": tuple(FOLDERS), "reprocess": ("index", "predict", "report")}
+STEPS = {
+    "run": tuple(FOLDERS),
+    "demo": tuple(FOLDERS),
+    "reprocess": ("index", "predict", "report"),
+    "search": ("train",),
+}
+"""Whose settings a command takes beside its own."""
 
 
 def run(

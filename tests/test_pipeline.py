@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sattile import cli, demo, pipeline
+from sattile.config import COMMANDS
 from sattile.errors import UsageError
 
 
@@ -40,6 +41,25 @@ def test_one_settings_file_serves_all_commands(tmp_path, chained):
     assert cli.main([*given, "--set", "tile.size=64"]) == 0
     assert chained[0]["settings"] == {"train": {"epochs": 2}, "tile": {"size": 64}}
     assert chained[0]["classes"] == "a,b"
+
+
+def test_each_command_takes_the_settings_of_its_steps_from_the_command_line(tmp_path, monkeypatch):
+    """Of those of a file that all commands share, those of others are left alone."""
+    given = []
+    monkeypatch.setattr(cli, "_with_session", lambda command, values, master, conf: given.append((command, values)))
+    conf = tmp_path / "c.yaml"
+    conf.write_text("train: {epochs: 2}\npredict: {merge: blend}\n")
+    words = {
+        "run": ["--out", "o"], "demo": [], "reprocess": ["--model", "m", "--scenes", "s", "--out", "o"],
+        "search": ["--dataset", "d", "--grid", "arch=unet-tiny", "--out", "o"],
+    }  # fmt: skip
+    chaining = [name for name, command in COMMANDS.items() if command.chains]
+    assert sorted(words) == sorted(chaining)
+    for name in chaining:
+        assert cli.main([name, *words[name], "--conf", str(conf), "--set", "train.seed=3"]) == 0
+        of_steps = given.pop()[1]["settings"]
+        assert of_steps.get("train", {}) == ({} if name == "reprocess" else {"epochs": 2, "seed": 3})
+        assert ("predict" in of_steps) == (name != "search")
 
 
 def test_the_demo_takes_settings_of_its_steps(tmp_path, chained):
