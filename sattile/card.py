@@ -143,9 +143,10 @@ def _purpose(described: Mapping[str, Any]) -> str:
     network, classes = described["network"], read_classes(described["classes"])
     gsd = f" with pixels of {described['gsd']:g} m" if described["gsd"] else ""
     source = f", from {_plain(network['source'])}" if "source" in network else ""
+    what = "each tile" if network.get("arch") == "tile-classifier" else "each pixel"
     return (
         f"A Keras network ({_plain(_name(described))}, {network['parameters']:,} parameters{source}) for satellite "
-        f"scenes{gsd}. From {_many(len(described['bands']), 'band')} it gives each pixel one of {len(classes)} "
+        f"scenes{gsd}. From {_many(len(described['bands']), 'band')} it gives {what} one of {len(classes)} "
         f"classes. Normalisation is inside: it takes {described['values']} band values."
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any
 import sattile
 from sattile import config, record
 from sattile.config import COMMANDS, Command, Option
-from sattile.errors import SattileError, UsageError, nearest, said_by_task
+from sattile.errors import SattileError, UsageError, nearest, remedy, said_by_task
 from sattile.pipeline import STEPS
 
 log = logging.getLogger("sattile")
@@ -51,7 +50,7 @@ def _main(arguments: list[str]) -> int:
         return 1
     except OSError as error:
         log.debug("where it happened:", exc_info=True)
-        print(f"sattile: {error}{HINTS.get(error.errno or 0, '')}", file=sys.stderr)
+        print(f"sattile: {error}{remedy(error)}", file=sys.stderr)
         return 1
     except Exception as error:
         said = said_by_task(str(error))
@@ -59,16 +58,6 @@ def _main(arguments: list[str]) -> int:
             raise
         print(f"sattile: {said}", file=sys.stderr)
         return said.exit_status
-
-
-HINTS = {
-    errno.ENOSPC: "; free some space there, or choose another --out (scratch files go to TMPDIR), and run it again: "
-    "what is published is whole",
-    errno.EDQUOT: "; the quota is used up: free some space, or choose another --out, and run it again",
-    errno.EACCES: "; you may not read or write there: choose another --out, or ask for the right",
-    errno.EROFS: "; choose an --out that can be written",
-}
-"""What to do, by the system's error."""
 
 
 def _overview(arguments: Sequence[str]) -> int:

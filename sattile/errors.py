@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -43,6 +44,21 @@ class Refused(SattileError):
 def first_line(error: BaseException) -> str:
     """What a foreign error says, as far as a person wants to read it."""
     return next(iter(str(error).strip().splitlines()), repr(error))
+
+
+HINTS = {
+    errno.ENOSPC: "; free some space there, or choose another --out (scratch files go to TMPDIR), and run it again: "
+    "what is published is whole",
+    errno.EDQUOT: "; the quota is used up: free some space, or choose another --out, and run it again",
+    errno.EACCES: "; you may not read or write there: choose another --out, or ask for the right",
+    errno.EROFS: "; choose an --out that can be written",
+}
+"""What to do, by the system's error."""
+
+
+def remedy(error: OSError) -> str:
+    """What to do about an error of the system, to stand behind its words."""
+    return HINTS.get(error.errno or 0, "")
 
 
 def said_by_task(text: str) -> SattileError | None:

@@ -153,7 +153,8 @@ def intervals(tables: np.ndarray, classes: Sequence[Named]) -> dict[str, Any] | 
     """Percentile intervals of all metrics by `bootstrap` (Efron and Tibshirani, An Introduction to the Bootstrap,
     1993, chapter 13), as in `metrics.json`; None for fewer than two blocks.
 
-    A resample in which a metric is undefined is left out of its interval; a class that is absent has None.
+    A resample in which a metric is undefined is left out of its interval. A class that is absent has None, and so has
+    one whose pixels all lie in one block: nothing says how much it differs from place to place.
 
     Args:
         tables: (blocks, classes, classes) counts; blocks without a counted pixel are left out.
@@ -164,9 +165,7 @@ def intervals(tables: np.ndarray, classes: Sequence[Named]) -> dict[str, Any] | 
         return None
     drawn = ratios(bootstrap(tables))
     by_class = {
-        one.name: {name: interval(drawn[name][:, index]) for name in OF_CLASS}
-        if tables[:, index].any() or tables[:, :, index].any()
-        else None
+        one.name: {name: interval(drawn[name][:, index]) for name in OF_CLASS} if _varies(tables, index) else None
         for index, one in enumerate(classes)
     }
     return {
@@ -177,6 +176,16 @@ def intervals(tables: np.ndarray, classes: Sequence[Named]) -> dict[str, Any] | 
         "miou": interval(drawn["miou"]),
         "accuracy": interval(drawn["accuracy"]),
     }
+
+
+def _varies(tables: np.ndarray, index: int) -> bool:
+    """Whether a class is found in two blocks at least: by truth or, where it is in none of them, by the model."""
+    true, predicted = (np.count_nonzero(tables.sum(axis)[:, index]) for axis in (2, 1))
+    return (true or predicted) > 1
+
+
+FEW_BLOCKS = 20
+"""Below these intervals are too narrow (decision 0014)."""
 
 
 def interval(values: np.ndarray) -> list[float] | None:
@@ -309,7 +318,7 @@ def assess(counted: Counted, reliability: np.ndarray, classes: Sequence[Named]) 
 
     Returns:
         What `summarize` gives, and `intervals`; both by scene_id under `scenes` and, where there are any, by name
-        under `regions`; `calibration`; `notes`: why something is None.
+        under `regions`; `calibration`; `notes`: why something is None, or not to be trusted.
     """
     found = _measured(counted, classes) | {"calibration": calibration(reliability)}
     for name, part in (("scenes", 0), ("regions", 2)):
@@ -322,6 +331,15 @@ def assess(counted: Counted, reliability: np.ndarray, classes: Sequence[Named]) 
     notes = []
     if found["pixels"] and found["intervals"] is None:
         notes.append("no intervals: all counted pixels lie in one spatial block, and it takes two at least")
+    elif sure := found["intervals"]:
+        alone = [one.name for one in classes if found["classes"][one.name] and not sure["classes"][one.name]]
+        if alone:
+            notes.append(f"no intervals of {', '.join(alone)}: all pixels of it lie in one spatial block")
+        if sure["blocks"] < FEW_BLOCKS:
+            notes.append(
+                f"intervals follow from {sure['blocks']} spatial blocks: so few tell little of other ground; take them "
+                f"for too narrow"
+            )
     if reliability[BINS, 0]:
         notes.append(
             f"no calibration: the scores of {reliability[BINS, 0]} of {found['pixels']} pixels are no probabilities "

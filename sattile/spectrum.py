@@ -29,9 +29,12 @@ them: its B05 is the near infrared, its B08 panchromatic, its B11 thermal."""
 
 
 def place(name: str, bands: Sequence[str]) -> int | None:
-    """Where the band of a common name is among some bands."""
-    names = _names(name)
-    return next((at for at, band in enumerate(bands) if band.lower() in names), None)
+    """Where the band of a common name is among some bands, which bear Sentinel-2's numbers if any; B11, which is
+    thermal where Landsat's scenes are numbered alike, only beside a band that Landsat has not, or calls otherwise."""
+    own = [band.lower() for band in bands]
+    unsure = () if {*TELLING, "b08"} & {*own} else ("b11",)
+    names = [one for one in _names(name) if one not in unsure]
+    return next((at for at, band in enumerate(own) if band in names), None)
 
 
 def match(wanted: Sequence[str], own: Iterable[str]) -> dict[str, str] | None:

@@ -140,14 +140,19 @@ def test_fewer_than_two_blocks_have_no_intervals(tables: np.ndarray) -> None:
 def test_a_class_that_is_absent_has_no_interval_and_one_that_is_rare_is_left_out_where_it_is_not_drawn() -> None:
     tables = blocks(2, 9)
     tables[:, 2], tables[:, :, 2] = 0, 0
-    tables[4, 2, 2] = 10  # in one block alone: a third of the resamples lack it
+    tables[4:6, 2, 2] = 10  # in two blocks: a tenth of the resamples lack it
     found = metrics.intervals(tables, CLASSES)
     assert found is not None
     assert found["classes"]["ice"]["iou"] == [1.0, 1.0]
-    tables[4, 2, 2] = 0
+    for left in (10, 0):  # in one block, whose pixels say nothing of other places; in none
+        tables[4:6, 2, 2] = left, 0
+        found = metrics.intervals(tables, CLASSES)
+        assert found is not None
+        assert found["classes"]["ice"] is None
+    tables[2:4, 0, 2] = 5  # where it is not, and is taken for
     found = metrics.intervals(tables, CLASSES)
     assert found is not None
-    assert found["classes"]["ice"] is None
+    assert found["classes"]["ice"]["iou"] == [0.0, 0.0]
 
 
 @given(st.permutations(range(12)), st.integers(0, 99))
@@ -167,7 +172,18 @@ def test_what_was_counted_is_assessed_alike_in_any_order_and_regions_sum_to_the_
         total = sum(np.array(one["confusion"]) for one in found[part].values())
         np.testing.assert_array_equal(total, found["confusion"])
     assert found["intervals"]["blocks"] == 5
-    assert (found["calibration"], found["notes"]) == (None, [])
+    assert found["calibration"] is None
+    (note,) = found["notes"]
+    assert note.startswith("intervals follow from 5 spatial blocks: so few")
+
+
+def test_a_class_in_one_block_is_told() -> None:
+    tables = blocks(3, 30)
+    tables[1:, 2] = 0
+    counted: metrics.Counted = {("s", f"{number}_0", None): one for number, one in enumerate(tables)}
+    found = metrics.assess(counted, np.zeros((metrics.BINS + 1, 3), np.int64), CLASSES)
+    assert found["notes"] == ["no intervals of ice: all pixels of it lie in one spatial block"]
+    assert found["intervals"]["classes"]["ice"] is None
 
 
 def test_a_difference_is_drawn_on_the_same_blocks_for_both() -> None:

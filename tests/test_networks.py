@@ -184,6 +184,9 @@ def test_indices_are_chosen_by_the_names_of_bands() -> None:
     assert indices.choose("auto", LANDSAT) == ("ndwi", "mndwi", "ndvi")
     assert indices.choose("auto", ["B02", "B03", "B08"]) == ("ndwi",)
     assert indices.choose("auto", ["b1", "b2", "b3"]) == ()
+    # Harmonised Landsat: B05 is its near infrared, B11 thermal.
+    assert indices.choose("auto", ["B02", "B03", "B04", "B05", "B06", "B07", "B10", "B11"]) == ()
+    assert indices.choose("auto", ["B03", "B11", "B12"]) == ("mndwi",)
     assert indices.choose("none", LANDSAT) == ()
     assert indices.choose("ndvi, nir~blue", LANDSAT) == ("ndvi", "nir~blue")
     for text, words in (

@@ -17,7 +17,7 @@ from tiles_for_tests import BANDS, SIZE, make_tile, write_dataset, write_splits
 
 from sattile import storage
 from sattile.errors import SattileError, UsageError
-from sattile.model import load_bundle
+from sattile.model import bundle, load_bundle
 from sattile.prediction import predict
 from sattile.training import loop, train
 from sattile.training.reader import load_dataset
@@ -62,6 +62,50 @@ def test_a_killed_training_goes_on_to_the_same_weights(dataset: str, undisturbed
     assert [row["loss"] for row in result["history"]] == [row["loss"] for row in undisturbed[0]["history"]]
     for one, other in zip(weights, undisturbed[1], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def dropping(bands: list[str], classes: list[str], statistics: dict[str, Any]) -> Any:
+    """A builder whose network draws numbers as it trains."""
+    import keras
+
+    given = keras.Input((None, None, len(bands)))
+    x = keras.layers.Conv2D(6, 3, padding="same", activation="relu")(keras.layers.Rescaling(1e-3)(given))
+    x = keras.layers.SpatialDropout2D(0.4)(x)
+    return keras.Model(given, keras.layers.Conv2D(len(classes), 1, activation="softmax")(x))
+
+
+def test_what_a_network_draws_goes_on_after_a_kill(dataset: str, tmp_path: Path) -> None:
+    how = Settings(**{**SMALL.to_dict(), "arch": f"{__name__}:dropping"})
+    weights_of(dataset, tmp_path / "killed", how, stop_after=1)
+    whole, killed = (weights_of(dataset, tmp_path / name, how) for name in ("whole", "killed"))
+    assert [row["loss"] for row in whole[0]["history"]] == [row["loss"] for row in killed[0]["history"]]
+    for one, other in zip(whole[1], killed[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no archive", None])
+def test_a_damaged_checkpoint_is_told_and_passed_over(
+    dataset: str, undisturbed: Any, tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights_of(dataset, tmp_path, stop_after=1)
+    checkpoint = tmp_path / loop.CHECKPOINT
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    weights = weights_of(dataset, tmp_path)[1]
+    assert "checkpoint.npz can't be used" in caplog.text
+    assert all((one == other).all() for one, other in zip(weights, undisturbed[1], strict=True))
+
+
+def test_a_part_that_is_damaged_or_missing_is_named(spark: Any, tmp_path: Path) -> None:
+    """And which file it is."""
+    url = write_splits(tmp_path / "set", train=6, val=2)
+    part = tmp_path / "set" / "train" / "part-1.parquet"
+    whole = part.read_bytes()
+    for content, word in ((whole[:-50], "damaged"), (whole[:200] + bytes(len(whole) - 500) + whole[-300:], "damaged"),
+                          (None, "missing")):  # fmt: skip
+        part.unlink() if content is None else part.write_bytes(content)
+        with pytest.raises(SattileError, match=rf"{part.name} is {word} .*tile again with --overwrite"):
+            train(spark, dataset=url, out=str(tmp_path / "model"), arch="unet-tiny", epochs=1, batch_size=6)
 
 
 def test_the_seed_decides_the_weights(dataset: str, undisturbed: Any, tmp_path: Path) -> None:
@@ -207,6 +251,23 @@ def test_training_goes_on_from_an_earlier_bundle(spark: Any, dataset: str, tmp_p
         train(spark, dataset=dataset, out=str(tmp_path / "third"), **(how | {"arch": "resunet-small"}))
 
 
+def test_training_goes_on_from_a_keras_file_and_from_a_bundle_made_of_it(
+    spark: Any, dataset: str, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"dataset": dataset, "arch": "unet-tiny", "batch_size": 12}
+    first = train(spark, out=str(tmp_path / "first"), epochs=3, learning_rate=5e-3, **how)
+    how |= {"epochs": 1, "learning_rate": 1e-6}  # which learns nothing
+    file = f"{first}/model.keras"
+    names = {"bands": ",".join(BANDS), "classes": "land=2,water=7"}
+    made = bundle(keras=file, out=str(tmp_path / "made"), **names)
+    scores = [
+        load_bundle(train(spark, out=str(tmp_path / f"{number}"), start_from=url, **how)).metrics["miou"]
+        for number, url in enumerate((first, file, made))
+    ]
+    assert scores[0] == pytest.approx(load_bundle(first).metrics["miou"], abs=0.02)
+    assert scores == [scores[0]] * 3
+
+
 def test_a_version_is_the_latest_once_it_is_whole(
     spark: Any, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +377,8 @@ def test_a_missing_value_that_nobody_declared_is_said(spark: Any, tmp_path: Path
         ({"sampling": "some"}, "uniform or balanced"),
         ({"precision": "int8"}, "float32 or bfloat16"),
         ({"accumulate": 3}, "give a multiple of 3"),
+        ({"accumulate": 0}, "accumulate 0: give at least 1"),
+        ({"max_restarts": -1}, "0 or more"),
         ({"hard_share": 0.0}, "above 0"),
         ({"label_smoothing": 1.0}, "below 1"),
         ({"indices": "nbr"}, "swir2"),

@@ -142,6 +142,8 @@ def train(
     check(settings, described, workers=workers, devices=max(_gpus(spark), 1))
     if unseen := unseen_classes(described.description):
         log.warning("train: no training tile shows %s: the network can't learn it", ", ".join(unseen))
+    if max_restarts < 0:
+        raise UsageError(f"max_restarts {max_restarts}: give 0 or more")
     if reader not in READERS:
         raise UsageError(f"reader {reader!r}: use {' or '.join(READERS)}")
     if reader == "petastorm" and not trust:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sattile import storage
-from sattile.errors import SattileError, UsageError
+from sattile.errors import SattileError, UsageError, remedy
 from sattile.scorers import import_tensorflow
 from sattile.training import fit_worker, loop, networks
 from sattile.training.reader import Dataset, Split, load_dataset
@@ -45,6 +45,9 @@ def main(text: str) -> int:
         answer = {"usage": str(error)}
     except SattileError as error:
         answer = {"error": str(error)}
+    except OSError as error:
+        log.debug("where it happened:", exc_info=True)
+        answer = {"error": f"{error}{remedy(error)}"}
     storage.write_json(job["answer"], answer)
     return 0 if "done" in answer else 1
 

@@ -13,13 +13,15 @@ import logging
 import os
 import tempfile
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sattile import metrics, storage
-from sattile.errors import SattileError
+from sattile.errors import SattileError, first_line
 from sattile.training import losses, networks, transfer
 from sattile.training.augmentation import Augmentation
 from sattile.training.batches import Batches, draw_weights, plan
@@ -354,7 +356,7 @@ class _State:
         meta = {"key": key, "history": self.history, "best": self.best, "score": self.score, "metrics": self.metrics}
         arrays = {"meta": np.array(json.dumps(meta))}
         for name, values in (
-            ("now", network.get_weights()),
+            ("now", [np.asarray(one) for one in network.variables]),
             ("best", self.weights),
             ("optimizer", [np.asarray(one) for one in optimizer.variables]),
         ):
@@ -372,17 +374,25 @@ def _numbered(saved: Any, name: str) -> list[np.ndarray]:
 def _resume(url: str, key: str, network: Any, optimizer: Any) -> _State:
     """Go on from the checkpoint of a training with the same settings and tiles, if there is one.
 
-    Its weights and moments are put into network and optimizer.
+    Its variables (the states of dropout's random numbers among them, which are no weights) and moments are put into
+    network and optimizer. One that can't be read is passed over: a machine that failed may have left it.
     """
     if not storage.exists(url):
         return _State()
-    with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as saved:
-        state, found = _read_state(saved)
-        if found != key:
-            return _State()
-        network.set_weights(_numbered(saved, "now"))
-        for variable, value in zip(optimizer.variables, _numbered(saved, "optimizer"), strict=True):
-            variable.assign(value)
+    variables = [*network.variables, *optimizer.variables]
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as saved:
+            state, found = _read_state(saved)
+            if found != key:
+                return _State()
+            values = [*_numbered(saved, "now"), *_numbered(saved, "optimizer")]
+        if [one.shape for one in values] != [tuple(one.shape) for one in variables]:
+            raise ValueError("it holds other variables")
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        log.warning("train: %s can't be used (%s): beginning anew", url, first_line(error))
+        return _State()
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
     return state
 
 

@@ -7,7 +7,8 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from sattile import storage
 from sattile.dataset import decode, npy, owners, petastorm_reader, read_dataset
+from sattile.errors import SattileError, first_line
 from sattile.grid import Window
 from sattile.schema import IGNORE, TILE, SegmentClass, read_classes
 from sattile.statistics import steady
@@ -156,8 +158,7 @@ class Split:
         for number, first in enumerate(self._firsts.tolist()):
             table = self._mapped.get(number)
             if table is None:
-                file, group = self._groups[number]
-                table = self._file(file).read_row_group(group, columns=needed, use_threads=False)
+                table = self._unpack(number, needed)
             for place, packed in enumerate(zip(*(table[name] for name in needed), strict=True), start=first):
                 labels, valid = (decode(one.as_buffer()) for one in packed)
                 labels = self._class_index[labels[valid]]
@@ -176,15 +177,35 @@ class Split:
             table = self._mapped.get(number, self._memory.get(number))
             if table is not None:
                 return table
-            file, group = self._groups[number]
-            table = self._file(file).read_row_group(group, columns=ARRAYS, use_threads=False)
-            return self._keep(number, table)
+            return self._keep(number, self._unpack(number, ARRAYS))
+
+    def _unpack(self, number: int, columns: list[str]) -> pa.Table:
+        """Columns of a row group."""
+        file, group = self._groups[number]
+        with self._told_of(file):
+            return self._file(file).read_row_group(group, columns=columns, use_threads=False)
+
+    @contextmanager
+    def _told_of(self, number: int) -> Iterator[None]:
+        """Say which file it is that can't be read; errors of the storage, which may pass, go as they are."""
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            # What is wrong with its bytes pyarrow raises as a bare OSError.
+            missing = isinstance(error, FileNotFoundError)
+            if isinstance(error, OSError) and not missing and (type(error) is not OSError or error.errno):
+                raise
+            raise SattileError(
+                f"dataset {self.dataset.url}: {self._urls[number]} is {'missing' if missing else 'damaged'} "
+                f"({first_line(error)}); bring the file back, or tile again with --overwrite"
+            ) from error
 
     def _file(self, number: int) -> pq.ParquetFile:
         """A file, opened for this thread."""
         mine: dict[int, pq.ParquetFile] = self._opened.__dict__.setdefault("files", {})
         if number not in mine:
-            mine[number] = pq.ParquetFile(storage.open_file(self._urls[number]))
+            with self._told_of(number):
+                mine[number] = pq.ParquetFile(storage.open_file(self._urls[number]))
         return mine[number]
 
     def _keep(self, number: int, table: pa.Table) -> pa.Table:

@@ -85,7 +85,8 @@ def make_settings(dataset: Dataset, options: Mapping[str, Any]) -> Settings:
     given["indices"] = indices.choose(given.get("indices") or "none", dataset.bands)
     if given.get("start_from"):
         # Of a folder of versions the one that is the latest now, whatever is published while this trains.
-        given["start_from"] = versions.resolve(storage.absolute(given["start_from"]))
+        url = storage.absolute(given["start_from"])
+        given["start_from"] = url if transfer.is_file(url) else versions.resolve(url)
     return Settings.from_dict(given)
 
 
@@ -149,10 +150,12 @@ def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: in
             f"haze {settings.haze:g}: the wavelength of no band is known by its name; name them coastal, blue, green, "
             f"red, nir, swir1, swir2 at `sattile tile`, or leave haze out; here are {', '.join(dataset.bands)}"
         )
+    if settings.accumulate < 1:
+        raise UsageError(f"accumulate {settings.accumulate}: give at least 1, the parts that a batch is cut into")
     parts = devices * settings.accumulate
-    if settings.accumulate < 1 or settings.batch_size % parts:
+    if settings.batch_size % parts:
         raise UsageError(
-            f"batch_size {settings.batch_size}: give a multiple of {max(parts, 1)} (accumulate {settings.accumulate} x "
+            f"batch_size {settings.batch_size}: give a multiple of {parts} (accumulate {settings.accumulate} x "
             f"{devices} device(s) a worker)"
         )
     good = [n for n in range(1, SHARDS + 1) if SHARDS % n == 0 and settings.batch_size % (n * parts) == 0]

@@ -39,6 +39,11 @@ class Source:
     classes: tuple[str, ...]
 
 
+def is_file(url: str) -> bool:
+    """Whether this names a Keras file, and no bundle."""
+    return url.endswith(".keras")
+
+
 def load(url: str, *, bands: Sequence[str], indices: Sequence[str], classes: Sequence[str]) -> Source:
     """Read a bundle, or a `.keras` file, whose bands, indices and classes are taken to be those given.
 
@@ -48,7 +53,7 @@ def load(url: str, *, bands: Sequence[str], indices: Sequence[str], classes: Seq
     """
     from sattile.model import KERAS, load_bundle, load_keras
 
-    if url.endswith(".keras"):
+    if is_file(url):
         if not storage.exists(url):
             raise UsageError(f"--start-from {url} does not exist")
         source = Source(url, load_keras(storage.open_local(url)), tuple(bands), tuple(indices), tuple(classes))
@@ -82,16 +87,17 @@ def digest(url: str) -> str:
     """Of the weights behind a URL: another file there is another training."""
     from sattile.model import load_bundle
 
-    if url.endswith(".keras"):
+    if is_file(url):
         return storage.sha256_file(storage.open_local(url))
     return load_bundle(url).digest
 
 
 def arch(url: str) -> str | None:
-    """The name under which a bundle's network was built; None if it is not known."""
+    """The name under which a bundle's network was built; None if it is not known: it was made of a Keras file."""
     from sattile.model import load_bundle
 
-    return None if url.endswith(".keras") else load_bundle(url).network.get("arch")
+    network = {} if is_file(url) else load_bundle(url).network
+    return None if "source" in network else network.get("arch")
 
 
 def statistics(
