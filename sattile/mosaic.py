@@ -338,6 +338,12 @@ def publish(staged: str, out: str, scene_id: str) -> None:
     storage.remove(staged)
 
 
+def unpublish(out: str, name: str) -> None:
+    """Remove a map: its item first, so that what is half removed is no map."""
+    storage.remove(storage.join(out, name, ITEM))
+    storage.remove(storage.join(out, name))
+
+
 def finished(out: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Scene ids and STAC items of all finished folders of `out`, by name."""
     for entry in storage.list_folder(out):

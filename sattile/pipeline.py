@@ -157,7 +157,7 @@ def reprocess(
         bands: names of the files' bands, see the README; 'blue=B02,...' says which is which.
         pattern: how band files are named, such as '{scene}, {band}.tiff'.
         nodata: missing value, whatever the files declare.
-        prune: remove maps whose scenes have left the archive.
+        prune: remove maps whose scenes are not among these any more; those of scenes that can't be read now stay.
         settings: of each step, by command: {'predict': {'merge': 'blend'}}; on the command line --conf, or --set
             predict.grid=EPSG:32633@10.
         overwrite: replace what was made with other settings.
@@ -178,8 +178,11 @@ def reprocess(
     reading = {"bands": bands, "pattern": pattern, "nodata": nodata}
     # The same from whatever folder it is called.
     out, archive = storage.absolute(out), [storage.absolute(one) for one in scenes]
-    named = ",".join(storage.absolute(one.strip()) for one in model.split(","))
-    agreed = {"model": named, "steps": steps, **reading}
+    several = "," in model and not storage.exists(model)
+    models = [storage.absolute(one.strip()).rstrip("/") for one in (model.split(",") if several else [model])]
+    for name in {"aoi", "like"} & steps.get("predict", {}).keys():
+        steps["predict"][name] = storage.absolute(steps["predict"][name])
+    agreed = {"model": ",".join(one for one in models if one), "steps": steps, **reading}
     if pattern and bands is None:
         # As `predict` does by itself: files that the model does not want would lend their grid to the others.
         cloud = parse_weights(steps.get("predict", {}).get("weights")).cloud
@@ -194,9 +197,9 @@ def reprocess(
             before = _published(maps)
             record.note(before=before)
         step("index", scenes=archive, **reading, **shared)
-        if prune:
-            _prune(maps, step.folder("index"))
-        step("predict", model=bundle.url, scenes=[step.folder("index")], nodata=nodata, **shared)
+        # Of another version of the model nothing goes that it can't replace.
+        stale = "remove" if prune else "auto" if overwrite else "keep"
+        step("predict", model=bundle.url, scenes=[step.folder("index")], nodata=nodata, stale=stale, **shared)
         step("report", folders=[step.folder("index"), maps])
         now = _published(maps)
         changes = {
@@ -217,25 +220,6 @@ def _published(maps: str) -> dict[str, str]:
     from sattile import mosaic
 
     return {name: storage.digest(item) for name, item in mosaic.finished(maps)} if storage.exists(maps) else {}
-
-
-def _prune(maps: str, catalog: str) -> None:
-    """Remove maps of scenes that are neither in the catalogue nor refused for it: a file that can't be read today keeps
-    the map that was made of it before."""
-    from sattile import mosaic
-    from sattile.scenes import read_catalog
-
-    scenes = read_catalog(catalog)
-    there = {scene.url for scene in scenes} | {one.url for one in records.read_quarantine(catalog)}
-    names = {scene.scene_id for scene in scenes}  # a scene that has moved keeps its map until that is made anew
-    if not storage.exists(maps):
-        return
-    with storage.Lease(maps):
-        for name, item in list(mosaic.finished(maps)):
-            made_of = {link["href"] for link in item["links"] if link["rel"] == "derived_from"}
-            if made_of and not made_of & there and name not in names:
-                log.info("reprocess: removed the map %s, whose scenes have left the archive", name)
-                storage.remove(storage.join(maps, name))
 
 
 def _functions() -> dict[str, Callable[..., str]]:
@@ -277,8 +261,9 @@ class _Steps:
             except UsageError as error:
                 if not self.late:
                     raise
-                # What was refused left nothing for this step: that is the reason, not what this step says.
-                raise TooManyRefused("; ".join(str(one) for one in self.late)) from error
+                # What was refused may have left nothing for this step.
+                told = "; ".join(str(one) for one in self.late)
+                raise TooManyRefused(f"{told}; and {name} went no further: {error}") from error
             self.record.refused.extend(records.read_quarantine(self.folder(name)))  # told already, by the step
 
     def end(self) -> str:
@@ -293,7 +278,7 @@ class _Steps:
         return page
 
 
-CHOSEN = {"out", "scenes", "labels", "pairs", "model", "dataset", "folders"}
+CHOSEN = {"out", "scenes", "labels", "pairs", "model", "dataset", "folders", "dry_run"}
 """What the chain itself says to its steps."""
 
 

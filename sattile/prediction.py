@@ -36,6 +36,7 @@ from sattile.mapreduce import INFERRED, Tally, columns, deal, refused, rows_of, 
 from sattile.model import Bundle, load_models
 from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
+from sattile.scenes import CATALOG
 from sattile.schema import Refusal, Scene
 
 if TYPE_CHECKING:
@@ -316,6 +317,7 @@ def predict(
     worker_memory: int | str = "3g",
     max_gsd_ratio: float = 1.5,
     dry_run: bool = False,
+    stale: str = "auto",
     overwrite: bool = False,
     max_failed_fraction: float = 0.1,
 ) -> str:
@@ -357,6 +359,8 @@ def predict(
         worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
         max_gsd_ratio: scenes whose pixel size differs by more than this factor from the model's are refused.
         dry_run: print the plan and write nothing.
+        stale: what becomes of earlier maps that no scene given now makes anew: `keep`; `remove`, but those of scenes
+            that can't be read now stay; or `auto`: those of other settings go, others stay.
         overwrite: replace maps made with other settings.
         max_failed_fraction: refused scenes / given ones above which the command fails (3).
 
@@ -369,6 +373,8 @@ def predict(
     """
     from sattile.scenes import resolve
 
+    if stale not in STALE:
+        raise UsageError(f"stale {stale!r}: use {', '.join(STALE)}")
     bundle = load_models(model)
     area = read_aoi(aoi)
     job = prepare(
@@ -439,9 +445,10 @@ def predict(
         ended = False
         try:
             if layout is None:
-                _by_scene(spark, run, found, job, product, staging, worker_memory)
+                present = _by_scene(spark, run, found, job, product, staging, worker_memory)
             else:
-                _on_grid(spark, run, found, job, layout, product, staging)
+                present = _on_grid(spark, run, found, job, layout, product, staging, keep=stale != "auto")
+            _clean(run, present, product, stale, _refused(run, scenes))
             ended = True
         finally:
             storage.remove(staging)
@@ -465,8 +472,8 @@ def predict(
 def _by_scene(
     spark: SparkSession, run: Run, found: Sequence[Scene], job: Inference, product: Product, staging: str,
     worker_memory: int | str,
-) -> None:  # fmt: skip
-    """A map a scene: plan, infer and write all waves, publishing each scene as its wave is done."""
+) -> set[str]:  # fmt: skip
+    """A map a scene: plan, infer and write all waves, publishing each scene as its wave is done; the scenes' names."""
     out = run.out
     with run.stage("plan"):
         stale = [scene for scene in found if not mosaic.is_done(out, Target.of(scene), product)]
@@ -494,14 +501,21 @@ def _by_scene(
                 mosaic.publish(row.staged, out, row.name)
                 run.done += 1
                 figures.publish(row, area[row.name])
-    _clean(run, {scene.scene_id for scene in found}, product)
+    return {scene.scene_id for scene in found}
 
 
 def _on_grid(
     spark: SparkSession, run: Run, found: Sequence[Scene], job: Inference, layout: sheets.Layout, product: Product,
-    staging: str,
-) -> None:  # fmt: skip
-    """A map a sheet. A scene that can't be read is left out everywhere: sheets that it reaches are done without it."""
+    staging: str, *, keep: bool,
+) -> set[str]:  # fmt: skip
+    """A map a sheet. A scene that can't be read is left out everywhere: sheets that it reaches are done without it.
+
+    Args:
+        keep: a sheet of which no scene is left stays as an earlier run made it of other files.
+
+    Returns:
+        The names of all sheets that were planned.
+    """
     out = run.out
     by_id = {scene.scene_id: scene for scene in found}
     bad: dict[str, str] = {}
@@ -538,10 +552,11 @@ def _on_grid(
         while todo:
             run.check_held()
             for sheet in todo:
-                if not sheet.scenes:
-                    # All that reached it was refused; it may have been published before that was known.
-                    storage.remove(storage.join(out, sheet.target.name))
-                    published.discard(sheet.target.name)
+                name = sheet.target.name
+                # All that reached it was refused; it may have been published before that was known.
+                if not sheet.scenes and not (keep and name not in published and _is_older(out, sheet.target)):
+                    mosaic.unpublish(out, name)
+                    published.discard(name)
             now = {sheet.target.name: sheet for sheet in todo if sheet.scenes}
             fresh: dict[str, str] = {}
             settings: dict[str, Any] = {"job": job, "layout": layout, "product": product, "staging": staging}
@@ -560,7 +575,13 @@ def _on_grid(
             todo = [sheet.without(fresh) for sheet in every if sheet.scenes & set(fresh)]
             every = [sheet.without(fresh) for sheet in every]
     run.done = len(published)
-    _clean(run, {sheet.target.name for sheet in every}, product)
+    return {sheet.target.name for sheet in every}
+
+
+def _is_older(out: str, target: Target) -> bool:
+    """Whether a map lies there that was made of other files than there are now."""
+    item = mosaic.read_item(out, target.name)
+    return item is not None and item["properties"].get(mosaic.SOURCE) != target.source
 
 
 class _Figures:
@@ -629,15 +650,39 @@ class _Figures:
         }
 
 
-def _clean(run: Run, present: set[str], product: Product) -> None:
-    """When all is published: say which maps lie there though no scene given now leads to them. With `--overwrite` those
-    go that are still of other settings."""
+STALE = ("auto", "keep", "remove")
+
+
+def _refused(run: Run, scenes: Sequence[str]) -> set[str]:
+    """URLs of what could not be used now, by this run or by the one that made a catalogue that was given."""
+    return {one.url for one in run.refused} | {
+        one.url for url in scenes if storage.exists(storage.join(url, CATALOG)) for one in record.read_quarantine(url)
+    }
+
+
+def _clean(run: Run, present: set[str], product: Product, stale: str, refused: set[str]) -> None:
+    """When all is published: remove, or say that they lie there, the maps that nothing given now makes anew.
+
+    Args:
+        present: names of the maps that scenes given now lead to; not all of them were made.
+        stale: see `predict`.
+        refused: URLs.
+    """
     run.check_held()
+    listing = sorted(url for url in refused if url.endswith(".json"))
+    if stale == "remove" and listing:
+        log.warning("predict: no map is removed, for %s could not be read and may list its scenes", listing[0])
+        stale = "keep"
     for name, item in list(mosaic.finished(run.out)):
-        if run.replacing and item["properties"][mosaic.SETTINGS] != product.settings:
+        other = run.replacing and item["properties"][mosaic.SETTINGS] != product.settings
+        unread = bool(refused & {link["href"] for link in item.get("links", ()) if link.get("rel") == "derived_from"})
+        if stale == "auto" and other:
             log.warning("predict: removed %s, made with other settings; its scene gave nothing with these", name)
-            storage.remove(storage.join(run.out, name))
-        elif name not in present:
+            mosaic.unpublish(run.out, name)
+        elif stale == "remove" and not unread and (other or name not in present):
+            log.info("predict: removed %s, which no scene given now leads to", name)
+            mosaic.unpublish(run.out, name)
+        elif other or name not in present:
             log.warning("predict: %s is of an earlier run, and its scene was refused or not given now; left so", name)
 
 

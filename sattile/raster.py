@@ -110,9 +110,10 @@ def describe_file(url: str) -> FileInfo:
     entry = storage.stat(url)
     if entry is None:
         raise Refused(f"the file is gone: {url}")
-    found = {url: entry} | {mask: storage.stat(mask) for mask in _masks(url)}
+    found = {url: entry} | {mask: storage.stat(mask) for mask in masks_of(url)}
     identity = {name: [one.size, one.mtime] for name, one in found.items() if one is not None}
     with _open(url) as source:
+        _check_mask_is_used(source, [storage.name(name) for name in identity if name != url])
         try:
             return _describe(url, source, identity)
         except Refused:
@@ -172,14 +173,14 @@ def _driver(url: str) -> str:
     raise Refused("is neither GeoTIFF, COG nor JPEG 2000; convert it: gdal_translate -of COG IN OUT.tif")
 
 
-def _masks(url: str) -> list[str]:
+def masks_of(url: str) -> list[str]:
     """Where GDAL looks for a mask beside a file."""
     return [url + suffix for suffix in ((".msk", ".MSK") if storage.scheme_of(url) == "file" else (".msk",))]
 
 
 def _check_mask(url: str) -> None:
     """GDAL opens a mask beside the file with any driver it has: let it be a TIFF."""
-    for mask in _masks(url):
+    for mask in masks_of(url):
         try:
             with storage.open_file(mask) as file:
                 good = file.read(4) in TIFF
@@ -187,6 +188,13 @@ def _check_mask(url: str) -> None:
             continue
         if not good:
             raise Refused(f"the mask beside it ({storage.name(mask)}) is no TIFF; remove it, or write it again")
+
+
+def _check_mask_is_used(source: rasterio.DatasetReader, masks: Sequence[str]) -> None:
+    """GDAL passes over a mask that it can't read."""
+    unmasked = {MaskFlags.all_valid, MaskFlags.nodata, MaskFlags.alpha}
+    if masks and any(unmasked & {*flags} for flags in source.mask_flag_enums):
+        raise Refused(f"the mask beside it ({masks[0]}) can't be read; remove it, or write it again")
 
 
 class _Elsewhere(MultiByteRangeResourceContainer):
@@ -602,7 +610,7 @@ def _by_file(bands: Iterable[Band]) -> dict[str, list[int]]:
 
 
 def _source(scene: Scene, url: str) -> rasterio.DatasetReader:
-    source = _files.get(url, tuple(tuple(scene.identity.get(mask, ())) for mask in _masks(url)))
+    source = _files.get(url, tuple(tuple(scene.identity.get(mask, ())) for mask in masks_of(url)))
     expected, found = scene.identity.get(url), _files.identity(url)
     if expected and found and list(expected) != found:
         raise Refused(

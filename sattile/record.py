@@ -36,6 +36,9 @@ STARTED = "_started.json"
 NOTES = ("unlike", "before")
 """What a run finds out that the one which goes on for it has to know, though it does not find it out again."""
 
+OF_ANY = ("before",)
+"""Those that hold for other settings, too."""
+
 
 def versions() -> dict[str, str]:
     """Versions of all that shapes a result."""
@@ -103,7 +106,7 @@ class Run:
         self.settings = plain(self.settings)
         self.previous = self._read_previous()
         self.changed = False
-        if self.previous:
+        if self.previous and self.previous["settings"] is not None:
             changed = _differences(self.previous["settings"], self.settings)
             if changed and not self.overwrite:
                 raise UsageError(
@@ -117,8 +120,9 @@ class Run:
             self._lease.__enter__()
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise UsageError(f"--out {self.out} can't be written: {error.strerror or error}") from error
-        earlier = {} if self.changed else self.previous or {}
-        self.notes = {name: earlier[name] for name in NOTES if name in earlier}
+        earlier, url = self.previous or {}, storage.join(self.out, STARTED)
+        self.notes = {one: earlier[one] for one in (OF_ANY if self.changed else NOTES) if one in earlier}
+        self._started = storage.read_bytes(url) if storage.exists(url) else None
         self.note()
         return self
 
@@ -131,9 +135,22 @@ class Run:
         storage.write_json(storage.join(self.out, STARTED), started)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None and self.is_held and not self._visible():
-            storage.remove(storage.join(self.out, STARTED))  # nothing was made: nothing to finish or to agree with
+        if kind is not None and self.is_held:
+            if not self._visible():
+                storage.remove(storage.join(self.out, STARTED))  # nothing was made: nothing to finish or to agree with
+            elif issubclass(kind, UsageError):
+                self._forget()
         self._lease.__exit__(kind, *rest)
+
+    def _forget(self) -> None:
+        """What was asked for cannot be: let the next run agree with what lies here, and not with these settings."""
+        url = storage.join(self.out, STARTED)
+        if self._started is not None:
+            storage.write_bytes(url, self._started)
+        elif self.previous:
+            storage.remove(url)
+        else:
+            storage.write_json(url, {"command": self.command, "settings": None, **self.notes})
 
     def _visible(self) -> list[str]:
         """Names of what lies in the out folder, but for our own marks."""

@@ -197,7 +197,9 @@ def _holds_scenes(folder: str, pattern: str | None) -> bool:
 
 
 def _rasters_below(folder: str) -> Iterator[str]:
-    return (one.url for one in storage.walk(folder) if one.url.lower().endswith(SUFFIXES))
+    """Rasters in a folder and below it, but for what our own commands wrote there: maps are no scenes."""
+    found = storage.walk(folder, unless=(record.RUN, record.STARTED))
+    return (one.url for one in found if one.url.lower().endswith(SUFFIXES))
 
 
 def _single(url: str) -> Candidate:
@@ -648,6 +650,10 @@ def _trusted(scene: Scene, bands: Sequence[str] | None) -> Scene | None:
             raise Refused(f"the file is gone: {url}; run `sattile index` again")
         if entry is None or [entry.size, entry.mtime] != list(identity):
             return None
+    from sattile.raster import masks_of
+
+    if any(mask not in scene.identity and storage.exists(mask) for url in described for mask in masks_of(url)):
+        return None
     # With fewer files, another of them may have the finest grid.
     files = {band.url for band in scene.bands}
     return scene if bands is None or files == described else None

@@ -251,6 +251,16 @@ def test_another_mask_beside_a_file_is_another_scene(tmp_path):
     assert identities[0][url] == identities[2][url]
 
 
+def test_a_mask_that_can_not_be_read_is_told(tmp_path):
+    """GDAL passes over it, and what is masked would be ground."""
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="NO"):
+        url = write(tmp_path / "a.tif", np.ones((60, 90, 2), "uint8"), nodata=0, mask=np.zeros((60, 90), "uint8"))
+    mask = tmp_path / "a.tif.msk"
+    for content in (mask.read_bytes()[:100], b"II*\0" + bytes(40)):
+        mask.write_bytes(content)
+        assert "mask beside it (a.tif.msk) can't be read" in refused(url)
+
+
 def test_alpha_is_no_band_but_says_what_is_valid(tmp_path):
     values = positions(3, 5, 3).astype("uint16")
     values[..., 2] = 65535

@@ -164,9 +164,17 @@ def test_a_later_version_of_the_model_makes_all_maps_anew(
     assert record["model"] == str(versions / "v2")
     assert contents(archive.parent / "nightly" / "mosaics")["a/labels.tif"] != before["a/labels.tif"]
 
+    (archive / "b.tif").write_bytes(b"half of a file")
+    (archive / "c.tif").unlink()
+    bundle(keras=str(models / "one.keras"), **options, fill="7")
+    with pytest.raises(TooManyRefused, match="1 of 2"):
+        nightly(spark, models, archive, model=str(versions))
+    assert listed(archive.parent / "nightly") == ["a", "b", "c"], "what can't be made anew stays"
     with pytest.raises(UsageError, match=r"made with other settings \(model"):
         nightly(spark, models, archive, model=str(models / "other"))
-    nightly(spark, models, archive, model=str(models / "other"), overwrite=True)
+    other: dict[str, Any] = {"model": str(models / "other"), "settings": {"predict": {"threshold": 0.4}}}
+    nightly(spark, models, archive, **other, overwrite=True, max_failed_fraction=1.0)
+    assert listed(archive.parent / "nightly") == ["a"]
 
 
 def test_sheets_of_a_grid(spark: Any, models: Path, archive: Path) -> None:
@@ -180,6 +188,92 @@ def test_sheets_of_a_grid(spark: Any, models: Path, archive: Path) -> None:
     assert changes(record) == ([], [names[2]], [names[3]])
     assert listed(out) == names[:3]
     assert names[3] not in (out / "mosaics" / "labels.vrt").read_text()
+
+
+def test_a_sheet_whose_scene_has_moved_or_cannot_be_read(spark: Any, models: Path, archive: Path) -> None:
+    out = archive.parent / "nightly"
+    names = nightly(spark, models, archive, settings=GRID)["new"]
+    (archive / "c.tif").write_bytes((archive / "c.tif").read_bytes()[:-200_000])
+    unread = nightly(spark, models, archive, settings=GRID, prune=True, max_failed_fraction=1.0)
+    assert (unread["quarantined"], changes(unread)) == (1, ([], [names[2]], []))
+    assert listed(out) == names, "the sheet that c has to itself stays"
+    (archive / "c.tif").unlink()
+    scene(archive, "c", 2, 4 * WIDTH)
+    moved = nightly(spark, models, archive, settings=GRID, prune=True)
+    assert names[3] in moved["removed"]
+    assert set(listed(out)) == {*names[:3], *moved["new"]}
+
+
+def test_scenes_that_come_to_bear_one_name(spark: Any, models: Path, archive: Path) -> None:
+    out = archive.parent / "nightly"
+    given: dict[str, Any] = {"scenes": [str(archive)], "prune": True}
+    nightly(spark, models, archive, **given)
+    scene(archive / "again", "a", 9)
+    record = nightly(spark, models, archive, **given)
+    assert record["removed"] == ["a"]
+    assert sorted(one[:2] for one in record["new"]) == ["a-", "a-"]
+    (archive / "again" / "a.tif").unlink()
+    nightly(spark, models, archive, **given)
+    assert listed(out) == ["a", "b", "c"]
+
+
+def test_nothing_is_removed_where_a_listing_could_not_be_read(
+    spark: Any, models: Path, archive: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    item = {
+        "type": "Feature", "stac_version": "1.0.0", "id": "c", "geometry": None, "links": [],
+        "properties": {"datetime": "2024-01-01T00:00:00Z"}, "assets": {"all": {"href": "../archive/c.tif"}},
+    }  # fmt: skip
+    text = json.dumps({"type": "FeatureCollection", "features": [item]})
+    listing = archive.parent / "stac" / "items.json"
+    listing.parent.mkdir()
+    listing.write_text(text)
+    given: dict[str, Any] = {"scenes": [str(archive / "[ab].tif"), str(listing)], "max_failed_fraction": 1.0}
+    assert nightly(spark, models, archive, **given)["new"] == ["a", "b", "c"]
+    listing.write_text(text[:60])
+    assert changes(nightly(spark, models, archive, prune=True, **given)) == ([], [], [])
+    assert "no map is removed, for" in caplog.text
+
+
+def test_settings_that_cannot_be_leave_the_folder_to_others(spark: Any, models: Path, archive: Path) -> None:
+    for wrong in ({"tta": "some"}, {"grid": "EPSG:99999@10"}):
+        with pytest.raises(UsageError):
+            nightly(spark, models, archive, settings={"predict": wrong})
+    nightly(spark, models, archive)
+    with pytest.raises(UsageError, match="EPSG:99999"):
+        nightly(spark, models, archive, settings={"predict": {"grid": "EPSG:99999@10"}}, overwrite=True)
+    assert changes(nightly(spark, models, archive)) == ([], [], [])
+    with pytest.raises(UsageError, match=r"predict\.dry_run is chosen by the chain"):
+        nightly(spark, models, archive, settings={"predict": {"dry_run": True}})
+
+
+def test_maps_below_the_archive_are_no_scenes(spark: Any, models: Path, archive: Path) -> None:
+    out = str(archive / "maps" / "nightly")
+    pipeline.reprocess(spark, model=str(models / "other"), scenes=[str(archive)], out=out)
+    pipeline.reprocess(spark, model=str(models / "other"), scenes=[str(archive)], out=out)
+    record = json.loads((archive / "maps" / "nightly" / "_run.json").read_text())
+    assert (record["skipped"], record["quarantined"]) == (3, 0)
+
+
+def test_a_map_that_was_half_removed_is_none(
+    spark: Any, models: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nightly(spark, models, archive)
+    (archive / "c.tif").unlink()
+    gone = archive.parent / "nightly" / "mosaics" / "c"
+    remove = storage.remove
+
+    def killed(url: str) -> None:
+        if url == str(gone):
+            raise RuntimeError("killed")
+        remove(url)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(storage, "remove", killed)
+        nightly(spark, models, archive, prune=True)
+    assert gone.exists()
+    assert changes(nightly(spark, models, archive)) == ([], [], ["c"])
+    assert listed(archive.parent / "nightly") == ["a", "b"]
 
 
 def test_what_is_wrong_is_said_before_anything_runs(spark: Any, models: Path, archive: Path, tmp_path: Path) -> None:

@@ -568,6 +568,12 @@ def test_a_scene_whose_mask_has_gone_or_changed_is_described_again(spark, tmp_pa
     os.remove(f"{path}.msk")
     (bare,) = scenes.resolve(spark, out).scenes
     assert set(bare.identity) == {str(path)}
+    again = str(tmp_path / "again")
+    scenes.index(spark, str(tmp_path / "in"), out=again)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="NO"), rasterio.open(path, "r+") as file:
+        file.write_mask(np.zeros((file.height, file.width), np.uint8))
+    (masked,) = scenes.resolve(spark, again).scenes
+    assert set(masked.identity) == {str(path), f"{path}.msk"}
 
 
 def test_fewer_bands_of_a_catalogue_have_the_finest_grid_of_those(spark, tmp_path):

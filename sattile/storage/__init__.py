@@ -16,7 +16,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -69,15 +69,25 @@ def list_folder(url: str) -> list[Entry]:
     return filesystem(url).list(url) if exists(url) else []
 
 
-def walk(url: str) -> Iterator[Entry]:
-    """Every file below a folder, in a fixed order. Names that begin with `.` or `_` are not data: left out."""
-    for entry in list_folder(url):
+def walk(url: str, *, unless: Collection[str] = ()) -> Iterator[Entry]:
+    """Every file below a folder, in a fixed order. Names that begin with `.` or `_` are not data: left out.
+
+    Args:
+        unless: folders below it that hold a file of one of these names are left out, too.
+    """
+    return _walk(list_folder(url), frozenset(unless))
+
+
+def _walk(entries: Sequence[Entry], unless: frozenset[str]) -> Iterator[Entry]:
+    for entry in entries:
         if name(entry.url)[:1] in "._":
             continue
-        if entry.is_folder:
-            yield from walk(entry.url)
-        else:
+        if not entry.is_folder:
             yield entry
+            continue
+        inside = list_folder(entry.url)
+        if unless.isdisjoint(name(one.url) for one in inside):
+            yield from _walk(inside, unless)
 
 
 def glob(pattern: str) -> list[Entry]:
