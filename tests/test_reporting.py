@@ -470,7 +470,9 @@ def test_one_evaluation_says_how_sure_its_numbers_are(tmp_path: Path) -> None:
             low, high = measured["intervals"]["classes"][one][name]
             assert f"{measured['classes'][one][name]:.3f} [{low:.3f}, {high:.3f}]" in text
     assert "by resampling 12 spatial blocks" in text
-    assert "take the intervals for too narrow" in text
+    assert (
+        "Intervals follow from 12 spatial blocks: so few tell little of other ground; take them for too narrow." in text
+    )
     # (100 |0.7 - 0.65| + 300 |0.8 - 0.9|) / 400
     assert "Expected calibration error (ECE) 0.0875, the largest of a bin 0.100" in text
     assert "Comparison" not in text
