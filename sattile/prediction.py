@@ -655,9 +655,12 @@ STALE = ("auto", "keep", "remove")
 
 def _refused(run: Run, scenes: Sequence[str]) -> set[str]:
     """URLs of what could not be used now, by this run or by the one that made a catalogue that was given."""
-    return {one.url for one in run.refused} | {
-        one.url for url in scenes if storage.exists(storage.join(url, CATALOG)) for one in record.read_quarantine(url)
-    }
+    found = {one.url for one in run.refused}
+    for url in scenes:
+        folder = storage.parent(url) if storage.name(url) == CATALOG else url
+        if storage.exists(storage.join(folder, CATALOG)):
+            found |= {one.url for one in record.read_quarantine(folder)}
+    return found
 
 
 def _clean(run: Run, present: set[str], product: Product, stale: str, refused: set[str]) -> None:
