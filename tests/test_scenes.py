@@ -576,6 +576,16 @@ def test_a_scene_whose_mask_has_gone_or_changed_is_described_again(spark, tmp_pa
     assert set(masked.identity) == {str(path), f"{path}.msk"}
 
 
+def test_a_link_to_what_is_not_there_is_a_scene_that_is_gone(spark, tmp_path):
+    """And is told: a disk may be away."""
+    tiff(tmp_path / "in" / "a.tif")
+    (tmp_path / "in" / "b.tif").symlink_to(tmp_path / "away" / "b.tif")
+    for argument in (tmp_path / "in", tmp_path / "in" / "*.tif"):
+        resolved = scenes.resolve(spark, str(argument))
+        assert [one.scene_id for one in resolved.scenes] == ["a"]
+        assert [(one.url, "is gone" in one.reason) for one in resolved.refused] == [(f"{tmp_path}/in/b.tif", True)]
+
+
 def test_fewer_bands_of_a_catalogue_have_the_finest_grid_of_those(spark, tmp_path):
     tiff(tmp_path / "in" / "s_B02.tif")
     tiff(tmp_path / "in" / "s_B11.tif", height=6, width=10, resolution=20)

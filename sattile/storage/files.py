@@ -84,10 +84,15 @@ class LocalFiles:
         return Entry(url, is_folder, 0 if is_folder else info.st_size, info.st_mtime_ns)
 
     def list(self, url: str) -> list[Entry]:
+        """What has gone meanwhile is left out; a link to what is not there (a disk that is away) is not."""
         with os.scandir(local_path(url)) as entries:
-            names = sorted(entry.name for entry in entries)
-        found = (self.stat(join(url, name)) for name in names)
-        return [entry for entry in found if entry]
+            names = sorted((entry.name, entry.is_symlink()) for entry in entries)
+        found = ((join(url, name), is_link) for name, is_link in names)
+        listed = (
+            self.stat(one) or (Entry(one, is_folder=False, size=0, mtime=0) if is_link else None)
+            for one, is_link in found
+        )
+        return [entry for entry in listed if entry]
 
     def read_bytes(self, url: str) -> bytes:
         return Path(local_path(url)).read_bytes()
