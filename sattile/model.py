@@ -100,6 +100,14 @@ class Bundle:
         return Known.of(self.bands, self.data.get("statistics") or {})
 
 
+def split_models(model: str | Sequence[str]) -> list[str]:
+    """URLs of models out of 'a,b,c'; a folder may have a comma in its name."""
+    urls = [model] if isinstance(model, str) else list(model)
+    if len(urls) == 1 and "," in urls[0] and not storage.exists(urls[0]):
+        return [one.strip() for one in urls[0].split(",") if one.strip()]
+    return urls
+
+
 def load_models(model: str | Sequence[str]) -> Bundle:
     """The bundle of a model, or one that stands for several, whose scores are averaged.
 
@@ -109,10 +117,7 @@ def load_models(model: str | Sequence[str]) -> Bundle:
     Raises:
         UsageError: see `load_bundle`; and where bands, values or classes of the models differ.
     """
-    urls = [model] if isinstance(model, str) else list(model)
-    if len(urls) == 1 and "," in urls[0] and not storage.exists(urls[0]):
-        urls = [one.strip() for one in urls[0].split(",") if one.strip()]
-    bundles = tuple(load_bundle(url) for url in urls)
+    bundles = tuple(load_bundle(url) for url in split_models(model))
     if len(bundles) == 1:
         return bundles[0]
     return _join(bundles)

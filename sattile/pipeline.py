@@ -170,7 +170,7 @@ def reprocess(
         UsageError: wrong settings, missing files, an archive without scenes.
         TooManyRefused: after everything that is good has been published.
     """
-    from sattile.model import load_models
+    from sattile.model import load_models, split_models
     from sattile.sheets import parse_weights
 
     steps = _checked("reprocess", settings or {})
@@ -178,11 +178,10 @@ def reprocess(
     reading = {"bands": bands, "pattern": pattern, "nodata": nodata}
     # The same from whatever folder it is called.
     out, archive = storage.absolute(out), [storage.absolute(one) for one in scenes]
-    several = "," in model and not storage.exists(model)
-    models = [storage.absolute(one.strip()).rstrip("/") for one in (model.split(",") if several else [model])]
+    models = [storage.absolute(one).rstrip("/") for one in split_models(model)]
     for name in {"aoi", "like"} & steps.get("predict", {}).keys():
         steps["predict"][name] = storage.absolute(steps["predict"][name])
-    agreed = {"model": ",".join(one for one in models if one), "steps": steps, **reading}
+    agreed = {"model": ",".join(models), "steps": steps, **reading}
     if pattern and bands is None:
         # As `predict` does by itself: files that the model does not want would lend their grid to the others.
         cloud = parse_weights(steps.get("predict", {}).get("weights")).cloud
@@ -262,9 +261,11 @@ class _Steps:
                 if not self.late:
                     raise
                 # What was refused may have left nothing for this step.
-                told = "; ".join(str(one) for one in self.late)
-                raise TooManyRefused(f"{told}; and {name} went no further: {error}") from error
+                raise TooManyRefused(f"{self._told()}; and {name} went no further: {error}") from error
             self.record.refused.extend(records.read_quarantine(self.folder(name)))  # told already, by the step
+
+    def _told(self) -> str:
+        return "; ".join(str(error) for error in self.late)
 
     def end(self) -> str:
         """URL of the report.
@@ -274,7 +275,7 @@ class _Steps:
         """
         page = storage.join(self.folder("report"), "index.html")
         if self.late:
-            raise TooManyRefused("; ".join(str(error) for error in self.late) + f"; the report is {page}")
+            raise TooManyRefused(f"{self._told()}; the report is {page}")
         return page
 
 

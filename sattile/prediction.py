@@ -36,7 +36,7 @@ from sattile.mapreduce import INFERRED, Tally, columns, deal, refused, rows_of, 
 from sattile.model import Bundle, load_models
 from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
-from sattile.scenes import CATALOG
+from sattile.scenes import CATALOG, LISTINGS, resolve
 from sattile.schema import Refusal, Scene
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ WAVE_PIXELS = 1_000_000_000
 """Pixels after which finished scenes are published, and a killed run has lost no more than two of these."""
 
 WAVE_SCENES = 64
+
+STALE = ("auto", "keep", "remove")
 
 
 # --- the plan: what runs on the driver ----------------------------------------------------------------------------
@@ -371,8 +373,6 @@ def predict(
         UsageError: before anything is computed.
         TooManyRefused: see max_failed_fraction; what is good is published.
     """
-    from sattile.scenes import resolve
-
     if stale not in STALE:
         raise UsageError(f"stale {stale!r}: use {', '.join(STALE)}")
     bundle = load_models(model)
@@ -448,7 +448,7 @@ def predict(
                 present = _by_scene(spark, run, found, job, product, staging, worker_memory)
             else:
                 present = _on_grid(spark, run, found, job, layout, product, staging, keep=stale != "auto")
-            _clean(run, present, product, stale, _refused(run, scenes))
+            _clean(run, present, product, stale, _refused(run, scenes) if stale == "remove" else set())
             ended = True
         finally:
             storage.remove(staging)
@@ -650,9 +650,6 @@ class _Figures:
         }
 
 
-STALE = ("auto", "keep", "remove")
-
-
 def _refused(run: Run, scenes: Sequence[str]) -> set[str]:
     """URLs of what could not be used now, by this run or by the one that made a catalogue that was given."""
     found = {one.url for one in run.refused}
@@ -669,10 +666,10 @@ def _clean(run: Run, present: set[str], product: Product, stale: str, refused: s
     Args:
         present: names of the maps that scenes given now lead to; not all of them were made.
         stale: see `predict`.
-        refused: URLs.
+        refused: URLs of what could not be used now, which matter where maps are to be removed.
     """
     run.check_held()
-    listing = sorted(url for url in refused if url.endswith(".json"))
+    listing = sorted(url for url in refused if url.lower().endswith(LISTINGS))
     if stale == "remove" and listing:
         log.warning("predict: no map is removed, for %s could not be read and may list its scenes", listing[0])
         stale = "keep"

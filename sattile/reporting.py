@@ -31,7 +31,8 @@ from sattile.schema import PALETTE
 from sattile.versions import is_version, resolve
 
 ORDER = ("index", "tile", "train", "bundle", "evaluate", "predict")
-NOT_TOLD = ("report", "run", "reprocess")  # itself, and the sums of the others
+CHAINS = ("run", "reprocess")
+NOT_TOLD = ("report", *CHAINS)  # itself, and the sums of the others
 PAGE = "index.html"
 
 MAX_SAMPLES = 12
@@ -103,7 +104,7 @@ def collect(folders: Sequence[str]) -> list[Folder]:
         if entry is None or not entry.is_folder:
             raise UsageError(f"{url} is not a folder; name out folders of sattile")
         here = _records([resolve(url)])
-        if not here or here[0].command in ("run", "reprocess"):
+        if not here or here[0].command in CHAINS:
             here = _records([resolve(one.url) for one in storage.list_folder(url) if one.is_folder])
         if not here:
             raise UsageError(f"{url} has no {RUN}, nor has a folder in it: no sattile run has finished there")

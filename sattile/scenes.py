@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("sattile")
 
 CATALOG = "scenes.parquet"
+LISTINGS = (".json", ".geojson")
+"""STAC items, and what lists them."""
+
 SUFFIXES = (".tif", ".tiff", ".jp2")
 SIDECARS = (".msk", ".ovr", ".aux.xml", ".tfw", ".tifw", ".tiffw", ".j2w", ".wld", ".prj", ".imd", ".rpb", ".rpc.txt")
 STAGE = "index"
@@ -134,7 +137,7 @@ def find(
         for entry in entries:
             if not entry.is_folder:
                 lower = entry.url.lower()
-                if lower.endswith((".json", ".geojson")):
+                if lower.endswith(LISTINGS):
                     items = list(_read_stac(entry.url, bands))
                     if not items:
                         raise UsageError(f"{entry.url} is a STAC collection without items")
@@ -637,6 +640,8 @@ def describe(
 
 def _trusted(scene: Scene, bands: Sequence[str] | None) -> Scene | None:
     """A catalogue's scene with the bands wanted, if its files are as they were; None if it is to be described again."""
+    from sattile.raster import masks_of
+
     described = {band.url for band in scene.bands}
     if bands is not None:
         called = spectrum.match(bands, scene.band_names)
@@ -650,8 +655,6 @@ def _trusted(scene: Scene, bands: Sequence[str] | None) -> Scene | None:
             raise Refused(f"the file is gone: {url}; run `sattile index` again")
         if entry is None or [entry.size, entry.mtime] != list(identity):
             return None
-    from sattile.raster import masks_of
-
     if any(mask not in scene.identity and storage.exists(mask) for url in described for mask in masks_of(url)):
         return None
     # With fewer files, another of them may have the finest grid.

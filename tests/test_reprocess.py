@@ -217,15 +217,16 @@ def test_scenes_that_come_to_bear_one_name(spark: Any, models: Path, archive: Pa
     assert listed(out) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("listed_in", ["items.json", "items.geojson"])
 def test_nothing_is_removed_where_a_listing_could_not_be_read(
-    spark: Any, models: Path, archive: Path, caplog: pytest.LogCaptureFixture
+    spark: Any, models: Path, archive: Path, listed_in: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     item = {
         "type": "Feature", "stac_version": "1.0.0", "id": "c", "geometry": None, "links": [],
         "properties": {"datetime": "2024-01-01T00:00:00Z"}, "assets": {"all": {"href": "../archive/c.tif"}},
     }  # fmt: skip
     text = json.dumps({"type": "FeatureCollection", "features": [item]})
-    listing = archive.parent / "stac" / "items.json"
+    listing = archive.parent / "stac" / listed_in
     listing.parent.mkdir()
     listing.write_text(text)
     given: dict[str, Any] = {"scenes": [str(archive / "[ab].tif"), str(listing)], "max_failed_fraction": 1.0}
