@@ -511,7 +511,7 @@ def _on_grid(
     """A map a sheet. A scene that can't be read is left out everywhere: sheets that it reaches are done without it.
 
     Args:
-        keep: a sheet of which no scene is left stays as an earlier run made it of other files.
+        keep: a sheet of which no scene is left stays as an earlier run made it of other files, or by another model.
 
     Returns:
         The names of all sheets that were planned.
@@ -554,7 +554,7 @@ def _on_grid(
             for sheet in todo:
                 name = sheet.target.name
                 # All that reached it was refused; it may have been published before that was known.
-                if not sheet.scenes and not (keep and name not in published and _is_older(out, sheet.target)):
+                if not sheet.scenes and not (keep and name not in published and _is_older(out, sheet, product)):
                     mosaic.unpublish(out, name)
                     published.discard(name)
             now = {sheet.target.name: sheet for sheet in todo if sheet.scenes}
@@ -578,10 +578,11 @@ def _on_grid(
     return {sheet.target.name for sheet in every}
 
 
-def _is_older(out: str, target: Target) -> bool:
-    """Whether a map lies there that was made of other files than there are now."""
-    item = mosaic.read_item(out, target.name)
-    return item is not None and item["properties"].get(mosaic.SOURCE) != target.source
+def _is_older(out: str, sheet: sheets.Sheet, product: Product) -> bool:
+    """Whether a map lies there that was made of other files than there are now, or by another model."""
+    item = mosaic.read_item(out, sheet.target.name)
+    made = item and (item["properties"].get(mosaic.SOURCE), item["properties"].get(mosaic.SETTINGS))
+    return made is not None and made != (sheet.target.source, product.settings)
 
 
 class _Figures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from scenes_for_tests import write_scene
 
-from sattile import pipeline, storage
+from sattile import pipeline, raster, storage
+from sattile.decoder import decoder
+from sattile.engine import on_worker
 from sattile.errors import TooManyRefused, UsageError
 
 HEIGHT, WIDTH = 96, 640
@@ -202,6 +205,35 @@ def test_a_sheet_whose_scene_has_moved_or_cannot_be_read(spark: Any, models: Pat
     moved = nightly(spark, models, archive, settings=GRID, prune=True)
     assert names[3] in moved["removed"]
     assert set(listed(out)) == {*names[:3], *moved["new"]}
+
+
+def test_a_sheet_whose_scene_has_rotted_when_the_model_has_a_later_version(
+    spark: Any, models: Path, archive: Path, tmp_path: Path
+) -> None:
+    """Its size and time are as they were, and so is its header."""
+    from sattile.model import bundle
+
+    options: dict[str, Any] = {"bands": "x,y", "classes": "x,y", "out": str(tmp_path / "versions"), "versions": True}
+    bundle(keras=str(models / "one.keras"), **options)
+    values = np.random.default_rng(2).integers(1, 900, (2, HEIGHT, WIDTH)).astype(np.uint16)
+    place = {"west": WEST + 20 * WIDTH, "north": NORTH}
+    path = Path(write_scene(archive / "c.tif", values, names=("x", "y"), nodata=0, compress="deflate", **place))
+    given: dict[str, Any] = {"model": str(tmp_path / "versions"), "settings": GRID, "prune": True}
+    names = nightly(spark, models, archive, **given)["new"]
+    before, stat = path.read_bytes(), path.stat()
+    path.write_bytes(before[:2000] + b"\xff" * (len(before) - 4000) + before[-2000:])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    def forget(frames: Any) -> Any:
+        decoder().call(raster.close_files)
+        time.sleep(0.5)  # both workers are to do it
+        yield from frames
+
+    spark.range(0, 2, 1, 2).mapInPandas(on_worker(forget), "id long").collect()  # a night later they have it not open
+    bundle(keras=str(models / "two.keras"), **options)
+    record = nightly(spark, models, archive, **given, max_failed_fraction=1.0)
+    assert (record["quarantined"], record["removed"]) == (1, [])
+    assert listed(archive.parent / "nightly") == names, "the sheet that c has to itself stays"
 
 
 def test_scenes_that_come_to_bear_one_name(spark: Any, models: Path, archive: Path) -> None:
