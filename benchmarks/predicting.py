@@ -213,7 +213,7 @@ def cheap(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any
                 with context.Pool(1) as pool:
                     pool.apply(time.sleep, (0.1,))
                     theirs.append(pixels / pool.apply(plain, (str(scene), str(folder / "plain"))))
-            ratio = float(np.median(ours) / np.median(theirs))
+            ratio = _ratio(ours, theirs)
             found[f"cheap_{cores}"] = ratio
             print(
                 f"cheap model, {pixels:.0f} Mpix, {cores} core(s): sattile {np.median(ours):.1f} Mpix/s, plain loop "
@@ -272,22 +272,22 @@ def networks(
                 alone.append(bare_speed(model, engine, (settings["batch"], *shape, len(BANDS)), cores))
         finally:
             spark.stop()
-        evaluated = float(np.median([one["evaluated_mpix_per_s"] for one in records]))
+        speeds = [one["evaluated_mpix_per_s"] for one in records]
         delivered[engine] = float(np.median([one["delivered_mpix_per_s"] for one in records]))
-        found[engine] = evaluated / float(np.median(alone))
+        found[engine] = _ratio(speeds, alone)
         price = record["evaluated_pixels"] / record["delivered_pixels"]
         print(
             f"U-Net by {engine}, {pixels:.0f} Mpix, {cores} cores, {worker_memory} a worker: windows of {shape[0]} px, "
-            f"{evaluated:.2f} Mpix/s evaluated ({price:.2f} for each delivered), bare model {np.median(alone):.2f}, "
-            f"ratio {found[engine]:.2f}; peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker "
-            f"(medians of {repeats})"
+            f"{np.median(speeds):.2f} Mpix/s evaluated ({price:.2f} for each delivered), bare model "
+            f"{np.median(alone):.2f}, ratio {found[engine]:.2f}; "
+            f"peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker (medians of {repeats})"
         )
         if engine == "tensorflow-gpu":
             continue
         # Not between the runs: Spark ends workers that had nothing to do for a minute.
         batch = (settings["batch"], *shape, len(BANDS))
         plainly = [bare_speed(model, engine, batch, cores, as_given=True) for _ in range(repeats)]
-        found[f"{engine}_as_given"] = evaluated / float(np.median(plainly))
+        found[f"{engine}_as_given"] = float(np.median(speeds) / np.median(plainly))
         print(
             f"  the network as Keras gives it: {np.median(plainly):.2f} Mpix/s, ratio {found[f'{engine}_as_given']:.2f}"
         )
@@ -299,6 +299,11 @@ def networks(
         f"ratio {found['openvino_to_tensorflow']:.2f}"
     )
     return found
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the ratios of runs that followed each other: a machine is not as fast at all times."""
+    return float(np.median(np.divide(ours, theirs)))
 
 
 def _scene(folder: Path, megapixels: int) -> tuple[Path, float]:
