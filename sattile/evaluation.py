@@ -24,6 +24,7 @@ from sattile.drift import Sights
 from sattile.errors import UsageError
 from sattile.grid import Geometry, Window, ceil_to
 from sattile.inference import BlockRead, Inference, Labelled, Piece
+from sattile.memory import peak_mb
 from sattile.model import Bundle, load_models
 from sattile.record import Run
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
@@ -553,7 +554,7 @@ def _label_tiles(tiles: Sequence[_Tile], job: Inference, scorer: Scorer) -> Iter
                 reliability=metrics.reliability(together[index], one.truth, labels, job.class_ids.tolist()),
                 image=one.image if job.image else None,
                 seen=inference.see(BlockRead(window, one.image, one.valid, one.valid, None, 0.0), window, job),
-                evaluated=batch[..., 0].size * job.passes if index == 0 else 0, memory_mb=inference.own_peak_mb(),
+                evaluated=batch[..., 0].size * job.passes if index == 0 else 0, memory_mb=peak_mb(),
             )  # fmt: skip
         else:
             region = job.geometry.region(height, width, window)

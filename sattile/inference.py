@@ -10,20 +10,20 @@ import json
 import logging
 import math
 import re
-import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from sattile import drift, metrics, raster, record, scorers, storage
+from sattile import drift, metrics, raster, scorers, storage
 from sattile import labels as label_module
 from sattile.decoder import read_ahead
 from sattile.errors import Refused, UsageError
 from sattile.grid import CELL, Geometry, Placement, Window, ceil_to, choose_geometry
 from sattile.labels import LabelSource
+from sattile.memory import peak_mb
 from sattile.model import Bundle, choose_engine, load_scorer
 from sattile.schema import Scene
 from sattile.scorers import TURNS, Scorer
@@ -388,7 +388,7 @@ def read_block(
     else:
         data, valid = raster.read(scene, region, nodata=nodata, scaled=scaled, by_band=True)
     wanted = valid[block.slices(region)]
-    return BlockRead(region, data, valid, wanted if inside is None else wanted & inside, truth, record.peak_memory_mb())
+    return BlockRead(region, data, valid, wanted if inside is None else wanted & inside, truth, peak_mb())
 
 
 def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -> Labelled:
@@ -438,7 +438,7 @@ def label_block(piece: Piece, read: BlockRead, job: Inference, scorer: Scorer) -
     return Labelled(
         piece, labels=labels, scores=scores, coverage=coverage, truth=truth, image=image, wanted=read.wanted,
         reliability=reliability, seen=see(read, block, job), evaluated=evaluated,
-        memory_mb=own_peak_mb() + read.memory_mb,
+        memory_mb=peak_mb() + read.memory_mb,
     )  # fmt: skip
 
 
@@ -455,6 +455,12 @@ def batch_for(job: Inference, scene: Scene) -> int:
     return min(job.batch, max(job.geometry.count(scene.height, scene.width, max(scene.height, scene.width)), 1))
 
 
+@lru_cache(maxsize=1)  # filled again with each block: fresh memory takes longer to get than to fill
+def _batch(count: int, bands: int, height: int, width: int) -> np.ndarray:
+    """(count, height, width, bands) float32; a plane for each band, as it was read, and as OpenVINO takes it."""
+    return np.moveaxis(np.empty((count, bands, height, width), np.float32), 1, -1)
+
+
 def run_windows(
     placements: Sequence[Placement], read: BlockRead, job: Inference, scorer: Scorer, count: int
 ) -> Iterator[tuple[Placement, np.ndarray]]:
@@ -469,8 +475,7 @@ def run_windows(
         return
     shape = placements[0].read.shape
     fill = np.asarray(job.fill, np.float32)
-    # A plane for each band, as it was read, and as OpenVINO takes it.
-    batch = np.moveaxis(np.empty((count, len(job.bundle.bands), *shape), np.float32), 1, -1)
+    batch = _batch(count, len(job.bundle.bands), *shape)
     for first in range(0, len(placements), count):
         group = placements[first : first + count]
         for index in range(count):
@@ -481,8 +486,3 @@ def run_windows(
             job.present(read.data[part], read.valid[part], batch[index])
         scores = scorer(batch)
         yield from zip(group, scores, strict=False)
-
-
-def own_peak_mb() -> float:
-    """The most memory this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -20,7 +20,7 @@ from sattile import mosaic, storage
 from sattile.drift import Sights
 from sattile.errors import Refused
 from sattile.grid import Window
-from sattile.inference import own_peak_mb
+from sattile.memory import peak_mb
 from sattile.mosaic import Part, Product, Target
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def write(
             except Refused as error:
                 reason, staged = error.reason, None
                 deque(parts, maxlen=0)
-        memory = max(tally.memory_mb, own_peak_mb())
+        memory = max(tally.memory_mb, peak_mb())
         yield pd.DataFrame(
             [(name, staged, tally.evaluated, tally.valid, tally.moved, memory, tally.seen.to_json(), reason)],
             columns=columns(WRITTEN),

@@ -558,15 +558,17 @@ def read(
                     f"the file (gdal_edit.py -scale S -offset O FILE) or in its STAC item"
                 )
 
+    inside = window & Window(0, 0, scene.height, scene.width)
+
     def empty(dtype: Any) -> np.ndarray:
+        make = np.empty if inside == window else np.zeros
         if by_band:
-            return np.moveaxis(np.zeros((len(scene.bands), *window.shape), dtype), 0, -1)
-        return np.zeros((*window.shape, len(scene.bands)), dtype)
+            return np.moveaxis(make((len(scene.bands), *window.shape), dtype), 0, -1)
+        return make((*window.shape, len(scene.bands)), dtype)
 
     dtype = result_dtype(scene)
     data = empty(dtype)
     valid = np.zeros(window.shape, bool)
-    inside = window & Window(0, 0, scene.height, scene.width)
     if inside.area:
         place = inside.slices(window)
         good = np.ones(inside.shape, bool)

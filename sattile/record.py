@@ -10,7 +10,6 @@ import importlib.metadata
 import logging
 import math
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 import sattile
 from sattile import schema, storage
 from sattile.errors import SattileError, TooManyRefused, UsageError
+from sattile.memory import peak_mb
 from sattile.schema import Refusal
 
 log = logging.getLogger("sattile")
@@ -49,11 +49,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has held, in MB (ru_maxrss is in kB on Linux)."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 @dataclass
@@ -230,7 +225,7 @@ class Run:
             "evaluated_mpix_per_s": None,
             "delivered_mpix_per_s": None,
             **self.extra,
-            "peak_memory_mb": max(self.peak_memory, peak_memory_mb()),
+            "peak_memory_mb": max(self.peak_memory, peak_mb()),
         }
         if self.skipped and not self.done and self.finished_before:
             measured |= {name: value for name, value in (self.previous or {}).items() if name in measured}

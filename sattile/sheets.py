@@ -30,7 +30,6 @@ from sattile.inference import (
     WORKER_BASE,
     BlockRead,
     Inference,
-    own_peak_mb,
     parse_memory,
     run_windows,
     see,
@@ -38,6 +37,7 @@ from sattile.inference import (
     window_memory,
 )
 from sattile.mapreduce import INFERRED, ROW_BYTES, Tally, columns, deal, refused, rows_of, task_numbers, write_maps
+from sattile.memory import peak_mb
 from sattile.mosaic import Part, Product, Target
 from sattile.schema import Refusal, Scene, SegmentClass
 from sattile.stac import moment
@@ -519,7 +519,7 @@ def read_step(
         values, known = raster.read(scene.select([cloud]), need, nodata=nodata)
         clouds = np.where(known, np.clip(values[..., 0], 0, 100), 0).astype(np.uint8)
     wanted = valid[need.slices(region)]
-    return BlockRead(region, data, valid, wanted, None, record.peak_memory_mb()), clouds
+    return BlockRead(region, data, valid, wanted, None, peak_mb()), clouds
 
 
 def score_step(
@@ -703,7 +703,7 @@ def stitch(
         if sums is None:
             sums = Sums(work, _frame(layout.grid, windows.value[work.name]), job, layout)
         if isinstance(item, Work):
-            tally.memory_mb = max(tally.memory_mb, own_peak_mb())
+            tally.memory_mb = max(tally.memory_mb, peak_mb())
             rows = list(sums.rows(tally))
             sums, tally = None, Tally(memory_mb=tally.memory_mb)
             yield pd.DataFrame(rows, columns=columns(INFERRED))
@@ -714,7 +714,7 @@ def stitch(
             scores, weights, pixels = score_on_grid(item, job, layout)
             tally.evaluated += pixels
             tally.seen.add(item.step.scene.scene_id, see(item.read, item.step.cut.need, job))
-            tally.memory_mb = max(tally.memory_mb, own_peak_mb() + item.read.memory_mb)
+            tally.memory_mb = max(tally.memory_mb, peak_mb() + item.read.memory_mb)
             if scores is not None and weights is not None:
                 sums.add(item.step.cut.window, scores, weights)
 
@@ -745,13 +745,13 @@ def infer(
         rows: list[tuple[Any, ...]] = []
         nothing = 0, 0, 0, 0
         if isinstance(item, Work):
-            rows.append((*place, -1, *nothing, None, None, 0, own_peak_mb(), None, None, None))
+            rows.append((*place, -1, *nothing, None, None, 0, peak_mb(), None, None, None))
         elif item.read is None:
-            row = *place, -1, *nothing, None, None, 0, own_peak_mb(), None, item.step.scene.scene_id, item.reason
+            row = *place, -1, *nothing, None, None, 0, peak_mb(), None, item.step.scene.scene_id, item.reason
             rows.append(row)
         else:
             scores, weights, pixels = score_on_grid(item, job, layout)
-            memory = own_peak_mb() + item.read.memory_mb
+            memory = peak_mb() + item.read.memory_mb
             seen = Sights()
             seen.add(item.step.scene.scene_id, see(item.read, item.step.cut.need, job))
             rows.append((*place, -1, *nothing, None, None, pixels, memory, seen.to_json(), None, None))
@@ -780,7 +780,7 @@ def add_up(frames: Iterable[pd.DataFrame], *, windows: Any, job: Inference, layo
         for row in group:
             tally.evaluated += row.evaluated
             tally.seen.merge(row.seen)
-            tally.memory_mb = max(tally.memory_mb, row.memory_mb, own_peak_mb())
+            tally.memory_mb = max(tally.memory_mb, row.memory_mb, peak_mb())
             if row.reason is not None:
                 yield pd.DataFrame([refusal(name, row.scene, row.reason, tally.memory_mb)], columns=columns(INFERRED))
             elif row.scores is not None:

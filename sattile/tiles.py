@@ -594,12 +594,12 @@ class _Cutter:
 
     def finish(self) -> list[Piece]:
         """Upload what is open, and give account."""
-        from sattile.record import peak_memory_mb
+        from sattile.memory import peak_mb
 
         shared = self._close("shared")
         good = [piece for piece in self.pieces if not piece.refused]
         for piece in self.pieces:
-            piece.peak_memory = peak_memory_mb()
+            piece.peak_memory = peak_mb()
         if shared:
             good[0].files = {split: [*good[0].files.get(split, []), *files] for split, files in shared.items()}
         return self.pieces

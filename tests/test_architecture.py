@@ -37,7 +37,7 @@ LAYERS = [
         "stac",
     },
     {"schema", "stitch"},
-    {"drift", "grid", "spectrum", "split", "statistics", "storage"},
+    {"drift", "grid", "memory", "spectrum", "split", "statistics", "storage"},
     {"errors"},
 ]
 """From top to bottom. A module imports from layers below its own."""

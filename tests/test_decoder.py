@@ -114,6 +114,7 @@ def test_arrays_come_back_as_they_lay_in_memory(shape):
     assert found[1].flags.f_contiguous
     # Out of band: not a copy that was written into the message.
     assert not found[0].base.flags.owndata
+    assert not found[2].base.flags.owndata
 
 
 def test_a_large_window_comes_back_in_far_less_time_than_it_takes_to_decode():

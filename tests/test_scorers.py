@@ -75,6 +75,34 @@ def test_auto_takes_openvino_where_it_was_seen_to_agree(made: Bundle, monkeypatc
         choose_engine(made, "openvino")
 
 
+@pytest.mark.parametrize("engine", ["tensorflow", "openvino"])
+def test_scores_follow_from_the_values_and_stay_as_they_are(made: Bundle, engine: str) -> None:
+    """However the values lie in memory, whatever is scored next, and what is done with the images afterwards."""
+    score = load_scorer(made, engine=engine)
+    rng = np.random.default_rng(2)
+    planes = rng.integers(1, 3000, (2, 3, 64, 96)).astype(np.float32)
+    images = np.moveaxis(planes, 1, -1)
+    first = score(images)
+    expected = first.copy()
+    np.testing.assert_array_equal(score(np.ascontiguousarray(images)), expected)
+    np.testing.assert_array_equal(score(images[:, ::-1, ::-1][:, ::-1, ::-1]), expected)
+    images[:] = rng.integers(1, 3000, images.shape)
+    assert not np.array_equal(score(images), expected)
+    np.testing.assert_array_equal(first, expected)
+
+
+def test_a_network_that_changes_nothing_gives_no_memory_of_the_caller() -> None:
+    import keras
+
+    given = keras.Input((None, None, 2))
+    score = scorers.by_tensorflow(keras.Model(given, keras.layers.Identity()(given)), second=False)
+    images = np.random.default_rng(0).random((1, 5, 7, 2)).astype(np.float32)
+    found, expected = score(images), images.copy()
+    images[:] = 9
+    score(images)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_openvino_gives_the_same_bits_for_any_dtype_and_again(made: Bundle) -> None:
     score = load_scorer(made, engine="openvino")
     images = np.random.default_rng(0).integers(0, 9000, (2, 64, 32, 3)).astype(np.uint16)
