@@ -459,7 +459,7 @@ def _plan(
     area: Any,
     slots: int,
 ) -> list[list[tuple[bytes]]]:
-    """Chunks, grouped into tasks of about `TASK_PIXELS` each; less where that would leave a slot idle."""
+    """Chunks, grouped into tasks of about `TASK_PIXELS` each; less where that would leave a slot idle at the end."""
     import shapely
 
     aoi = None
@@ -469,12 +469,14 @@ def _plan(
     tasks: list[list[tuple[bytes]]] = []
     shared: list[tuple[bytes]] = []
     shared_pixels = 0
-    enough = min(TASK_PIXELS / 4, sum(scene.height * scene.width for scene in scenes) / (3 * slots))
+    total = sum(scene.height * scene.width for scene in scenes)
+    enough = min(TASK_PIXELS / 4, total / (3 * slots))
+    most = min(TASK_PIXELS, max(total / (4 * slots), SMALL_PIXELS))
     for scene in scenes:
         rows = grid.starts(scene.height, size, stride)
         pixels = scene.height * scene.width
         small = pixels <= SMALL_PIXELS
-        step = len(rows) if small else max(round(TASK_PIXELS / (scene.width * stride)), 1)
+        step = len(rows) if small else max(round(most / (scene.width * stride)), 1)
         alone_in_split = rule.of(scene.scene_id) if rule.by == "scene" or scene.footprint is None else None
         for first in range(0, len(rows), step):
             chunk = Chunk(
@@ -718,12 +720,14 @@ class _Cutter:
         if only_background and not split_module.kept_background(tile_id, self.keep_background, self.rule.seed):
             piece.dropped["background beyond the share that is kept"] += 1
             return None
-        # Zero, not what a file holds under its mask: the same rows whatever wrote the file.
-        image = np.where(valid[..., None], image, np.zeros((), image.dtype))
-        if part == "train":
-            for band, statistics in enumerate(piece.statistics):
-                statistics.add(image[..., band][valid])
-        arrays = {"image": npy(image), "labels": npy(labelled), "valid": npy(valid)}
+        whole, laid = bool(valid.all()), np.empty(image.shape, image.dtype)
+        for band, statistics in enumerate(piece.statistics):
+            plane = image[..., band]
+            if part == "train":
+                statistics.add(plane.ravel() if whole else plane[valid])
+            # Zero, not what a file holds under its mask: the same rows whatever wrote the file.
+            laid[..., band] = plane if whole else np.where(valid, plane, np.zeros((), image.dtype))
+        arrays = {"image": npy(laid), "labels": npy(labelled), "valid": npy(valid)}
         sha = hashlib.sha256(f"{part}\0{tile_id}\0".encode())
         for content in arrays.values():
             sha.update(content)
@@ -749,10 +753,13 @@ def read_labelled(
     scaled: bool = False,
     aoi: tuple[bytes, str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image (h, w, bands), valid (h, w) bool and labels (h, w) uint8 of a window; runs in the decoder's process."""
+    """Image (h, w, bands) with a plane for each band in memory, valid (h, w) bool and labels (h, w) uint8 of a window.
+
+    Runs in the decoder's process.
+    """
     from sattile import raster
 
-    data, valid = raster.read(scene, window, nodata=nodata, scaled=scaled)
+    data, valid = raster.read(scene, window, nodata=nodata, scaled=scaled, by_band=True)
     labelled = label_module.read(source, scene, window)
     if aoi is not None:
         labelled = np.where(raster.aoi_mask(aoi[0], aoi[1], scene, window), labelled, np.uint8(IGNORE))

@@ -658,6 +658,37 @@ def test_labels_of_another_resolution_are_the_nearest(tmp_path, finer):
 
 
 @pytest.mark.parametrize("limit", [1 << 26, 300])
+@pytest.mark.parametrize(
+    "between",
+    [(7, 1, -3, 1), (-4, 0.7, 11, 1.9), (30, -1, 2, 1), (25, -0.6, 50, -1.3)],
+    ids=["shifted", "other pixels", "upside down", "turned by half"],
+)
+@quick
+@given(window=windows(40, 60))
+def test_labels_along_the_scenes_axes_hold_the_pixel_under_each_centre(tmp_path, limit, between, window):
+    """In windows of any shape, one row or column too; beyond the raster nothing is labelled."""
+    url = str(tmp_path / "labels.tif")
+    row, row_step, col, col_step = between  # pixel corner (r, c) of the raster in pixels of the scene
+    if not os.path.exists(url):
+        grid = UTM @ Affine(col_step, 0, col, 0, row_step, row)
+        write(url, (positions(30, 36) % 251).astype("uint8"), transform=grid)
+    scene = small_scene(tmp_path)
+    raster.MAX_LABEL_PIXELS, before = limit, raster.MAX_LABEL_PIXELS
+    try:
+        labels = raster.read_labels(url, scene, window)
+    finally:
+        raster.MAX_LABEL_PIXELS = before
+    stored = positions(30, 36)[..., 0] % 251
+    expected = np.full(window.shape, IGNORE)
+    for r, at_row in enumerate(range(window.row, window.stop_row)):
+        for c, at_col in enumerate(range(window.col, window.stop_col)):
+            y, x = round((at_row + 0.5 - row) / row_step, 6), round((at_col + 0.5 - col) / col_step, 6)
+            if 0 <= at_row < 40 and 0 <= at_col < 60 and 0 <= y < 30 and 0 <= x < 36:
+                expected[r, c] = stored[int(y), int(x)]
+    np.testing.assert_array_equal(labels, expected)
+
+
+@pytest.mark.parametrize("limit", [1 << 26, 300])
 @quick
 @given(window=windows(40, 60))
 def test_labels_of_another_crs_hold_the_pixel_under_each_centre(tmp_path, limit, window):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from scenes_for_tests import position_image, write_scene
 from sattile import storage
 from sattile.dataset import petastorm_reader, read_dataset
 from sattile.errors import TooManyRefused, UsageError
+from sattile.labels import LabelSource
 from sattile.schema import Scene
 from sattile.split import SplitRule
-from sattile.tiles import _whereabouts, tile
+from sattile.tiles import _plan, _whereabouts, tile
 from sattile.training.reader import load_dataset
 
 NAMES = ("B02", "B03", "B04")
@@ -153,6 +155,17 @@ def test_the_same_rows_for_any_order_partitioning_and_rerun(spark, made, tmp_pat
     tile(spark, scenes=scenes, labels=given["labels"], out=other, **options)
     assert before == {entry.url: (entry.size, entry.mtime) for entry in storage.walk(other)}
     assert json.loads((tmp_path / "o" / "_run.json").read_text())["skipped"] == 3
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_every_core_has_tasks_to_the_end(slots):
+    """A scene of three tasks' pixels, on two cores, would take as long as one of four."""
+    scene, rule = Scene("s", "u", 8192, 8192, (), None, (1, 0, 0, 0, -1, 0)), SplitRule("scene", (1, 0, 0), 0, 1, 0)
+    tasks = _plan([scene], {"s": LabelSource("u")}, rule, True, 256, 256, None, slots)
+    rows = [len(pickle.loads(chunk).rows) for task in tasks for (chunk,) in task]
+    assert sum(rows) == 32
+    shares = [sum(rows[slot::slots]) for slot in range(slots)]
+    assert max(shares) <= 1.25 * 32 / slots
 
 
 def test_what_a_killed_run_left_is_cleared_away(spark, tmp_path):
