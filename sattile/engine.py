@@ -33,7 +33,8 @@ MAX_JAVA_OF_SPARK_3 = 20
 """Arrow in Spark 3.5 calls a constructor of direct buffers that Java 21 has no more: tasks fail, not the start."""
 SECONDS_A_LINE = 15
 LOGGING = f"-Dlog4j.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"
-LOCAL_JAVA = f"{LOGGING} -XX:TieredStopAtLevel=1 -XX:InitiatingHeapOccupancyPercent=80 -XX:MetaspaceSize=256m"
+MARKING = "-XX:-G1UseAdaptiveIHOP -XX:InitiatingHeapOccupancyPercent=80 -XX:MetaspaceSize=256m"
+LOCAL_JAVA = f"{LOGGING} -XX:TieredStopAtLevel=1 {MARKING}"
 """For the one JVM of a local session. It plans and hands bytes on, in native code mostly: what its optimising compiler
 and G1's marking beside the tasks would gain is less than the processor time that they take from the tasks. It marks
 when the heap is fuller, and not for classes alone; naming another collector would clash with one that a user names."""

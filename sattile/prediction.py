@@ -511,7 +511,7 @@ def _on_grid(
     """A map a sheet. A scene that can't be read is left out everywhere: sheets that it reaches are done without it.
 
     Args:
-        keep: a sheet of which no scene is left stays as an earlier run made it of other files, or by another model.
+        keep: a sheet of which no scene is left stays as an earlier run made it of other files, or with other settings.
 
     Returns:
         The names of all sheets that were planned.
@@ -579,7 +579,7 @@ def _on_grid(
 
 
 def _is_older(out: str, sheet: sheets.Sheet, product: Product) -> bool:
-    """Whether a map lies there that was made of other files than there are now, or by another model."""
+    """Whether a map lies there that was made of other files than there are now, or with other settings."""
     item = mosaic.read_item(out, sheet.target.name)
     made = item and (item["properties"].get(mosaic.SOURCE), item["properties"].get(mosaic.SETTINGS))
     return made is not None and made != (sheet.target.source, product.settings)

@@ -22,7 +22,7 @@ import numpy as np
 from sattile.errors import SattileError, UsageError, said_by_task
 
 Scorer = Callable[[np.ndarray], np.ndarray]
-"""(N, H, W, bands) of any dtype -> (N, H, W, classes) float32."""
+"""(N, H, W, bands) of any dtype -> (N, H, W, classes) float32, to be read only: it may be an engine's own memory."""
 
 PRECISION = "bf16"
 """Of OpenVINO's arithmetic. A CPU without it computes in float32."""
@@ -151,6 +151,7 @@ def by_tensorflow(network: Any, *, second: bool, device: str = CPU) -> Scorer:
         return traced.get_concrete_function()  # spares each call the search for it
 
     def score(images: np.ndarray) -> np.ndarray:
+        images = np.asarray(images)
         if images.shape not in compiled:
             _forget_large(compiled)
             compiled[images.shape] = compile_for(images.shape)
@@ -286,6 +287,7 @@ def by_openvino(xml: str, *, threads: int, second: bool) -> Scorer:
         return run
 
     def score(images: np.ndarray) -> np.ndarray:
+        images = np.asarray(images)
         if images.shape not in compiled:
             _forget_large(compiled)
             compiled[images.shape] = compile_for(images.shape)

@@ -721,10 +721,10 @@ class _Cutter:
             piece.dropped["background beyond the share that is kept"] += 1
             return None
         whole, laid = bool(valid.all()), np.empty(image.shape, image.dtype)
-        for band, statistics in enumerate(piece.statistics):
+        for band in range(image.shape[-1]):
             plane = image[..., band]
             if part == "train":
-                statistics.add(plane.ravel() if whole else plane[valid])
+                piece.statistics[band].add(plane.ravel() if whole else plane[valid])
             # Zero, not what a file holds under its mask: the same rows whatever wrote the file.
             laid[..., band] = plane if whole else np.where(valid, plane, np.zeros((), image.dtype))
         arrays = {"image": npy(laid), "labels": npy(labelled), "valid": npy(valid)}

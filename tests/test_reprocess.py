@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pyspark import BarrierTaskContext
 from scenes_for_tests import write_scene
 
 from sattile import pipeline, raster, storage
@@ -225,11 +225,12 @@ def test_a_sheet_whose_scene_has_rotted_when_the_model_has_a_later_version(
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
     def forget(frames: Any) -> Any:
+        BarrierTaskContext.get().barrier()  # both workers do it
         decoder().call(raster.close_files)
-        time.sleep(0.5)  # both workers are to do it
         yield from frames
 
-    spark.range(0, 2, 1, 2).mapInPandas(on_worker(forget), "id long").collect()  # a night later they have it not open
+    # A night later they have it not open.
+    spark.range(0, 2, 1, 2).mapInPandas(on_worker(forget), "id long", barrier=True).collect()
     bundle(keras=str(models / "two.keras"), **options)
     record = nightly(spark, models, archive, **given, max_failed_fraction=1.0)
     assert (record["quarantined"], record["removed"]) == (1, [])
