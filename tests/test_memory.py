@@ -45,10 +45,11 @@ def output(script: str, **variables: str) -> int:
 )
 def test_blocks_of_one_size_share_their_memory():
     plain, kept = (output(BLOCKS.format(line, size=10_000_000)) for line in ("", "keep_freed()"))
-    assert plain > 100  # in pages of 4 kB some 100,000, in large ones fewer
-    assert kept < plain / 10
     given = output(BLOCKS.format("keep_freed()", size=10_000_000), MALLOC_MMAP_THRESHOLD_="1000000")
-    assert given > plain / 2  # the user's own setting
+    # Five arrays of 80 MB: 40 large pages each at least, and 20,000 small ones where there are no large ones.
+    assert plain > 100
+    assert given > 100  # the user's own setting
+    assert kept < 30
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system counts other memory")
