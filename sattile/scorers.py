@@ -7,6 +7,7 @@ is fixed.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import math
 import os
@@ -191,8 +192,16 @@ the activations of each, 0.25 GB for this many pixels of the default U-Net, and 
 
 def _forget_large(compiled: dict[tuple[int, ...], Any]) -> None:
     """Forget the oldest shapes before another is compiled."""
+    known = len(compiled)
     while compiled and (sum(math.prod(shape[:3]) for shape in compiled) > KEPT_PIXELS or len(compiled) >= KEPT_SHAPES):
         del compiled[next(iter(compiled))]
+    if len(compiled) < known:
+        # TensorFlow's graphs hold themselves in circles, and a worker's are frozen with all that it has.
+        frozen = gc.get_freeze_count()
+        gc.unfreeze()
+        gc.collect()
+        if frozen:
+            gc.freeze()
 
 
 def _both(scores: np.ndarray, second: bool) -> np.ndarray:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,26 @@ def test_scores_follow_from_the_values_and_stay_as_they_are(made: Bundle, engine
     images[:] = rng.integers(1, 3000, images.shape)
     assert not np.array_equal(score(images), expected)
     np.testing.assert_array_equal(first, expected)
+
+
+def test_graphs_of_forgotten_shapes_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a worker, too, which freezes what it has before each task."""
+    monkeypatch.setattr(scorers, "KEPT_SHAPES", 2)
+    graphs = []
+
+    def network(values: Any, training: bool) -> Any:
+        graphs.append(weakref.ref(values.graph))
+        return values * 2
+
+    score = scorers.by_tensorflow(network, second=False)
+    try:
+        for width in range(2, 12):
+            assert score(np.ones((1, 3, width, 2), np.float32)).shape == (1, 3, width, 2)
+            gc.freeze()
+    finally:
+        gc.unfreeze()
+    assert len(graphs) == 10
+    assert sum(one() is not None for one in graphs) <= 3
 
 
 def test_a_network_that_changes_nothing_gives_no_memory_of_the_caller() -> None:
