@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--worker-memory", default="3g", help="of `networks` (default: 3g)")
     parser.add_argument("--engines", default="tensorflow,openvino", help="of `networks` (default: both)")
     parser.add_argument("--cores", type=int, default=2, help="of `networks` (default: 2)")
+    parser.add_argument("--plain-scene", action="store_true", help="of `networks`: not compressed (default: DEFLATE)")
     given = parser.parse_args()
     unknown = set(given.names) - {*ALL, *ASKED}
     if unknown:
@@ -53,6 +54,7 @@ def main() -> None:
                 predicting.networks(
                     folder, given.megapixels or MEGAPIXELS, given.repeats,
                     worker_memory=given.worker_memory, engines=given.engines.split(","), cores=given.cores,
+                    plain_scene=given.plain_scene,
                 )  # fmt: skip
             else:
                 ALL[name](folder, given.megapixels or MEGAPIXELS, given.repeats)

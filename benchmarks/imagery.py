@@ -27,26 +27,29 @@ def cell(row: int, col: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(bands), water.astype(np.uint8)
 
 
-def write(folder: Path, height: int, width: int | None = None) -> tuple[Path, Path]:
+def write(folder: Path, height: int, width: int | None = None, *, plain: bool = False) -> tuple[Path, Path]:
     """A scene of `height` x `width` pixels (square if that is not given) and its labels; kept for the next run.
 
-    Tiled 512, deflate. The ground repeats every two cells.
+    Tiled 512, deflate (as Landsat and Sentinel-2 are published), or plain: not compressed. The ground repeats every two
+    cells.
     """
     width = width or height
-    name = str(height) if width == height else f"{height}x{width}"
+    name = (str(height) if width == height else f"{height}x{width}") + "_plain" * plain
     scene, labels = folder / f"scene_{name}.tif", folder / f"labels_{name}.tif"
     if scene.exists() and labels.exists():
         return scene, labels
     folder.mkdir(parents=True, exist_ok=True)
     profile = {
         "driver": "GTiff", "height": height, "width": width, "crs": "EPSG:32632", "tiled": True, "blockxsize": 512,
-        "blockysize": 512, "transform": from_origin(600_000, 5_000_000, 10, 10), "compress": "deflate", "zlevel": 1,
-        "interleave": "band", "BIGTIFF": "IF_SAFER", "NUM_THREADS": "ALL_CPUS",
+        "blockysize": 512, "transform": from_origin(600_000, 5_000_000, 10, 10), "interleave": "band",
+        "BIGTIFF": "IF_SAFER",
     }  # fmt: skip
+    profile |= {} if plain else {"compress": "deflate", "zlevel": 1, "NUM_THREADS": "ALL_CPUS"}
+    predictor = {} if plain else {"predictor": 2}
     # What a killed run leaves must not pass for a scene.
     parts = [path.with_suffix(".part") for path in (scene, labels)]
     with (
-        rasterio.open(parts[0], "w", count=4, dtype="uint16", nodata=0, predictor=2, **profile) as image,
+        rasterio.open(parts[0], "w", count=4, dtype="uint16", nodata=0, **profile, **predictor) as image,
         rasterio.open(parts[1], "w", count=1, dtype="uint8", nodata=255, **profile) as truth,
     ):
         image.descriptions = NAMES

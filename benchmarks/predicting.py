@@ -245,13 +245,14 @@ def networks(
     worker_memory: str = "3g",
     engines: Sequence[str] = ("tensorflow", "openvino"),
     cores: int = 2,
+    plain_scene: bool = False,
 ) -> dict[str, Any]:
     """The default network by each engine: print and return ratios to the bare model, and of the engines."""
     from sattile.engine import session
     from sattile.grid import Geometry
 
     found: dict[str, Any] = {}
-    scene, pixels = _scene(folder, megapixels)
+    scene, pixels = _scene(folder, megapixels, plain=plain_scene)
     edge = round((pixels * 1e6) ** 0.5)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         model = pool.apply(unet_bundle, (folder,))
@@ -306,8 +307,8 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return float(np.median(np.divide(ours, theirs)))
 
 
-def _scene(folder: Path, megapixels: int) -> tuple[Path, float]:
+def _scene(folder: Path, megapixels: int, *, plain: bool = False) -> tuple[Path, float]:
     """A square scene of so many megapixels or a few more, and how many they are."""
     edge = -(-int((megapixels * 1e6) ** 0.5) // 1024) * 1024
-    path, _ = imagery.write(folder, edge)
+    path, _ = imagery.write(folder, edge, plain=plain)
     return path, edge * edge / 1e6
