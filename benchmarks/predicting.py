@@ -213,7 +213,7 @@ def cheap(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any
                 with context.Pool(1) as pool:
                     pool.apply(time.sleep, (0.1,))
                     theirs.append(pixels / pool.apply(plain, (str(scene), str(folder / "plain"))))
-            ratio = _ratio(ours, theirs)
+            ratio = paired_ratio(ours, theirs)
             found[f"cheap_{cores}"] = ratio
             print(
                 f"cheap model, {pixels:.0f} Mpix, {cores} core(s): sattile {np.median(ours):.1f} Mpix/s, plain loop "
@@ -275,7 +275,7 @@ def networks(
             spark.stop()
         speeds = [one["evaluated_mpix_per_s"] for one in records]
         delivered[engine] = float(np.median([one["delivered_mpix_per_s"] for one in records]))
-        found[engine] = _ratio(speeds, alone)
+        found[engine] = paired_ratio(speeds, alone)
         price = record["evaluated_pixels"] / record["delivered_pixels"]
         print(
             f"U-Net by {engine}, {pixels:.0f} Mpix, {cores} cores, {worker_memory} a worker: windows of {shape[0]} px, "
@@ -302,7 +302,7 @@ def networks(
     return found
 
 
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The median of the ratios of runs that followed each other: a machine is not as fast at all times."""
     return float(np.median(np.divide(ours, theirs)))
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import imagery
+from benchmarks.predicting import paired_ratio
 
 SIZE = 256
 
@@ -98,7 +99,7 @@ def main(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any]
             assert rows_made == count, (rows_made, count)
     finally:
         spark.stop()
-    ratio = float(np.median(ours) / np.median(theirs))
+    ratio = paired_ratio(ours, theirs)
     print(
         f"tiling, {pixels / 1e6:.0f} Mpix x 4 uint16, {SIZE} px, 2 cores: sattile {np.median(ours):.1f} Mpix/s, plain "
         f"two-process loop {np.median(theirs):.1f}, ratio {ratio:.2f} (medians of {repeats}); "

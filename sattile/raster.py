@@ -1012,7 +1012,7 @@ def _sample(
     if not (down & right).any():
         return labels
     hit: Any
-    if rows.shape != cols.shape:
+    if along := rows.shape != cols.shape:
         rows, cols = rows[down], cols[right]
         hit = _run(np.flatnonzero(down)), _run(np.flatnonzero(right))
     else:
@@ -1027,7 +1027,7 @@ def _sample(
         return labels
     stored = np.empty((*needed.shape, 1), np.dtype(band.dtype))
     valid = _read_pixels(source, [band], needed, None, stored)
-    if isinstance(hit, tuple):
+    if along:
         rows, cols = _run(rows - needed.row), _run(cols - needed.col)
         values, good = stored[rows, :, 0][:, cols], valid[rows][:, cols]
     else:

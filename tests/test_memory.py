@@ -14,10 +14,10 @@ import resource
 import numpy as np
 from sattile.memory import keep_freed
 {}
-np.ones({size})
+np.ones(10_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
-    np.ones({size})
+    np.ones(10_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -44,8 +44,8 @@ def output(script: str, **variables: str) -> int:
     reason="needs glibc 2.35 or later, whose settings these are",
 )
 def test_blocks_of_one_size_share_their_memory():
-    plain, kept = (output(BLOCKS.format(line, size=10_000_000)) for line in ("", "keep_freed()"))
-    given = output(BLOCKS.format("keep_freed()", size=10_000_000), MALLOC_MMAP_THRESHOLD_="1000000")
+    plain, kept = (output(BLOCKS.format(line)) for line in ("", "keep_freed()"))
+    given = output(BLOCKS.format("keep_freed()"), MALLOC_MMAP_THRESHOLD_="1000000")
     # Five arrays of 80 MB: 40 large pages each at least, and 20,000 small ones where there are no large ones.
     assert plain > 100
     assert given > 100  # the user's own setting

@@ -634,6 +634,15 @@ def small_scene(tmp_path, height=40, width=60, transform=UTM, crs="EPSG:32618") 
     )
 
 
+def read_in_pieces(url: str, scene: Scene, window: Window, limit: int) -> np.ndarray:
+    """Labels of a window, of which at most so many of the raster's pixels are read at once."""
+    raster.MAX_LABEL_PIXELS, before = limit, raster.MAX_LABEL_PIXELS
+    try:
+        return raster.read_labels(url, scene, window)
+    finally:
+        raster.MAX_LABEL_PIXELS = before
+
+
 def test_labels_on_the_scenes_grid_are_as_stored(tmp_path):
     scene = small_scene(tmp_path)
     classes = (positions(40, 60) % 5).astype("uint8")
@@ -673,11 +682,7 @@ def test_labels_along_the_scenes_axes_hold_the_pixel_under_each_centre(tmp_path,
         grid = UTM @ Affine(col_step, 0, col, 0, row_step, row)
         write(url, (positions(30, 36) % 251).astype("uint8"), transform=grid)
     scene = small_scene(tmp_path)
-    raster.MAX_LABEL_PIXELS, before = limit, raster.MAX_LABEL_PIXELS
-    try:
-        labels = raster.read_labels(url, scene, window)
-    finally:
-        raster.MAX_LABEL_PIXELS = before
+    labels = read_in_pieces(url, scene, window, limit)
     stored = positions(30, 36)[..., 0] % 251
     expected = np.full(window.shape, IGNORE)
     for r, at_row in enumerate(range(window.row, window.stop_row)):
@@ -698,11 +703,7 @@ def test_labels_of_another_crs_hold_the_pixel_under_each_centre(tmp_path, limit,
         grid = Affine(0.0001, 0, -75.003, 0, -0.0001, 45.157)
         write(url, (positions(70, 120) % 251).astype("uint8"), crs="EPSG:4326", transform=grid)
     scene = small_scene(tmp_path)
-    raster.MAX_LABEL_PIXELS, before = limit, raster.MAX_LABEL_PIXELS
-    try:
-        labels = raster.read_labels(url, scene, window)
-    finally:
-        raster.MAX_LABEL_PIXELS = before
+    labels = read_in_pieces(url, scene, window, limit)
     to_lonlat = pyproj.Transformer.from_crs(32618, 4326, always_xy=True)
     cols, rows = np.meshgrid(np.arange(60) + 0.5, np.arange(40) + 0.5)
     lons, lats = to_lonlat.transform(UTM.a * cols + UTM.c, UTM.e * rows + UTM.f)
