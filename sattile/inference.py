@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sattile import drift, metrics, raster, scorers, storage
+from sattile import drift, metrics, raster, scorers, shapes, storage
 from sattile import labels as label_module
 from sattile.decoder import read_ahead
 from sattile.errors import Refused, UsageError
@@ -380,7 +380,7 @@ def read_block(
     """
     scene, block = piece.scene, piece.block
     region = geometry.region(scene.height, scene.width, block)
-    inside = raster.aoi_mask(*aoi, scene, block) if aoi else None
+    inside = shapes.aoi_mask(*aoi, scene, block) if aoi else None
     truth = label_module.read(piece.truth, scene, block) if piece.truth else None
     if inside is not None and not inside.any():
         region = block

@@ -325,10 +325,10 @@ def read(source: LabelSource, scene: Scene, window: Window) -> np.ndarray:
     Raises:
         Refused: if the file holds values that are no class.
     """
-    from sattile import raster
+    from sattile import raster, shapes
 
     if source.shapes is not None:
-        drawn = raster.rasterize(list(source.shapes), source.crs, scene, window)
+        drawn = shapes.rasterize(list(source.shapes), source.crs, scene, window)
         return drawn if source.background is None else np.where(drawn == IGNORE, np.uint8(source.background), drawn)
     labels = raster.read_labels(source.url, scene, window, ignore=source.ignore)
     if source.ids is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sattile import engine as engines
 from sattile import labels as label_module
-from sattile import mosaic, raster, record, sheets, spectrum, storage
+from sattile import mosaic, record, shapes, sheets, spectrum, storage
 from sattile.drift import Sights, judge
 from sattile.errors import UsageError
 from sattile.inference import (
@@ -116,7 +116,7 @@ def plan(job: Inference, scenes: Sequence[Scene], *, worker_memory: int | str = 
     edge = choose_edge(job, scenes, memory, slots)
     pieces: list[Piece] = []
     evaluated = 0
-    touches = raster.AoiTest(job.aoi) if job.aoi else None
+    touches = shapes.AoiTest(job.aoi) if job.aoi else None
     for scene in scenes:
         every = job.geometry.blocks(scene.height, scene.width, edge)
         found = [one for one, hit in zip(every, touches(scene, every), strict=True) if hit] if touches else every

@@ -1,6 +1,6 @@
 """Reads rasters: what a file is, windows of a scene with their valid pixels, labels on a scene's grid.
 
-The owner of rasterio. Everything here opens foreign files: on executors it runs inside `decoder`. A scene's file is a
+Everything here opens foreign files: on executors it runs inside `decoder`. A scene's file is a
 GeoTIFF, COG or JPEG 2000; the first bytes decide which driver may open it, and nothing else is opened: a VRT or XML
 file could pull in other files and addresses.
 
@@ -20,25 +20,20 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyproj
 import rasterio
-import rasterio.features
-import shapely
-import shapely.affinity
 from affine import Affine
 from rasterio.abc import MultiByteRangeResourceContainer
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
-from shapely.geometry.base import BaseGeometry
 
-from sattile import storage
+from sattile import geography, storage
 from sattile.errors import Refused
 from sattile.grid import Window
 from sattile.schema import IGNORE, Band, Scene
@@ -56,19 +51,6 @@ STRIP = 64
 MAX_LABEL_PIXELS = 1 << 26
 
 _IDENTITY = Affine.identity()
-
-
-class OnGrid(Protocol):
-    """What shapes can be drawn on: a scene, or a part of another grid. Fields as of `schema.Scene`."""
-
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def crs(self) -> str | None: ...
-    @property
-    def transform(self) -> tuple[float, float, float, float, float, float]: ...
 
 
 @dataclass(frozen=True)
@@ -134,9 +116,9 @@ def _describe(url: str, source: rasterio.DatasetReader, identity: dict[str, list
         bands=bands,
         crs=crs,
         transform=transform,
-        gsd=ground_sample_distance(crs, transform, source.height, source.width),
+        gsd=geography.ground_sample_distance(crs, transform, source.height, source.width),
         datetime=_datetime(source),
-        footprint=footprint(crs, transform, source.height, source.width),
+        footprint=geography.footprint(crs, transform, source.height, source.width),
         identity=identity,
         striped=any(width > WIDE_BLOCK for _, width in source.block_shapes),
     )
@@ -364,117 +346,6 @@ def iso_datetime(text: str | None) -> str | None:
         return None
     when = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
     return when.isoformat(timespec="milliseconds" if when.microsecond else "seconds").replace("+00:00", "Z")
-
-
-# ---------------------------------------------------------------- where a grid lies on Earth
-
-
-@lru_cache(maxsize=64)
-def _to_lonlat(crs: str) -> pyproj.Transformer | None:
-    """None for a CRS that does not lie on Earth (a drawing's)."""
-    try:
-        return pyproj.Transformer.from_crs(pyproj.CRS.from_user_input(crs), "EPSG:4326", always_xy=True)
-    except pyproj.exceptions.ProjError:
-        return None
-
-
-def ground_sample_distance(crs: str | None, transform: Sequence[float], height: int, width: int) -> float | None:
-    """Pixel size on the ground in metres: geometric mean of both axes at the grid's centre.
-
-    Measured on the ellipsoid; where that is the nominal size to 1 % (UTM is off by up to 0.04 % by construction),
-    the nominal one is given. Web Mercator at 60 degrees is off by 2.
-    """
-    to_lonlat = _to_lonlat(crs) if crs else None
-    if crs is None or to_lonlat is None:
-        return None
-    affine = Affine(*transform)
-    col, row = width / 2, height / 2
-    xs, ys = zip(*(affine * at for at in ((col, row), (col + 1, row), (col, row + 1))), strict=True)
-    lons, lats = to_lonlat.transform(xs, ys)
-    if not (np.isfinite(lons).all() and np.isfinite(lats).all()) or max(map(abs, lats)) > 90:
-        return None
-    _, _, metres = pyproj.Geod(ellps="WGS84").inv([lons[0]] * 2, [lats[0]] * 2, lons[1:], lats[1:])
-    measured = math.sqrt(metres[0] * metres[1])
-    nominal = nominal_distance(crs, transform)
-    if nominal is not None and abs(measured - nominal) <= 0.01 * nominal:
-        return nominal
-    return measured if measured > 0 else None
-
-
-def nominal_distance(crs: str, transform: Sequence[float]) -> float | None:
-    """Pixel size in metres as a projected CRS has it, whatever it is on the ground; None for other CRSs."""
-    definition = pyproj.CRS.from_user_input(crs)
-    if not definition.is_projected:
-        return None
-    a, b, _, d, e, _ = transform
-    return float(definition.axis_info[0].unit_conversion_factor * math.sqrt(math.hypot(a, d) * math.hypot(b, e)))
-
-
-def footprint(crs: str | None, transform: Sequence[float], height: int, width: int) -> bytes | None:
-    """Outline of a grid in EPSG:4326 (lon, lat) as WKB; a MultiPolygon where it crosses the antimeridian.
-
-    Sides have 21 points each, since straight lines of one CRS are curves in another. A grid around a pole reaches up
-    to it. Where corners are not on Earth (full-disk images), the hull of the pixels that are.
-    """
-    to_lonlat = _to_lonlat(crs) if crs else None
-    if to_lonlat is None:
-        return None
-    steps = np.linspace(0, 1, 21)
-    forth, back = steps[:-1], steps[:0:-1]
-    cols = np.concatenate([forth, np.ones(20), back, np.zeros(20)]) * width
-    rows = np.concatenate([np.zeros(20), forth, np.ones(20), back]) * height
-    lons, lats = _project(to_lonlat, transform, cols, rows)
-    good = np.isfinite(lons) & np.isfinite(lats)
-    if good.all():
-        shape = on_globe(lons, lats)
-    else:
-        grid_cols, grid_rows = (one.ravel() for one in np.meshgrid(steps * width, steps * height))
-        lons, lats = _project(to_lonlat, transform, grid_cols, grid_rows)
-        good = np.isfinite(lons) & np.isfinite(lats)
-        shape = _within_world(shapely.MultiPoint(np.column_stack([lons[good], lats[good]])).convex_hull)
-    return None if shape.is_empty else shapely.to_wkb(shapely.normalize(shape))
-
-
-def _project(
-    to_lonlat: pyproj.Transformer, transform: Sequence[float], cols: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    lons, lats = to_lonlat.transform(*apply(transform, cols, rows))
-    return np.asarray(lons), np.asarray(lats)
-
-
-def apply(transform: Iterable[float], cols: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of columns and rows, by affine coefficients."""
-    a, b, c, d, e, f = tuple(transform)[:6]
-    return a * cols + b * rows + c, d * cols + e * rows + f
-
-
-def on_globe(lons: np.ndarray, lats: np.ndarray) -> BaseGeometry:
-    """A closed line of points over the globe as what it holds: in two parts where it crosses the antimeridian, up to
-    the pole where it goes around one."""
-    if np.ptp(lons) <= 180 and np.abs(lons).max() <= 180 and np.abs(lats).max() <= 90:
-        return _valid_polygon(np.column_stack([lons, lats]))
-    turned = np.unwrap(np.append(lons, lons[0]), period=360)
-    points = np.column_stack([turned, np.append(lats, lats[0])])
-    if abs(turned[-1] - turned[0]) > 180:
-        pole = math.copysign(90, lats.mean())
-        points = np.vstack([points, [[turned[-1], pole], [turned[0], pole]]])
-    return _within_world(_valid_polygon(points))
-
-
-def _valid_polygon(points: np.ndarray) -> BaseGeometry:
-    shape = shapely.Polygon(points)
-    return shape if shape.is_valid else shapely.make_valid(shape)
-
-
-def _within_world(shape: BaseGeometry) -> BaseGeometry:
-    parts = []
-    west, _, east, _ = shape.bounds if not shape.is_empty else (0, 0, 0, 0)
-    for turn in range(math.floor((west + 180) / 360), math.floor((east + 180) / 360) + 1):
-        world = shapely.box(-180 + 360 * turn, -90, 180 + 360 * turn, 90)
-        part = shapely.intersection(shape, world)
-        moved = shapely.transform(part, lambda at, turn=turn: at - [360 * turn, 0])
-        parts += [one for one in shapely.get_parts(moved) if one.geom_type == "Polygon" and one.area > 0]
-    return shapely.union_all(parts) if parts else shapely.Polygon()
 
 
 # ---------------------------------------------------------------- windows of a scene
@@ -937,9 +808,9 @@ class _Placement:
         nodes_down = np.arange(first_row, (window.stop_row - 1) // self.SPACING + 2) * self.SPACING + 0.5
         nodes_right = np.arange(first_col, (window.stop_col - 1) // self.SPACING + 2) * self.SPACING + 0.5
         cols, rows = np.meshgrid(nodes_right, nodes_down)
-        xs, ys = apply(self.scene, cols, rows)
+        xs, ys = geography.apply(self.scene, cols, rows)
         xs, ys = (np.asarray(one).reshape(cols.shape) for one in self.transformer.transform(xs, ys))
-        at_cols, at_rows = apply(self.to_raster, xs, ys)
+        at_cols, at_rows = geography.apply(self.to_raster, xs, ys)
         down = np.arange(window.row, window.stop_row)
         right = np.arange(window.col, window.stop_col)
         found = []
@@ -974,33 +845,8 @@ def _placement(
     if crs is None or scene.crs is None:
         which = f"labels {url} have" if crs is None else "the scene has"
         raise Refused(f"{which} no CRS, so the two can't be laid over each other; state it: gdal_edit.py -a_srs EPSG:N")
-    transformer = transformer_between(scene.crs, crs)
+    transformer = geography.transformer_between(scene.crs, crs)
     return _Placement(~Affine(*transform), Affine(*scene.transform), transformer)
-
-
-def same_crs(one: str | None, other: str | None) -> bool:
-    """Whether two CRSs, however written, are the same; None is only None's."""
-    if one == other or one is None or other is None:
-        return one == other
-    return transformer_between(one, other) is None
-
-
-@lru_cache(maxsize=64)
-def is_geographic(crs: str) -> bool:
-    """Whether a CRS counts in degrees."""
-    return bool(pyproj.CRS.from_user_input(crs).is_geographic)
-
-
-@lru_cache(maxsize=64)
-def transformer_between(crs: str, other: str) -> pyproj.Transformer | None:
-    """None if the two are the same."""
-    one, two = pyproj.CRS.from_user_input(crs), pyproj.CRS.from_user_input(other)
-    if one.equals(two, ignore_axis_order=True):
-        return None
-    try:
-        return pyproj.Transformer.from_crs(one, two, always_xy=True)
-    except pyproj.exceptions.ProjError as error:
-        raise Refused(f"there is no way from CRS {one.name} to {two.name}: {error}") from None
 
 
 def _sample(
@@ -1068,98 +914,7 @@ def _halves(window: Window) -> tuple[Window, Window]:
     )
 
 
-def rasterize(shapes: Sequence[tuple[bytes, int]], crs: str | None, scene: OnGrid, window: Window) -> np.ndarray:
-    """Draw shapes onto a window of the scene's grid: a pixel is in a shape that holds its centre.
-
-    Args:
-        shapes: (WKB, value) pairs, values 0 to 254; later ones win.
-        crs: of the shapes; None only for a scene without one (coordinates are then those of its transform).
-
-    Returns:
-        (height, width) uint8; `IGNORE` outside all shapes and outside the scene.
-    """
-    labels = np.full(window.shape, IGNORE, np.uint8)
-    inside = window & Window(0, 0, scene.height, scene.width)
-    if not inside.area:
-        return labels
-    box = shapely.box(inside.col, inside.row, inside.stop_col, inside.stop_row)
-    drawn = []
-    for wkb, value in shapes:
-        shape = _in_pixels(bytes(wkb), crs, scene.crs, scene.transform, (scene.height, scene.width))
-        if not shape.is_empty and shapely.intersects(shape, box):
-            # Whole numbers of 1/65536 pixel: moving them to the window's corner is exact, so windows agree.
-            moved = shapely.transform(shape, lambda at: np.round(at * 65536) / 65536 - [inside.col, inside.row])
-            drawn.append((moved, int(value)))
-    if drawn:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            labels[inside.slices(window)] = rasterio.features.rasterize(
-                drawn, out_shape=inside.shape, fill=IGNORE, transform=_IDENTITY, dtype=np.uint8
-            )
-    return labels
-
-
-@lru_cache(maxsize=1024)
-def _in_pixels(
-    wkb: bytes, crs: str | None, scene_crs: str | None, transform: tuple[float, ...], size: tuple[int, int]
-) -> BaseGeometry:
-    """A shape in (col, row) of a scene of this height and width."""
-    shape = shapely.from_wkb(wkb)
-    if (crs is None) != (scene_crs is None):
-        which = "the shapes have" if crs is None else "the scene has"
-        raise Refused(f"{which} no CRS, so the two can't be laid over each other; state it")
-    transformer = transformer_between(crs, scene_crs) if crs is not None and scene_crs is not None else None
-    if transformer is not None:
-        shape = _near(shape, str(scene_crs), str(crs), transform, size)
-        # A straight side of one CRS is a curve in the other.
-        west, south, east, north = shape.bounds if not shape.is_empty else (0, 0, 0, 0)
-        longest = max(east - west, north - south) / 64
-        shape = shapely.segmentize(shape, longest) if longest > 0 else shape
-        shape = shapely.transform(shape, lambda at: np.column_stack(transformer.transform(at[:, 0], at[:, 1])))
-        if not np.isfinite(shapely.get_coordinates(shape)).all():
-            raise Refused("a shape reaches beyond where the scene's CRS is defined; cut it to the scene first")
-    inverse = ~Affine(*transform)
-    return shapely.transform(shape, lambda at: np.column_stack(apply(inverse, at[:, 0], at[:, 1])))
-
-
-def _near(
-    shape: BaseGeometry, scene_crs: str, crs: str, transform: tuple[float, ...], size: tuple[int, int]
-) -> BaseGeometry:
-    """What of a shape lies around a scene: a continent's coastline reaches where the scene's CRS is not defined."""
-    transformer = transformer_between(scene_crs, crs)
-    if transformer is None or shape.is_empty:
-        return shape
-    steps = np.linspace(-0.1, 1.1, 13)
-    cols, rows = (one.ravel() for one in np.meshgrid(steps * size[1], steps * size[0]))
-    xs, ys = (np.asarray(one) for one in transformer.transform(*apply(transform, cols, rows)))
-    if not (np.isfinite(xs).all() and np.isfinite(ys).all()):
-        return shape
-    # Neighbours far apart: the scene lies on a seam of the shape's CRS (the antimeridian, a pole).
-    for one in (xs.reshape(13, 13), ys.reshape(13, 13)):
-        for axis in (0, 1):
-            gaps = np.abs(np.diff(one, axis=axis))
-            if gaps.max() > 10 * np.median(gaps) + np.ptp(one) / 4:
-                return shape
-    pad = max(np.ptp(xs), np.ptp(ys)) * 0.05
-    box = shapely.box(xs.min() - pad, ys.min() - pad, xs.max() + pad, ys.max() + pad)
-    return shape if shapely.covers(box, shape) else shapely.intersection(shape, box)
-
-
-def outlines(
-    url: str, shape: tuple[int, int], window: Window, wanted: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Polygons around the class ids in a window of a finished labels map; see `polygonize`.
-
-    Args:
-        shape: (height, width) that the map must have.
-
-    Raises:
-        Refused: if the file can't be read, or is no map of one band of uint8 of this shape.
-    """
-    return polygonize(_read_ids(url, shape, window), wanted)
-
-
-def _read_ids(url: str, shape: tuple[int, int], window: Window) -> np.ndarray:
+def read_ids(url: str, shape: tuple[int, int], window: Window) -> np.ndarray:
     """Class ids as stored, (height, width) uint8."""
     source = _files.get(url)
     found = (source.height, source.width), source.dtypes
@@ -1179,74 +934,3 @@ def _read_ids(url: str, shape: tuple[int, int], window: Window) -> np.ndarray:
         path = storage.local_path(url)
         _files.close()  # as in `_read_pixels`
         raise Refused(f"pixels cannot be read: {_reason(error, path)} (in {storage.name(path)})") from None
-
-
-def polygonize(ids: np.ndarray, wanted: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Polygons around pixels of one class that hang together by edges (corners do not count); holes stay holes.
-
-    Args:
-        ids: (height, width) uint8.
-        wanted: class ids; pixels of others are in no polygon.
-
-    Returns:
-        classes: (polygons,) uint8.
-        points: (points, 2) int64, (col, row) of pixel corners; rings are closed, each polygon's first is its shell.
-        rings: (rings + 1,) int64, where each begins in `points`.
-        polygons: (polygons + 1,) int64, where each begins in `rings`.
-    """
-    is_wanted = np.zeros(256, bool)
-    is_wanted[list(wanted)] = True
-    classes, found, lengths, counts = [], [np.empty((0, 2), np.int64)], [0], [0]
-    mask = is_wanted[ids]
-    if mask.any():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            for shape, value in rasterio.features.shapes(ids, mask=mask, connectivity=4, transform=_IDENTITY):
-                rings = shape["coordinates"]
-                found += [np.array(ring, np.float64).astype(np.int64) for ring in rings]
-                lengths += [len(ring) for ring in rings]
-                counts.append(len(rings))
-                classes.append(int(value))
-    return np.array(classes, np.uint8), np.concatenate(found), np.cumsum(lengths), np.cumsum(counts)
-
-
-def aoi_mask(geometry: bytes, crs: str | None, scene: OnGrid, window: Window) -> np.ndarray:
-    """Which pixels of a window have their centre in an area of interest: (height, width) bool.
-
-    Args:
-        geometry: WKB.
-        crs: of the geometry, e.g. `EPSG:4326`.
-    """
-    return rasterize([(geometry, 1)], crs, scene, window) == 1
-
-
-class AoiTest:
-    """Which blocks of a scene an area touches, judged in the scene's pixel coordinates."""
-
-    def __init__(self, aoi: tuple[bytes, str]):
-        self._shape, self._crs = shapely.from_wkb(aoi[0]), aoi[1]
-        # Straight edges of one CRS are curves in another.
-        west, south, east, north = self._shape.bounds
-        self._shape = shapely.segmentize(self._shape, max(east - west, north - south, 1e-9) / 200)
-        self._moved: dict[str, Any] = {}
-
-    def __call__(self, scene: OnGrid, found: Sequence[Window]) -> list[bool]:
-        assert scene.crs is not None  # checked before: an aoi refuses scenes without a CRS
-        if scene.crs not in self._moved:
-            move = pyproj.Transformer.from_crs(self._crs, scene.crs, always_xy=True)
-            moved = shapely.transform(self._shape, lambda xy: np.column_stack(move.transform(xy[:, 0], xy[:, 1])))
-            # What lies beyond a projection's reach comes back infinite.
-            whole = np.isfinite(shapely.get_coordinates(moved)).all()
-            self._moved[scene.crs] = shapely.make_valid(moved) if whole else None
-        moved = self._moved[scene.crs]
-        if moved is None:
-            return [True] * len(found)
-        a, b, c, d, e, f = scene.transform
-        scale = a * e - b * d
-        inverse = [e / scale, -b / scale, -d / scale, a / scale, (b * f - c * e) / scale, (c * d - a * f) / scale]
-        pixels = shapely.affinity.affine_transform(moved, inverse)
-        boxes = shapely.box(
-            *np.array([[one.col - 1, one.row - 1, one.stop_col + 1, one.stop_row + 1] for one in found], float).T
-        )
-        shapely.prepare(pixels)
-        return list(shapely.intersects(pixels, boxes))

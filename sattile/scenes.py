@@ -787,7 +787,8 @@ def _pixel_area(info: FileInfo) -> float:
 def _check_grids(finest: FileInfo, other: FileInfo) -> None:
     if other.url == finest.url:
         return
-    from sattile.raster import same_crs, shift_between
+    from sattile.geography import same_crs
+    from sattile.raster import shift_between
 
     names = f"{storage.name(finest.url)} and {storage.name(other.url)}"
     if not same_crs(finest.crs, other.crs):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sattile import engine as engines
-from sattile import mosaic, raster, record, storage, vectors
+from sattile import geography, mosaic, raster, record, shapes, storage, vectors
 from sattile.decoder import decoder, read_ahead
 from sattile.drift import Sights
 from sattile.errors import Refused, UsageError, nearest
@@ -218,9 +218,9 @@ def block_memory(job: Inference, edge: int, ratio: float) -> int:
 def resolution(grid: Grid) -> float | None:
     """Pixel size of a grid in metres, at the equator of a geographic one."""
     at = grid.limits or Window(0, 0, 1, 1)
-    if raster.is_geographic(grid.crs):
+    if geography.is_geographic(grid.crs):
         return abs(grid.transform[0] * grid.transform[4]) ** 0.5 * 111_320
-    return raster.ground_sample_distance(grid.crs, grid.of(at), at.height, at.width) or math.sqrt(
+    return geography.ground_sample_distance(grid.crs, grid.of(at), at.height, at.width) or math.sqrt(
         abs(grid.transform[0] * grid.transform[4] - grid.transform[1] * grid.transform[3])
     )
 
@@ -306,7 +306,7 @@ def plan_sheets(
         blocks = sorted(touched[key])
         if aoi is not None:
             frame = _frame(layout.grid, hull(blocks))
-            mine = raster.AoiTest(aoi)(frame, [relative(one, frame) for one in blocks])
+            mine = shapes.AoiTest(aoi)(frame, [relative(one, frame) for one in blocks])
             blocks = [one for one, hit in zip(blocks, mine, strict=True) if hit]
         if not blocks:
             continue
@@ -342,7 +342,7 @@ def unfit(scenes: Sequence[Scene], layout: Layout) -> dict[str, str]:
 
 def stretched(sheets: Sequence[Sheet], grid: Grid) -> str | None:
     """What to say where a projected grid's pixels are not what its CRS calls them, as far outside of a UTM zone."""
-    nominal = raster.nominal_distance(grid.crs, grid.transform)
+    nominal = geography.nominal_distance(grid.crs, grid.transform)
     sizes = [(one.gsd, one.footprint, one.name) for one in (sheet.target for sheet in sheets) if one.gsd]
     if nominal is None or not sizes:
         return None
@@ -406,7 +406,7 @@ def _sheet(
     known = bool(times) and len(times) == len(used)
     target = Target(
         name, window.height, window.width, grid.crs, transform,
-        raster.ground_sample_distance(grid.crs, transform, window.height, window.width),
+        geography.ground_sample_distance(grid.crs, transform, window.height, window.width),
         _footprint(grid, window),
         times[0] if known and times[0] == times[-1] else None,
         storage.digest([[json.loads(scene.to_json()) for scene in used], list(asdict(window).values())]),
@@ -422,13 +422,13 @@ def _footprint(grid: Grid, window: Window) -> bytes | None:
     transform = grid.of(window)
     a, b, west, d, e, north = transform
     east, south = west + a * window.width, north + e * window.height
-    if raster.is_geographic(grid.crs) and not b and not d and max(abs(west), abs(east)) <= 180 + 1e-9:
+    if geography.is_geographic(grid.crs) and not b and not d and max(abs(west), abs(east)) <= 180 + 1e-9:
         import shapely
 
         # Degrees as they are: the meridian of 180 would come back from a projection as that of -180.
         box = shapely.box(max(min(west, east), -180), min(south, north), min(max(west, east), 180), max(south, north))
         return bytes(shapely.to_wkb(shapely.normalize(box)))
-    return raster.footprint(grid.crs, transform, window.height, window.width)
+    return geography.footprint(grid.crs, transform, window.height, window.width)
 
 
 @dataclass(frozen=True)
@@ -620,7 +620,7 @@ class Sums:
         self.count = np.zeros(work.block.shape, np.uint16)
         self.inside: np.ndarray | None = None
         if job.aoi is not None:
-            self.inside = raster.aoi_mask(*job.aoi, frame, relative(work.block, frame))
+            self.inside = shapes.aoi_mask(*job.aoi, frame, relative(work.block, frame))
 
     @property
     def is_full(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sattile import labels, raster, split, storage
+from sattile import geography, labels, split, storage
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
 from sattile.schema import Scene
@@ -165,9 +165,9 @@ def _in(
     crs: str, other: str, transform: Sequence[float], cols: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates in another CRS of points of a grid; infinite where they have none there."""
-    x, y = raster.apply(transform, cols, rows)
+    x, y = geography.apply(transform, cols, rows)
     try:
-        transformer = raster.transformer_between(crs, other)
+        transformer = geography.transformer_between(crs, other)
     except Refused:  # a drawing's CRS: on no ground
         return np.full(x.shape, np.inf), np.full(y.shape, np.inf)
     # As lists: pyproj takes an array of one for a scalar.

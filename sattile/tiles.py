@@ -672,7 +672,7 @@ class _Cutter:
         """(split, ground cell) of each tile; split None leaves it out."""
         import shapely
 
-        from sattile import raster
+        from sattile import geography
 
         scene = chunk.scene
         if scene.footprint is None:
@@ -695,10 +695,10 @@ class _Cutter:
             else:
                 part = chunk.split
                 if held is not None and shapely.intersects(
-                    held, raster.on_globe(*(wide if part == "train" else outline))
+                    held, geography.on_globe(*(wide if part == "train" else outline))
                 ):
                     part = None
-            if area is not None and not shapely.intersects(area, raster.on_globe(*outline)):
+            if area is not None and not shapely.intersects(area, geography.on_globe(*outline)):
                 part = None
             dealt.append((part, cell))
         return dealt
@@ -757,12 +757,12 @@ def read_labelled(
 
     Runs in the decoder's process.
     """
-    from sattile import raster
+    from sattile import raster, shapes
 
     data, valid = raster.read(scene, window, nodata=nodata, scaled=scaled, by_band=True)
     labelled = label_module.read(source, scene, window)
     if aoi is not None:
-        labelled = np.where(raster.aoi_mask(aoi[0], aoi[1], scene, window), labelled, np.uint8(IGNORE))
+        labelled = np.where(shapes.aoi_mask(aoi[0], aoi[1], scene, window), labelled, np.uint8(IGNORE))
     return data, valid, labelled
 
 

@@ -309,14 +309,14 @@ def _each(batches: Iterable[pandas.DataFrame], *, work: Callable[..., Iterator[A
 def _outline_all(
     areas: Iterable[tuple[int, Area]], *, layout: Layout, wanted: Sequence[int], block: int
 ) -> Iterator[Outlined]:
-    from sattile import raster
+    from sattile import shapes
 
     for number, area in areas:
         at = area.map
 
         def read(window: Window, at: Map = at) -> tuple[np.ndarray, ...]:
             inside = Window(window.row - at.row, window.col - at.col, window.height, window.width)
-            return decoder().call(raster.outlines, at.url, (at.height, at.width), inside, wanted)
+            return decoder().call(shapes.outlines, at.url, (at.height, at.width), inside, wanted)
 
         parts = _Parts(layout)
         cut = None
@@ -340,7 +340,7 @@ def outline(area: Window, block: int, read: Callable[[Window], tuple[np.ndarray,
     Args:
         area: in the common grid.
         block: edge in pixels.
-        read: gives what `raster.polygonize` does, for a window of the common grid.
+        read: gives what `shapes.polygonize` does, for a window of the common grid.
 
     Yields:
         Whole polygons, without runs, as they are known; and those that reach the area's border, with their runs on it.
@@ -386,7 +386,7 @@ def border_runs(points: np.ndarray, rings: np.ndarray, polygons: np.ndarray, win
     """Where polygons of a window touch its border: `runs` of `Pieces`.
 
     Args:
-        points, rings, polygons: as of `raster.polygonize`, in the common grid.
+        points, rings, polygons: as of `shapes.polygonize`, in the common grid.
     """
     ends = np.delete(np.arange(len(points)), rings[1:] - 1)
     piece = np.repeat(np.arange(len(polygons) - 1), np.diff(rings[polygons]) - np.diff(polygons))

@@ -18,7 +18,7 @@ import numpy as np
 import pyproj
 from affine import Affine
 
-from sattile import raster
+from sattile import geography, raster
 from sattile.errors import UsageError
 from sattile.grid import Window
 from sattile.schema import Scene
@@ -138,9 +138,9 @@ class Warp:
         assert scene.crs is not None
         self.grid, self.shape = grid, (scene.height, scene.width)
         self._to_grid, self._to_scene = Affine(*grid.transform), ~Affine(*scene.transform)
-        self._there = raster.transformer_between(grid.crs, scene.crs)
+        self._there = geography.transformer_between(grid.crs, scene.crs)
         self._centre = Affine(*scene.transform) * (scene.width / 2, scene.height / 2)
-        self._wraps = raster.is_geographic(scene.crs), raster.is_geographic(grid.crs)
+        self._wraps = geography.is_geographic(scene.crs), geography.is_geographic(grid.crs)
         if self._there is None and self._wraps[0] and self._leaves_the_world(scene):
             # Degrees on both sides, and yet not one map: longitudes have to be turned.
             self._there = _identity()
@@ -296,14 +296,14 @@ class Warp:
 
     def _forward(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """(2, ...): row and column in the grid of points of the scene; NaN or infinite where there are none."""
-        xs, ys = raster.apply(~self._to_scene, cols, rows)
+        xs, ys = geography.apply(~self._to_scene, cols, rows)
         if self._there is not None:
             xs, ys = _transform(self._there, xs, ys, inverse=True)
         if self._wraps[1] and self._there is not None:
             left = (self._to_grid * (self.grid.limits.col, 0))[0] if self.grid.limits else -WORLD / 2
             with np.errstate(invalid="ignore"):
                 xs = (xs - left) % WORLD + left
-        grid_cols, grid_rows = raster.apply(~self._to_grid, xs, ys)
+        grid_cols, grid_rows = geography.apply(~self._to_grid, xs, ys)
         return np.stack([grid_rows, grid_cols])
 
     def cut(self, window: Window) -> Cut:

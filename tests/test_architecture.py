@@ -21,7 +21,7 @@ LAYERS = [
     {"mapreduce"},
     {"inference", "strata", "reporting"},
     {"warp", "scenes", "labels", "model", "mosaic", "vectors", "pictures", "comparison", "demo", "doctor"},
-    {"versions", "card"},
+    {"versions", "card", "shapes"},
     {
         "raster",
         "cog",
@@ -37,13 +37,13 @@ LAYERS = [
         "stac",
     },
     {"schema", "stitch"},
-    {"drift", "grid", "memory", "spectrum", "split", "statistics", "storage"},
+    {"drift", "geography", "grid", "memory", "spectrum", "split", "statistics", "storage"},
     {"errors"},
 ]
 """From top to bottom. A module imports from layers below its own."""
 
 OWNERS = {
-    "rasterio": {"raster", "cog", "demo"},
+    "rasterio": {"raster", "shapes", "cog", "demo"},
     "tensorflow": {"scorers", "receptive", "training", "model"},
     "openvino": {"scorers"},
     "keras": {"model", "receptive", "fusion", "training"},

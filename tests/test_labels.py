@@ -10,7 +10,7 @@ import pytest
 import shapely
 from scenes_for_tests import write_scene
 
-from sattile import labels, raster, schema
+from sattile import geography, labels, raster, schema
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
 from sattile.scenes import describe, find
@@ -118,7 +118,7 @@ def test_a_changed_attribute_of_a_shapefile_is_a_change(tmp_path):
 def test_a_continent_can_be_a_label(tmp_path):
     """Its far side is not on the scene's projection, and sides of 60 degrees are far from straight there."""
     scene = scene_of(tmp_path / "s.tif")
-    transformer = raster._to_lonlat("EPSG:32632")
+    transformer = geography._to_lonlat("EPSG:32632")
     assert transformer is not None
     rows, cols = np.mgrid[:40, :60] + 0.5
     _, lats = transformer.transform(WEST + 10 * cols, NORTH - 10 * rows)

@@ -459,65 +459,6 @@ def test_no_time_is_none(text):
     assert raster.iso_datetime(text) is None
 
 
-def test_ground_sample_distance_is_on_the_ground():
-    utm = raster.ground_sample_distance("EPSG:32618", tuple(UTM)[:6], 100, 140)
-    assert utm == 10.0
-    # 60 degrees north: Web Mercator's metres are half as long; a degree of longitude is half of one at the equator.
-    y = pyproj.Transformer.from_crs(4326, 3857, always_xy=True).transform(0, 60)[1]
-    assert raster.ground_sample_distance("EPSG:3857", (10, 0, 0, 0, -10, y), 2, 2) == pytest.approx(5, rel=0.01)
-    degrees = raster.ground_sample_distance("EPSG:4326", (0.001, 0, 0, 0, -0.001, 60), 2, 2)
-    assert degrees == pytest.approx(math.sqrt(111.4 * 55.8), rel=0.01)
-    feet = raster.ground_sample_distance("EPSG:2263", (100, 0, 980_000, 0, -100, 200_000), 50, 50)
-    assert feet == pytest.approx(30.48, rel=1e-3)
-    assert raster.ground_sample_distance(None, tuple(UTM)[:6], 1, 1) is None
-
-
-def outline(crs, transform, height, width):
-    shape = shapely.from_wkb(raster.footprint(crs, tuple(transform)[:6], height, width))
-    assert shape.is_valid
-    west, south, east, north = shape.bounds
-    assert -180 <= west <= east <= 180
-    assert -90 <= south <= north <= 90
-    return shape
-
-
-def test_footprint_lies_where_the_pixels_do():
-    shape = outline("EPSG:32618", UTM, 300, 200)
-    to_lonlat = pyproj.Transformer.from_crs(32618, 4326, always_xy=True)
-    for row, col in ((1, 1), (299, 1), (299, 199), (150, 100)):
-        assert shape.contains(shapely.Point(to_lonlat.transform(*(UTM * (col, row)))))
-    assert not shape.contains(shapely.Point(to_lonlat.transform(*(UTM * (201, 150)))))
-    assert outline("EPSG:4326", Affine(0.5, 0, 10, 0, -0.5, 50), 4, 8).equals(shapely.box(10, 48, 14, 50))
-
-
-def test_footprint_splits_at_the_antimeridian():
-    shape = outline("EPSG:32601", Affine(1000, 0, 200_000, 0, -1000, 7_500_000), 300, 600)
-    assert shape.geom_type == "MultiPolygon"
-    assert {round(part.bounds[0]) for part in shape.geoms} >= {-180}
-    assert max(part.bounds[2] for part in shape.geoms) == 180
-    assert shape.area < 300
-    shifted = outline("EPSG:4326", Affine(1, 0, 0, 0, -1, 90), 180, 360)  # longitudes 0 to 360
-    assert shifted.area == pytest.approx(180 * 360)
-
-
-def test_footprint_reaches_the_pole():
-    arctic = outline("EPSG:3413", Affine(10_000, 0, -1_000_000, 0, -10_000, 1_000_000), 200, 200)
-    assert arctic.bounds[3] == 90
-    for lon in (-170, -90, 0, 90, 170):
-        assert arctic.contains(shapely.Point(lon, 89))
-        assert not arctic.contains(shapely.Point(lon, 70))
-    antarctic = outline("EPSG:3031", Affine(10_000, 0, -1_000_000, 0, -10_000, 1_000_000), 200, 200)
-    assert antarctic.contains(shapely.Point(45, -89))
-    assert antarctic.bounds[1] == -90
-
-
-def test_footprint_of_a_full_disk_is_the_earth_it_shows():
-    disk = "+proj=geos +h=35786023 +lon_0=-75 +sweep=x +ellps=GRS80"
-    shape = outline(disk, Affine(50_000, 0, -5_500_000, 0, -50_000, 5_500_000), 220, 220)
-    assert shape.contains(shapely.Point(-75, 0))
-    assert not shape.contains(shapely.Point(105, 0))
-
-
 # ---------------------------------------------------------------- refused
 
 
@@ -748,39 +689,6 @@ def test_labels_without_a_crs_must_be_the_scenes_pixels(tmp_path):
     placed = write(tmp_path / "placed.tif", (positions(40, 60) % 5).astype("uint8"))
     with pytest.raises(Refused, match="no CRS"):
         raster.read_labels(placed, nowhere, whole(scene))
-
-
-@quick
-@given(window=windows(40, 60), seed=st.integers(0, 5))
-def test_shapes_cover_the_pixels_whose_centre_they_hold(tmp_path, window, seed):
-    scene = small_scene(tmp_path)
-    rng = np.random.default_rng(seed)
-    shapes = [shapely.Point(*rng.uniform(0, 60, 2)).buffer(rng.uniform(2, 15), 4) for _ in range(3)]
-    placed = [(shapely.to_wkb(shapely.transform(one, lambda at: at * [10, -10] + [UTM.c, UTM.f])), value)
-              for value, one in enumerate(shapes, 1)]  # fmt: skip
-    labels = raster.rasterize(placed, "EPSG:32618", scene, window)
-    inside = window & whole(scene)
-    expected = np.full(window.shape, IGNORE)
-    cols, rows = np.meshgrid(np.arange(window.col, window.stop_col) + 0.5, np.arange(window.row, window.stop_row) + 0.5)
-    for value, one in enumerate(shapes, 1):
-        expected[shapely.contains_xy(one, cols, rows)] = value
-    outside = np.ones(window.shape, bool)
-    outside[inside.slices(window)] = False
-    expected[outside] = IGNORE
-    assert np.array_equal(labels, expected)
-
-
-def test_shapes_of_another_crs_and_areas_of_interest(tmp_path):
-    scene = small_scene(tmp_path, transform=UTM @ Affine.rotation(20))
-    aoi = shapely.from_wkb(scene.footprint)
-    assert raster.aoi_mask(shapely.to_wkb(aoi.buffer(0.001)), "EPSG:4326", scene, Window(5, 5, 9, 9)).all()
-    assert not raster.aoi_mask(shapely.to_wkb(shapely.box(0, 0, 1, 1)), "EPSG:4326", scene, whole(scene)).any()
-    to_lonlat = pyproj.Transformer.from_crs(32618, 4326, always_xy=True)
-    spot = shapely.Point(to_lonlat.transform(*(Affine(*scene.transform) * (30.5, 10.5)))).buffer(0.00006)
-    mask = raster.aoi_mask(shapely.to_wkb(spot), "EPSG:4326", scene, whole(scene))
-    assert np.argwhere(mask).tolist() == [[10, 30]]
-    with pytest.raises(Refused, match="no CRS"):
-        raster.aoi_mask(shapely.to_wkb(spot), "EPSG:4326", replace(scene, crs=None), whole(scene))
 
 
 def test_jpeg2000_is_read(tmp_path):

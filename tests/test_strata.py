@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyproj import Transformer
 
-from sattile import raster, split, strata
+from sattile import geography, split, strata
 from sattile.errors import UsageError
 from sattile.grid import Window
 from sattile.schema import Scene
@@ -22,7 +22,7 @@ from sattile.strata import OUTSIDE, Regions, Strata
 def scene(height: int, width: int, crs: str | None = "EPSG:32632", gsd: float = 10.0) -> Scene:
     """Turned by a little, as scenes of another zone are on the equal-area plane."""
     transform = (gsd, 0.4, 600_000.0, 0.3, -gsd, 5_000_000.0)
-    footprint = raster.footprint(crs, transform, height, width)
+    footprint = geography.footprint(crs, transform, height, width)
     return Scene("s", "s.tif", height, width, (), crs, transform, gsd if crs else None, None, footprint)
 
 

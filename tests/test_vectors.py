@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rasterio.transform import Affine
 
-from sattile import cog, raster, vectors
+from sattile import cog, raster, shapes, vectors
 from sattile.errors import Refused, SattileError, UsageError
 from sattile.grid import Window
 from sattile.schema import SegmentClass
@@ -73,7 +73,7 @@ def outlined(
     whole, rest, count = [], [], 0
 
     def read(window: Window) -> tuple[np.ndarray, ...]:
-        return raster.polygonize(ids[window.slices(Window(*origin, 0, 0))], wanted)
+        return shapes.polygonize(ids[window.slices(Window(*origin, 0, 0))], wanted)
 
     for sheet in sheets:
         area = Window(sheet.row + origin[0], sheet.col + origin[1], sheet.height, sheet.width)
@@ -416,5 +416,5 @@ def test_wrong_usage_is_told_before_any_work(changed: dict[str, object], says: s
 def test_a_map_of_another_size_or_kind_is_refused(tmp_path) -> None:
     url = write_map(tmp_path / "labels.tif", realistic(9, 12))
     with pytest.raises(Refused, match="9 x 12 px of uint8, and a labels map of 12 x 9 px"):
-        raster.outlines(url, (12, 9), Window(0, 0, 9, 9), [0])
+        shapes.outlines(url, (12, 9), Window(0, 0, 9, 9), [0])
     raster.close_files()

@@ -1,0 +1,85 @@
+"""Shapes drawn on grids: which pixels they hold, and which blocks they touch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyproj
+import pytest
+import shapely
+from affine import Affine
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sattile import geography, shapes
+from sattile.errors import Refused
+from sattile.grid import Window, blocks
+from sattile.schema import IGNORE
+
+UTM = Affine(10, 0, 500_000, 0, -10, 5_000_000)
+
+
+@dataclass(frozen=True)
+class Grid:
+    height: int
+    width: int
+    crs: str | None
+    transform: tuple[float, float, float, float, float, float]
+
+
+GRID = Grid(40, 60, "EPSG:32618", tuple(UTM)[:6])
+WHOLE = Window(0, 0, 40, 60)
+
+
+@st.composite
+def windows(draw) -> Window:
+    row, col = draw(st.integers(-20, 39)), draw(st.integers(-20, 59))
+    return Window(row, col, draw(st.integers(1, 60)), draw(st.integers(1, 90)))
+
+
+@given(window=windows(), seed=st.integers(0, 5))
+def test_shapes_cover_the_pixels_whose_centre_they_hold(window, seed):
+    rng = np.random.default_rng(seed)
+    discs = [shapely.Point(*rng.uniform(0, 60, 2)).buffer(rng.uniform(2, 15), 4) for _ in range(3)]
+    placed = [(shapely.to_wkb(shapely.transform(one, lambda at: at * [10, -10] + [UTM.c, UTM.f])), value)
+              for value, one in enumerate(discs, 1)]  # fmt: skip
+    labels = shapes.rasterize(placed, "EPSG:32618", GRID, window)
+    inside = window & WHOLE
+    expected = np.full(window.shape, IGNORE)
+    cols, rows = np.meshgrid(np.arange(window.col, window.stop_col) + 0.5, np.arange(window.row, window.stop_row) + 0.5)
+    for value, one in enumerate(discs, 1):
+        expected[shapely.contains_xy(one, cols, rows)] = value
+    outside = np.ones(window.shape, bool)
+    outside[inside.slices(window)] = False
+    expected[outside] = IGNORE
+    assert np.array_equal(labels, expected)
+
+
+def test_shapes_of_another_crs_and_areas_of_interest():
+    grid = replace(GRID, transform=tuple(UTM @ Affine.rotation(20))[:6])
+    aoi = shapely.from_wkb(geography.footprint(grid.crs, grid.transform, grid.height, grid.width))
+    assert shapes.aoi_mask(shapely.to_wkb(aoi.buffer(0.001)), "EPSG:4326", grid, Window(5, 5, 9, 9)).all()
+    assert not shapes.aoi_mask(shapely.to_wkb(shapely.box(0, 0, 1, 1)), "EPSG:4326", grid, WHOLE).any()
+    to_lonlat = pyproj.Transformer.from_crs(32618, 4326, always_xy=True)
+    spot = shapely.Point(to_lonlat.transform(*(Affine(*grid.transform) * (30.5, 10.5)))).buffer(0.00006)
+    mask = shapes.aoi_mask(shapely.to_wkb(spot), "EPSG:4326", grid, WHOLE)
+    assert np.argwhere(mask).tolist() == [[10, 30]]
+    with pytest.raises(Refused, match="no CRS"):
+        shapes.aoi_mask(shapely.to_wkb(spot), "EPSG:4326", replace(grid, crs=None), WHOLE)
+
+
+@given(seed=st.integers(0, 1000), turn=st.sampled_from([0, 20]), crs=st.sampled_from(["EPSG:4326", "EPSG:32617"]))
+def test_an_area_touches_each_block_that_it_has_pixels_of(seed, turn, crs):
+    rng = np.random.default_rng(seed)
+    grid = replace(GRID, transform=tuple(UTM @ Affine.rotation(turn))[:6])
+    area = shapely.Point(*rng.uniform(-5, 60, 2)).buffer(rng.uniform(1, 20), 3)
+    to_crs = pyproj.Transformer.from_crs(grid.crs, crs, always_xy=True)
+    on_ground = shapely.transform(area, lambda at: np.column_stack(geography.apply(grid.transform, at[:, 0], at[:, 1])))
+    aoi = shapely.transform(on_ground, lambda at: np.column_stack(to_crs.transform(at[:, 0], at[:, 1])))
+    found = blocks(grid.height, grid.width, 13)
+    touched = shapes.AoiTest((shapely.to_wkb(aoi), crs))(grid, found)
+    has_pixels = [bool(shapes.aoi_mask(shapely.to_wkb(aoi), crs, grid, one).any()) for one in found]
+    assert not [one for one, is_touched, has in zip(found, touched, has_pixels, strict=True) if has and not is_touched]
+    far = [shapely.distance(area, shapely.box(one.col, one.row, one.stop_col, one.stop_row)) > 3 for one in found]
+    assert not [one for one, is_touched, is_far in zip(found, touched, far, strict=True) if is_far and is_touched]
