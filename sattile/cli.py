@@ -145,7 +145,9 @@ def _add(built: argparse.ArgumentParser, option: Option, positional: bool) -> No
 
 def _run(command: Command, arguments: Sequence[str]) -> int:
     given = parser(command).parse(arguments)
-    settings = config.load(given.pop("conf", None), given.pop("set", ()))
+    assignments = given.pop("set", ())
+    settings = config.load(given.pop("conf", None), assignments)
+    _check_sections(command, assignments)
     job = {key: given.pop(key, settings.get(key)) for key in ("master", "verbose")}
     _log(bool(job["verbose"]))
     known = {option.name: option for option in command.options()}
@@ -168,6 +170,18 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
         record.announce(f"{result}")
     log.info("%s: done in %.0f s", command.name, time.monotonic() - start)
     return 0
+
+
+def _check_sections(command: Command, assignments: Sequence[str]) -> None:
+    """A file may be shared by several commands; what is said on the command line is meant for this one."""
+    taken = [command.name, *STEPS.get(command.name, ())]
+    for assignment in assignments:
+        section = assignment.partition("=")[0].partition(".")[0].strip()
+        if section in config.COMMANDS and section not in taken:
+            raise UsageError(
+                f"--set {assignment}: `sattile {command.name}` takes no settings of {section}, "
+                f"only of {', '.join(taken)}"
+            )
 
 
 def _with_session(command: Command, values: dict[str, Any], master: str | None, conf: dict[str, Any]) -> Any:

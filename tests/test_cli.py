@@ -65,6 +65,10 @@ def test_every_command_is_a_job(name):
         (["tile", "--size", "big"], "invalid int value: 'big'"),
         (["index", "x", "--out", "o", "--set", "index.bandz=a"], "did you mean index.bands?"),
         (["index", "x", "--out", "o", "--conf", "nowhere.yaml"], "does not exist"),
+        (
+            ["reprocess", "--model", "m", "--scenes", "s", "--out", "o", "--set", "train.epochs=3"],
+            "takes no settings of train, only of reprocess, index, predict, report",
+        ),
     ],
 )
 def test_wrong_usage_is_2_and_says_what_is_wrong(arguments, message, capsys):
