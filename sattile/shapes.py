@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import pyproj
 import rasterio.features
 import shapely
-import shapely.affinity
 from affine import Affine
 from rasterio.errors import NotGeoreferencedWarning
 from shapely.geometry.base import BaseGeometry
@@ -94,16 +93,24 @@ def _in_pixels(
 def _near(
     shape: BaseGeometry, scene_crs: str, crs: str, transform: tuple[float, ...], size: tuple[int, int]
 ) -> BaseGeometry:
-    """What of a shape lies around a scene: a continent's coastline reaches where the scene's CRS is not defined."""
+    """What of a shape lies around a scene: far from it the scene's CRS is not defined, or folds what it can't show."""
     transformer = geography.transformer_between(scene_crs, crs)
     if transformer is None or shape.is_empty:
         return shape
     steps = np.linspace(-0.1, 1.1, 13)
     cols, rows = (one.ravel() for one in np.meshgrid(steps * size[1], steps * size[0]))
-    xs, ys = (np.asarray(one) for one in transformer.transform(*geography.apply(transform, cols, rows)))
+    here = geography.apply(transform, cols, rows)
+    xs, ys = (np.asarray(one) for one in transformer.transform(*here))
     if not (np.isfinite(xs).all() and np.isfinite(ys).all()):
         return shape
-    # Neighbours far apart: the scene lies on a seam of the shape's CRS (the antimeridian, a pole).
+    back = transformer.transform(xs, ys, direction="INVERSE")
+    away = np.hypot(*(one - other for one, other in zip(back, here, strict=True)))
+    if not (away < 0.05 * math.hypot(np.ptp(here[0]), np.ptp(here[1]))).any():
+        return shapely.Polygon()  # the shape's CRS does not reach here, nor does the shape
+    turns = geography.is_geographic(crs)
+    if turns:
+        xs = (xs - xs[84] + 180) % 360 - 180 + xs[84]  # around the middle one: the antimeridian is no seam
+    # Neighbours far apart: the scene lies on a seam of the shape's CRS, such as a pole.
     for one in (xs.reshape(13, 13), ys.reshape(13, 13)):
         for axis in (0, 1):
             gaps = np.abs(np.diff(one, axis=axis))
@@ -111,7 +118,15 @@ def _near(
                 return shape
     pad = max(np.ptp(xs), np.ptp(ys)) * 0.05
     box = shapely.box(xs.min() - pad, ys.min() - pad, xs.max() + pad, ys.max() + pad)
-    return shape if shapely.covers(box, shape) else shapely.intersection(shape, box)
+    if shapely.covers(box, shape):
+        return shape
+    moves = range(-360, 361, 360) if turns else (0,)
+    cut = [
+        shapely.intersection(shapely.transform(shape, lambda at, by=by: at + np.array([by, 0])), box) for by in moves
+    ]
+    # An edge along the box leaves lines behind.
+    parts = shapely.get_parts(cut)
+    return shapely.union_all(parts[shapely.get_dimensions(parts) == shapely.get_dimensions(shape)])
 
 
 def aoi_mask(geometry: bytes, crs: str | None, scene: OnGrid, window: Window) -> np.ndarray:
@@ -125,35 +140,24 @@ def aoi_mask(geometry: bytes, crs: str | None, scene: OnGrid, window: Window) ->
 
 
 class AoiTest:
-    """Which blocks of a scene an area touches, judged in the scene's pixel coordinates."""
+    """Which blocks of a scene an area touches, by its pixel coordinates and within one pixel.
+
+    Args:
+        aoi: WKB and its CRS.
+    """
 
     def __init__(self, aoi: tuple[bytes, str]):
-        self._shape, self._crs = shapely.from_wkb(aoi[0]), aoi[1]
-        # Straight edges of one CRS are curves in another.
-        west, south, east, north = self._shape.bounds
-        self._shape = shapely.segmentize(self._shape, max(east - west, north - south, 1e-9) / 200)
-        self._moved: dict[str, Any] = {}
+        self._aoi = aoi
 
     def __call__(self, scene: OnGrid, found: Sequence[Window]) -> list[bool]:
-        assert scene.crs is not None  # checked before: an aoi refuses scenes without a CRS
-        if scene.crs not in self._moved:
-            move = pyproj.Transformer.from_crs(self._crs, scene.crs, always_xy=True)
-            moved = shapely.transform(self._shape, lambda xy: np.column_stack(move.transform(xy[:, 0], xy[:, 1])))
-            # What lies beyond a projection's reach comes back infinite.
-            whole = np.isfinite(shapely.get_coordinates(moved)).all()
-            self._moved[scene.crs] = shapely.make_valid(moved) if whole else None
-        moved = self._moved[scene.crs]
-        if moved is None:
-            return [True] * len(found)
-        a, b, c, d, e, f = scene.transform
-        scale = a * e - b * d
-        inverse = [e / scale, -b / scale, -d / scale, a / scale, (b * f - c * e) / scale, (c * d - a * f) / scale]
-        pixels = shapely.affinity.affine_transform(moved, inverse)
-        boxes = shapely.box(
-            *np.array([[one.col - 1, one.row - 1, one.stop_col + 1, one.stop_row + 1] for one in found], float).T
-        )
-        shapely.prepare(pixels)
-        return list(shapely.intersects(pixels, boxes))
+        try:
+            area = _in_pixels(*self._aoi, scene.crs, scene.transform, (scene.height, scene.width))
+        except Refused:
+            return [True] * len(found)  # whoever draws it there says why it can't be
+        area = shapely.make_valid(area)
+        shapely.prepare(area)
+        sides = np.array([[one.col - 1, one.row - 1, one.stop_col + 1, one.stop_row + 1] for one in found], float)
+        return list(shapely.intersects(area, shapely.box(*sides.reshape(-1, 4).T)))
 
 
 def outlines(

@@ -61,6 +61,9 @@ sine of the latitude: at 60 degrees, cos + sin of 5.2."""
 
 MOST_EDGE = 4096
 
+FRAME = 4096
+"""Edge, in pixels of the grid, of the squares in which areas of interest are drawn."""
+
 TASK_PIXELS = 24_000_000
 """Pixels that one task infers at most, but for a single block."""
 
@@ -159,6 +162,8 @@ def lay_out(
         near = max(round(sheet / mosaic.cog.TILE), 1) * mosaic.cog.TILE
         raise UsageError(f"sheet {sheet}: give a multiple of {mosaic.cog.TILE}, the tiles of a COG, such as {near}")
     if like is not None:
+        if not storage.exists(like):
+            raise UsageError(f"--like {like} does not exist")
         try:
             found = grid_like(decoder().call(raster.describe_file, storage.absolute(like)))
         except Refused as error:
@@ -320,8 +325,8 @@ def plan_sheets(
             window = window & hull(whole)
         if layout.grid.is_file:  # cut only where the sheet or the file ends
             window = Window(key[0] * layout.sheet, key[1] * layout.sheet, layout.sheet, layout.sheet)
-        if layout.grid.limits is not None:
-            window = window & layout.grid.limits
+        if layout.grid.world is not None:
+            window = window & layout.grid.world
         if window.area:
             sheets.append(_sheet(key, works, used, layout.grid, window))
     inside = {one for sheet in sheets for one in sheet.scenes}
@@ -371,7 +376,7 @@ def in_order(scenes: Sequence[Scene], rule: str) -> list[Scene]:
 
 def _blocks_of(warp: Warp, layout: Layout) -> Iterator[tuple[tuple[int, int], Window]]:
     """((row, col) of the sheet, block) for all blocks that a scene reaches."""
-    size, edge = layout.sheet, layout.block
+    size, edge, world = layout.sheet, layout.block, layout.grid.world
     found: dict[Window, tuple[int, int]] = {}
     for box in warp.reach(edge):
         # The lattice of `reach` is the grid's, that of blocks begins anew in each sheet.
@@ -379,8 +384,8 @@ def _blocks_of(warp: Warp, layout: Layout) -> Iterator[tuple[tuple[int, int], Wi
             for col in _starts(box.col, box.stop_col, size, edge):
                 key = row // size, col // size
                 block = Window(row, col, min(edge, (key[0] + 1) * size - row), min(edge, (key[1] + 1) * size - col))
-                if layout.grid.limits is not None:
-                    block = block & layout.grid.limits
+                if world is not None:
+                    block = block & world
                 if block.area:
                     found[block] = key
     blocks = list(found)
@@ -451,6 +456,21 @@ def relative(block: Window, frame: _Frame) -> Window:
     return Window(block.row - frame.window.row, block.col - frame.window.col, block.height, block.width)
 
 
+def aoi_on_grid(aoi: tuple[bytes, str], grid: Grid, block: Window) -> np.ndarray:
+    """Which pixels of a block have their centre in an area of interest: (height, width) bool.
+
+    An area is bent from its CRS to the grid's frame by frame. Frames are the grid's own, so that neither sheets nor
+    blocks decide about a pixel at its edge.
+    """
+    inside = np.zeros(block.shape, bool)
+    for row in range(block.row // FRAME, (block.stop_row - 1) // FRAME + 1):
+        for col in range(block.col // FRAME, (block.stop_col - 1) // FRAME + 1):
+            frame = _frame(grid, Window(row * FRAME, col * FRAME, FRAME, FRAME))
+            part = block & frame.window
+            inside[part.slices(block)] = shapes.aoi_mask(*aoi, frame, relative(part, frame))
+    return inside
+
+
 def tasks_of(works: Sequence[Work], slots: int) -> list[list[Work]]:
     """Runs of neighbouring blocks, several a core so that the end is even."""
     return deal(works, [work.block.area * len(work.scenes) for work in works], most=TASK_PIXELS, slots=slots)
@@ -491,11 +511,13 @@ def steps_of(work: Work, scenes: Mapping[str, Scene], job: Inference, layout: La
     for rank, scene_id in enumerate(work.scenes, start=work.first):
         scene = scenes[scene_id]
         warp = _warp(layout.grid, scene_id, scene.height, scene.width, str(scene.crs), scene.transform)
-        parts = [work.block]
+        extent = warp.extent()
+        # A small scene in a block of a coarse grid: the points of all other pixels would be looked up, too.
+        parts = [work.block if extent is None else work.block & extent]
         while parts:
             part = parts.pop()
-            cut = warp.cut(part)
-            if not cut.need.area:
+            cut = warp.cut(part) if part.area else None
+            if cut is None or not cut.need.area:
                 continue
             if cut.need.area > 2 * edge**2 and part.area > 1:
                 parts += reversed(part.quarters())
@@ -620,7 +642,7 @@ class Sums:
         self.count = np.zeros(work.block.shape, np.uint16)
         self.inside: np.ndarray | None = None
         if job.aoi is not None:
-            self.inside = shapes.aoi_mask(*job.aoi, frame, relative(work.block, frame))
+            self.inside = aoi_on_grid(job.aoi, layout.grid, work.block)
 
     @property
     def is_full(self) -> bool:

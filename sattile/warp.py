@@ -37,6 +37,9 @@ MOST_POINTS, MOST_FINER = 512, 256
 
 WORLD = 360.0
 
+HALF_AROUND = 20_037_508.342789244
+"""Half around the Earth, in metres: pi times the equator's radius."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -54,10 +57,39 @@ class Grid:
     limits: Window | None = None
     is_file: bool = False
 
+    @property
+    def world(self) -> Window | None:
+        """The pixels that it can have: `limits`, else those on Earth; None where nothing is known of that."""
+        return self.limits or _world(self.crs, self.transform)
+
     def of(self, window: Window) -> tuple[float, float, float, float, float, float]:
         """Affine coefficients of a window of this grid."""
         a, b, c, d, e, f = self.transform
         return a, b, c + a * window.col + b * window.row, d, e, f + d * window.col + e * window.row
+
+
+@lru_cache(maxsize=64)
+def _world(crs: str, transform: tuple[float, ...]) -> Window | None:
+    """Pixels of a projected CRS no farther from its origin, along either axis, than half around the Earth.
+
+    Web Mercator ends there. Others run on for ever, with coordinates of what they were not made for.
+    """
+    definition = pyproj.CRS.from_user_input(crs)
+    a, b, west, d, e, north = transform
+    if not definition.is_projected or definition.coordinate_operation is None or b or d:
+        return None
+    origin = [0.0, 0.0]
+    for one in definition.coordinate_operation.params:
+        for axis, name in enumerate(("easting", "northing")):
+            if name in one.name.lower() and isinstance(one.value, float):
+                origin[axis] = one.value * one.unit_conversion_factor
+    unit = definition.axis_info[0].unit_conversion_factor
+    (left, right), (top, bottom) = (
+        sorted(((middle + side) / unit - start) / step for side in (-HALF_AROUND, HALF_AROUND))
+        for middle, start, step in zip(origin, (west, north), (a, e), strict=True)
+    )
+    row, col = math.floor(top + 1e-6), math.floor(left + 1e-6)
+    return Window(row, col, math.ceil(bottom - 1e-6) - row, math.ceil(right - 1e-6) - col)
 
 
 def parse_grid(text: str) -> Grid:
@@ -245,8 +277,8 @@ class Warp:
             points = points[:, np.isfinite(points).all(axis=0)]
             found |= _blocks_over(points - usual / 4 - 2, points + usual / 4 + 2, edge)
         windows = [Window(row * edge, col * edge, edge, edge) for row, col in sorted(found)]
-        limits = self.grid.limits
-        return windows if limits is None else [one for one in windows if (one & limits).area]
+        world = self.grid.world
+        return windows if world is None else [one for one in windows if (one & world).area]
 
     def _usual(self, height: float, width: float) -> float:
         """How far, in pixels of the grid, a part of the scene of so many rows and columns usually goes; 0 if nowhere.
@@ -304,7 +336,14 @@ class Warp:
             with np.errstate(invalid="ignore"):
                 xs = (xs - left) % WORLD + left
         grid_cols, grid_rows = geography.apply(~self._to_grid, xs, ys)
-        return np.stack([grid_rows, grid_cols])
+        found = np.stack([grid_rows, grid_cols])
+        world = None if self._there is None else _world(self.grid.crs, self.grid.transform)
+        if world is not None:
+            with np.errstate(invalid="ignore"):
+                beyond = (grid_rows < world.row - 1) | (grid_rows > world.stop_row + 1)
+                beyond |= (grid_cols < world.col - 1) | (grid_cols > world.stop_col + 1)
+            found[:, beyond] = np.nan
+        return found
 
     def cut(self, window: Window) -> Cut:
         """What is needed of the scene for a window of the grid."""

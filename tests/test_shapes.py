@@ -83,3 +83,36 @@ def test_an_area_touches_each_block_that_it_has_pixels_of(seed, turn, crs):
     assert not [one for one, is_touched, has in zip(found, touched, has_pixels, strict=True) if has and not is_touched]
     far = [shapely.distance(area, shapely.box(one.col, one.row, one.stop_col, one.stop_row)) > 3 for one in found]
     assert not [one for one, is_touched, is_far in zip(found, touched, far, strict=True) if is_far and is_touched]
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32601", "EPSG:32633", "EPSG:32760", "EPSG:3413", "EPSG:2193"])
+@pytest.mark.parametrize(("aoi", "box"), [("EPSG:4326", (-180, -85, 180, 85)), ("EPSG:3857", (-2e7, -2e7, 2e7, 2e7))])
+def test_an_area_as_large_as_the_world_holds_every_scene(crs, aoi, box):
+    """Far away, projections fold what they can't show."""
+    centre = {"EPSG:3413": (0, -2_000_000), "EPSG:2193": (1_600_000, 5_400_000)}.get(crs, (200_000, 6_700_000))
+    grid = Grid(700, 900, crs, (10, 0, centre[0], 0, -10, centre[1]))
+    area = shapely.to_wkb(shapely.box(*box))
+    found = blocks(700, 900, 300)
+    assert shapes.AoiTest((area, aoi))(grid, found) == [True] * len(found)
+    assert shapes.aoi_mask(area, aoi, grid, Window(0, 0, 700, 900)).all()
+
+
+def test_an_area_whose_crs_does_not_reach_a_scene_does_not_touch_it():
+    area = shapely.to_wkb(shapely.box(300_000, 5_000_000, 700_000, 5_500_000))
+    for crs in ("EPSG:32603", "EPSG:32718", "EPSG:32753"):
+        grid = Grid(70, 90, crs, (10, 0, 480_000, 0, -10, 5_200_000))
+        assert shapes.AoiTest((area, "EPSG:32633"))(grid, [Window(0, 0, 70, 90)]) == [False]
+        assert not shapes.aoi_mask(area, "EPSG:32633", grid, Window(0, 0, 70, 90)).any()
+
+
+def test_an_area_across_the_antimeridian_holds_pixels_on_both_sides():
+    grid = Grid(60, 400, "EPSG:32601", (1000, 0, 100_000, 0, -1000, 6_700_000))
+    both = shapely.MultiPolygon([shapely.box(178, 59, 180, 61), shapely.box(-180, 59, -179, 61)])
+    mask = shapes.aoi_mask(shapely.to_wkb(both), "EPSG:4326", grid, Window(0, 0, 60, 400))
+    to_lonlat = pyproj.Transformer.from_crs(grid.crs, 4326, always_xy=True)
+    cols, rows = np.meshgrid(np.arange(400) + 0.5, np.arange(60) + 0.5)
+    lons, lats = to_lonlat.transform(*geography.apply(grid.transform, cols, rows))
+    expected = ((lons > 178) | (lons < -179)) & (lats > 59) & (lats < 61)
+    assert (expected & (lons > 0)).any()
+    assert (expected & (lons < 0)).any()
+    assert (mask != expected).mean() < 0.002  # a side of the box is a curve here, drawn in 64 parts

@@ -301,7 +301,10 @@ def test_two_ways_of_composing_any_order_and_any_tasks_give_the_same_bits(
 
 
 def test_the_size_of_sheets_changes_no_pixel(archive: Path, network: Any) -> None:
-    scenes, job = scenes_of(archive), job_of()
+    import shapely
+
+    area = shapely.Polygon([(9.5, 45.0), (11.0, 45.27), (10.2, 45.8)])
+    scenes, job = scenes_of(archive), job_of(aoi=(shapely.to_wkb(area), "EPSG:4326"))
     small, large = (stitched(scenes, job, layout_of(ZONE, 64, sheet)) for sheet in (512, 4096))
     assert len(small) >= len(large)
     pixels: list[dict[tuple[int, int], tuple[int, int]]] = []
@@ -418,6 +421,31 @@ def test_pixels_outside_the_area_of_interest_are_nodata(archive: Path, network: 
     assert (other["coverage"][~inside] == 0).all()
 
 
+def test_no_block_decides_about_a_pixel_at_the_edge_of_an_area() -> None:
+    """Its sides are curves on the grid, and are drawn in parts."""
+    import shapely
+
+    area = shapely.Polygon([(-20, 30), (60, 41.3), (20, 66), (5, 52)])
+    grid = parse_grid("EPSG:3035@2000")
+    whole = Window(-2500, 700, 2600, 2900)
+    aoi = shapely.to_wkb(area), "EPSG:4326"
+    inside = sheets.aoi_on_grid(aoi, grid, whole)
+    assert 0.1 < inside.mean() < 0.9
+    for part in (Window(-2500, 700, 1, 2900), Window(-2011, 1033, 1517, 1211), Window(-9, 3001, 109, 599)):
+        np.testing.assert_array_equal(sheets.aoi_on_grid(aoi, grid, part), inside[part.slices(whole)])
+
+
+def test_a_small_scene_in_a_block_of_a_coarse_grid_is_looked_up_where_it_lies(archive: Path, network: Any) -> None:
+    scenes, job, layout = scenes_of(archive), job_of(Geometry("crop", 64, 64, 6, 2)), layout_of("EPSG:32632@200", 448)
+    by_id = {one.scene_id: one for one in scenes}
+    [sheet], _ = sheets.plan_sheets(scenes, layout)
+    steps = [step for work in sheet.works for step in sheets.steps_of(work, by_id, job, layout)]
+    assert {step.scene.scene_id for step in steps} == set("abc")
+    assert max(step.cut.window.area for step in steps) < 100
+    [found] = stitched(scenes, job, layout).values()
+    same(found, expected_on(layout.grid, found["window"], scenes, job, pooling_network))
+
+
 # --- the plan -----------------------------------------------------------------------------------------------------
 
 
@@ -487,7 +515,7 @@ def test_blocks_follow_from_model_grid_and_memory_alone() -> None:
         ({"grid": SAME, "sheet": 1000}, "1024"),
         ({"grid": SAME, "block": 7}, "from 16"),
         ({"grid": SAME, "weights": "cloud"}, "cloud=BAND"),
-        ({"like": "/no/such.tif"}, "gone"),
+        ({"like": "/no/such.tif"}, "does not exist"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(wish: dict[str, Any], says: str) -> None:

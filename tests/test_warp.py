@@ -302,3 +302,32 @@ def test_a_window_of_a_grid_is_where_it_is() -> None:
     window = Window(-7, 11, 3, 5)
     assert grid.of(window)[2] == 5e5 + 8 * 11 + 3 * -7
     assert math.isclose(grid.of(window)[5], 5e6 + 3 * 11 - 8 * -7)
+
+
+@pytest.mark.parametrize("grid", ["EPSG:3413@20000", "EPSG:3031@20000", "EPSG:3857@20000", "EPSG:32633@20000"])
+def test_the_whole_world_reaches_what_a_projection_can_show_of_it(grid):
+    """Towards the other pole coordinates grow beyond all bounds."""
+    warp = Warp(parse_grid(grid), scene_of((180, 360), "EPSG:4326", (1, 0, -180, 0, -1, 90)))
+    found = warp.reach(64)
+    hit = [one for one, touched in zip(found, warp.touches(found), strict=True) if touched]
+    assert 500 < len(hit) < 3000
+    half = 20_037_509 / 20_000 + 64
+    east = 25 if "326" in grid else 0  # its false easting
+    assert all(abs(one.row + 32) <= half and abs(one.col + 32 - east) <= half for one in hit)
+
+
+@pytest.mark.parametrize(
+    ("grid", "unit", "east", "north"),
+    [
+        ("EPSG:3857@10", 1, 0, 0),
+        ("EPSG:32733@10", 1, 500_000, 10_000_000),
+        ("EPSG:2263@100", 1200 / 3937, 984_250, 0),
+        ("EPSG:3035@10", 1, 4_321_000, 3_210_000),
+    ],
+)
+def test_a_projection_ends_half_around_the_earth_from_its_origin(grid, unit, east, north):
+    found = parse_grid(grid)
+    step, world = found.transform[0], found.world
+    for start, size, middle in ((world.col, world.width, east), (world.row, world.height, -north)):
+        assert (start + size / 2) * step == pytest.approx(middle, abs=2 * step)
+        assert size * step * unit == pytest.approx(40_075_017, abs=2 * step)
