@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +36,7 @@ from sattile.mapreduce import INFERRED, Tally, columns, deal, refused, rows_of, 
 from sattile.model import Bundle, load_models
 from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
-from sattile.scenes import CATALOG, LISTINGS, resolve
+from sattile.scenes import CATALOG, UNLISTED, resolve
 from sattile.schema import Refusal, Scene
 
 if TYPE_CHECKING:
@@ -448,7 +448,7 @@ def predict(
                 present = _by_scene(spark, run, found, job, product, staging, worker_memory)
             else:
                 present = _on_grid(spark, run, found, job, layout, product, staging, keep=stale != "auto")
-            _clean(run, present, product, stale, _refused(run, scenes) if stale == "remove" else set())
+            _clean(run, present, product, stale, _refused(run, scenes) if stale == "remove" else {})
             ended = True
         finally:
             storage.remove(staging)
@@ -554,7 +554,7 @@ def _on_grid(
             for sheet in todo:
                 name = sheet.target.name
                 # All that reached it was refused; it may have been published before that was known.
-                if not sheet.scenes and not (keep and name not in published and _is_older(out, sheet, product)):
+                if not sheet.scenes and not keep:
                     mosaic.unpublish(out, name)
                     published.discard(name)
             now = {sheet.target.name: sheet for sheet in todo if sheet.scenes}
@@ -562,11 +562,13 @@ def _on_grid(
             settings: dict[str, Any] = {"job": job, "layout": layout, "product": product, "staging": staging}
             work = partial(sheets.run_wave, spark, scenes=by_id, **settings)
             for rows in engines.in_waves(spark, sheets.waves_of(list(now.values())), work):
-                for row in sorted(rows, key=lambda one: one.name):
+                rows = sorted(rows, key=lambda one: one.name)
+                for row in rows:
                     figures.add(row)
                     if row.staged is None:
                         fresh |= sheets.refusals(row.reason)
-                    elif not now[row.name].scenes & set(fresh):
+                for row in rows:
+                    if row.staged is not None and not now[row.name].scenes & set(fresh):
                         run.check_held()
                         mosaic.publish(row.staged, out, row.name)
                         published.add(row.name)
@@ -576,13 +578,6 @@ def _on_grid(
             every = [sheet.without(fresh) for sheet in every]
     run.done = len(published)
     return {sheet.target.name for sheet in every}
-
-
-def _is_older(out: str, sheet: sheets.Sheet, product: Product) -> bool:
-    """Whether a map lies there that was made of other files than there are now, or with other settings."""
-    item = mosaic.read_item(out, sheet.target.name)
-    made = item and (item["properties"].get(mosaic.SOURCE), item["properties"].get(mosaic.SETTINGS))
-    return made is not None and made != (sheet.target.source, product.settings)
 
 
 class _Figures:
@@ -651,34 +646,36 @@ class _Figures:
         }
 
 
-def _refused(run: Run, scenes: Sequence[str]) -> set[str]:
-    """URLs of what could not be used now, by this run or by the one that made a catalogue that was given."""
-    found = {one.url for one in run.refused}
+def _refused(run: Run, scenes: Sequence[str]) -> dict[str, str]:
+    """{URL: reason} of what could not be used now, by this run or by the one that made a catalogue that was given."""
+    found = {one.url: one.reason for one in run.refused}
     for url in scenes:
         folder = storage.parent(url) if storage.name(url) == CATALOG else url
         if storage.exists(storage.join(folder, CATALOG)):
-            found |= {one.url for one in record.read_quarantine(folder)}
+            found |= {one.url: one.reason for one in record.read_quarantine(folder)}
     return found
 
 
-def _clean(run: Run, present: set[str], product: Product, stale: str, refused: set[str]) -> None:
+def _clean(run: Run, present: set[str], product: Product, stale: str, refused: Mapping[str, str]) -> None:
     """When all is published: remove, or say that they lie there, the maps that nothing given now makes anew.
 
     Args:
         present: names of the maps that scenes given now lead to; not all of them were made.
         stale: see `predict`.
-        refused: URLs of what could not be used now, which matter where maps are to be removed.
+        refused: {URL: reason} of what could not be used now, which matter where maps are to be removed.
     """
     run.check_held()
-    listing = sorted(url for url in refused if url.lower().endswith(LISTINGS))
-    if stale == "remove" and listing:
-        log.warning("predict: no map is removed, for %s could not be read and may list its scenes", listing[0])
+    unlisted = sorted(url for url, reason in refused.items() if reason.startswith(UNLISTED))
+    if stale == "remove" and unlisted:
+        log.warning("predict: no map is removed: %s could not be looked into, and may hold its scene", unlisted[0])
         stale = "keep"
     for name, item in list(mosaic.finished(run.out)):
         other = run.replacing and item["properties"][mosaic.SETTINGS] != product.settings
-        unread = bool(refused & {link["href"] for link in item.get("links", ()) if link.get("rel") == "derived_from"})
+        unread = bool(
+            refused.keys() & {link["href"] for link in item.get("links", ()) if link.get("rel") == "derived_from"}
+        )
         if stale == "auto" and other:
-            log.warning("predict: removed %s, made with other settings; its scene gave nothing with these", name)
+            log.warning("predict: removed %s, which is of other settings and was not made anew with these", name)
             mosaic.unpublish(run.out, name)
         elif stale == "remove" and not unread and (other or name not in present):
             log.info("predict: removed %s, which no scene given now leads to", name)

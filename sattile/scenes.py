@@ -35,6 +35,8 @@ log = logging.getLogger("sattile")
 
 CATALOG = "scenes.parquet"
 LISTINGS = (".json", ".geojson")
+UNLISTED = "not listed: "
+"""How the reason begins where it is not known which scenes there are."""
 """STAC items, and what lists them."""
 
 SUFFIXES = (".tif", ".tiff", ".jp2")
@@ -135,7 +137,9 @@ def find(
                 f"{argument} holds no scenes: no {', '.join('*' + one for one in SUFFIXES)} below it, and no {CATALOG}"
             )
         for entry in entries:
-            if not entry.is_folder:
+            if entry.problem:
+                _add(found, [_unlisted(entry)])
+            elif not entry.is_folder:
                 lower = entry.url.lower()
                 if lower.endswith(LISTINGS):
                     items = list(_read_stac(entry.url, bands))
@@ -149,11 +153,14 @@ def find(
                 else:
                     _add(found, [_single(entry.url)])
             elif matcher:
-                files.append((argument, [one.url for one in storage.walk(entry.url)]))
+                below = list(storage.walk(entry.url))
+                files.append((argument, [one.url for one in below if not one.problem]))
+                _add(found, (_unlisted(one) for one in below if one.problem))
             elif storage.exists(storage.join(entry.url, CATALOG)):
                 _add(found, _read_rows(storage.join(entry.url, CATALOG)))
             else:
-                _add(found, [_single(url) for url in _rasters_below(entry.url)])
+                below = list(_rasters_below(entry.url))
+                _add(found, (_unlisted(one) if one.problem else _single(one.url) for one in below))
     if matcher and files:
         _add(found, matcher.group(files))
     return _with_unique_ids(map(_writable, found.values()))
@@ -199,10 +206,21 @@ def _holds_scenes(folder: str, pattern: str | None) -> bool:
     return storage.exists(storage.join(folder, CATALOG)) or next(_rasters_below(folder), None) is not None
 
 
-def _rasters_below(folder: str) -> Iterator[str]:
-    """Rasters in a folder and below it, but for what our own commands wrote there: maps are no scenes."""
+def _rasters_below(folder: str) -> Iterator[storage.Entry]:
+    """Rasters in a folder and below it, but for what our own commands wrote there: maps are no scenes.
+
+    With them what may be folders of more, and can't be looked into.
+    """
     found = storage.walk(folder, unless=(record.RUN, record.STARTED))
-    return (one.url for one in found if one.url.lower().endswith(SUFFIXES))
+    return (one for one in found if one.problem or one.url.lower().endswith(SUFFIXES))
+
+
+def _unlisted(entry: storage.Entry) -> Candidate:
+    """What the listing of an archive lacks."""
+    is_scene = entry.url.lower().endswith(SUFFIXES)
+    return Candidate(
+        _clean(storage.name(entry.url)), entry.url, reason=f"{'' if is_scene else UNLISTED}{entry.problem}"
+    )
 
 
 def _single(url: str) -> Candidate:
@@ -325,7 +343,7 @@ def _read_stac(url: str, bands: Sequence[str] | None, seen: set[str] | None = No
     try:
         value = storage.read_json(url)
     except (OSError, SattileError) as error:
-        yield Candidate(stem, url, reason=f"the STAC file cannot be read: {error}")
+        yield Candidate(stem, url, reason=f"{UNLISTED}the STAC file cannot be read: {error}")
         return
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "Feature":
@@ -343,11 +361,12 @@ def _read_stac(url: str, bands: Sequence[str] | None, seen: set[str] | None = No
             try:
                 resolved = _resolve_href(url, target)
             except Refused as error:
-                yield Candidate(_clean(_stem(target)), target, reason=str(error))
+                yield Candidate(_clean(_stem(target)), target, reason=f"{UNLISTED}{error}")
                 continue
             yield from _read_stac(resolved, bands, seen)
     else:
-        yield Candidate(stem, url, reason='is JSON but no STAC item, collection or catalogue (no "type" that says so)')
+        what = 'is JSON but no STAC item, collection or catalogue (no "type" that says so)'
+        yield Candidate(stem, url, reason=UNLISTED + what)
 
 
 def _stem(url: str) -> str:
@@ -391,7 +410,8 @@ def _read_item(url: str, value: dict[str, Any], bands: Sequence[str] | None) -> 
     except Refused as error:
         return Candidate(stem, url, reason=error.reason)
     except Exception as error:  # pystac raises KeyError, TypeError, ValueError, ... for what is no item
-        return Candidate(stem, url, reason=f"is no valid STAC item: {type(error).__name__}: {error}")
+        what = f"is no valid STAC item: {type(error).__name__}: {error}"
+        return Candidate(stem, url, reason=UNLISTED + what)
     return Candidate(stem, url, tuple(sources), stated)
 
 
@@ -598,6 +618,9 @@ def _describe_all(
             yield at, describe(candidate, read_header, bands=bands, nodata=nodata).to_json(), None, list(striped)
         except Refused as error:
             yield at, None, error.reason, []
+        except OSError as error:  # the system's own: no right to look, a disk that fails
+            what = "; grant the right to read it" if isinstance(error, PermissionError) else ""
+            yield at, None, f"cannot be read: {error.strerror or error}{what}", []
 
 
 def describe(
@@ -656,6 +679,9 @@ def _trusted(scene: Scene, bands: Sequence[str] | None) -> Scene | None:
         if entry is None or [entry.size, entry.mtime] != list(identity):
             return None
     if any(mask not in scene.identity and storage.exists(mask) for url in described for mask in masks_of(url)):
+        return None
+    # What stands there beside statistics (nodata, a CRS) is part of the header; looking at a file in QGIS writes one.
+    if any(storage.exists(url + ".aux.xml") for url in described):
         return None
     # With fewer files, another of them may have the finest grid.
     files = {band.url for band in scene.bands}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 from pyspark import BarrierTaskContext
 from scenes_for_tests import write_scene
 
@@ -266,7 +267,46 @@ def test_nothing_is_removed_where_a_listing_could_not_be_read(
     assert nightly(spark, models, archive, **given)["new"] == ["a", "b", "c"]
     listing.write_text(text[:60])
     assert changes(nightly(spark, models, archive, prune=True, **given)) == ([], [], [])
-    assert "no map is removed, for" in caplog.text
+    assert "no map is removed: " in caplog.text
+
+
+def test_nothing_is_removed_while_a_linked_folder_is_away(spark: Any, models: Path, archive: Path) -> None:
+    disk = archive.parent / "disk"
+    (archive / "c.tif").rename(disk.with_suffix(".tif"))
+    disk.mkdir()
+    disk.with_suffix(".tif").rename(disk / "c.tif")
+    (archive / "more").symlink_to(disk)
+    for scenes in ([str(archive)], [str(archive / "*.tif"), str(archive / "*" / "*.tif")]):
+        given: dict[str, Any] = {"scenes": scenes, "prune": True, "max_failed_fraction": 1.0}
+        nightly(spark, models, archive, **given)
+        disk.rename(archive.parent / "away")
+        record = nightly(spark, models, archive, **given)
+        assert changes(record) == ([], [], [])
+        assert record["quarantined"] == 1
+        (archive.parent / "away").rename(disk)
+    (archive / "more").unlink()
+    assert nightly(spark, models, archive, **given | {"scenes": [str(archive)]})["removed"] == ["c"]
+
+
+def test_sheets_of_a_scene_that_is_damaged_in_one_of_them_stay(spark: Any, models: Path, archive: Path) -> None:
+    """Those that come before the damage could be made of the new file, until it showed."""
+    given: dict[str, Any] = {"settings": GRID, "max_failed_fraction": 1.0, "scenes": [str(archive / "long.tif")]}
+    values = np.random.default_rng(1).integers(1, 900, (2, HEIGHT, 4 * WIDTH)).astype(np.uint16)
+    place: dict[str, Any] = {"names": ("x", "y"), "nodata": 0, "compress": "deflate", "tiled": True}
+    place |= {"west": WEST, "north": NORTH, "blockxsize": 64, "blockysize": 64}
+    path = Path(write_scene(archive / "long.tif", values, **place))
+    names = nightly(spark, models, archive, **given)["new"]
+    assert len(names) == 5
+    write_scene(path, values[:, ::-1], **place)
+    with rasterio.open(path) as file:
+        offset = int(file.get_tag_item("BLOCK_OFFSET_30_0", "TIFF", bidx=1))
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 2000] = bytes(2000)
+    path.write_bytes(data)
+    for _ in range(2):
+        record = nightly(spark, models, archive, **given)
+        assert (record["removed"], record["quarantined"]) == ([], 1)
+        assert listed(archive.parent / "nightly") == names
 
 
 def test_settings_that_cannot_be_leave_the_folder_to_others(spark: Any, models: Path, archive: Path) -> None:

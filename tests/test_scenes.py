@@ -511,7 +511,13 @@ def test_index_writes_geoparquet_and_a_rerun_writes_nothing(spark, tmp_path):
     assert (run["command"], run["done"], run["skipped"], run["quarantined"]) == ("index", 0, 3, 1)
     assert {one["url"] for one in run["inputs"]} == {f"{tmp_path}/in/{name}.tif" for name in "abn"}
     quarantine = pq.read_table(out / record.QUARANTINE).to_pylist()
-    assert quarantine == [{"url": f"{tmp_path}/in/bad.tif", "stage": "index", "reason": "the file is empty"}]
+    assert quarantine == [
+        {
+            "url": f"{tmp_path}/in/bad.tif",
+            "stage": "index",
+            "reason": "the file is empty (a broken download?); fetch it again",
+        }
+    ]
 
     import geopandas
 
@@ -576,6 +582,26 @@ def test_a_scene_whose_mask_has_gone_or_changed_is_described_again(spark, tmp_pa
     assert set(masked.identity) == {str(path), f"{path}.msk"}
 
 
+def test_a_file_whose_name_leaves_no_room_for_a_mask_beside_it(spark, tmp_path):
+    names = ["a.tif", "y" * 249 + ".tif"]
+    for one in names:
+        tiff(tmp_path / one)
+    resolved = scenes.resolve(spark, str(tmp_path))
+    assert ([one.scene_id + ".tif" for one in resolved.scenes], resolved.refused) == (names, [])
+
+
+def test_nodata_that_is_declared_beside_a_file_of_a_catalogue_counts(spark, tmp_path):
+    tiff(tmp_path / "in" / "a.tif")
+    out = str(tmp_path / "out")
+    scenes.index(spark, str(tmp_path / "in"), out=out)
+    (before,) = scenes.resolve(spark, out).scenes
+    (tmp_path / "in" / "a.tif.aux.xml").write_text(
+        '<PAMDataset><PAMRasterBand band="1"><NoDataValue>7</NoDataValue></PAMRasterBand></PAMDataset>'
+    )
+    (scene,) = scenes.resolve(spark, out).scenes
+    assert (before.bands[0].nodata, scene.bands[0].nodata) == (None, 7)
+
+
 def test_a_link_to_what_is_not_there_is_a_scene_that_is_gone(spark, tmp_path):
     """And is told: a disk may be away."""
     tiff(tmp_path / "in" / "a.tif")
@@ -583,7 +609,9 @@ def test_a_link_to_what_is_not_there_is_a_scene_that_is_gone(spark, tmp_path):
     for argument in (tmp_path / "in", tmp_path / "in" / "*.tif"):
         resolved = scenes.resolve(spark, str(argument))
         assert [one.scene_id for one in resolved.scenes] == ["a"]
-        assert [(one.url, "is gone" in one.reason) for one in resolved.refused] == [(f"{tmp_path}/in/b.tif", True)]
+        assert [(one.url, "leads nowhere" in one.reason) for one in resolved.refused] == [
+            (f"{tmp_path}/in/b.tif", True)
+        ]
 
 
 def test_fewer_bands_of_a_catalogue_have_the_finest_grid_of_those(spark, tmp_path):

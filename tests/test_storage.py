@@ -134,6 +134,48 @@ def test_a_lease_that_another_job_took_and_gave_back_is_lost_too(tmp_path):
         assert not (tmp_path / lease.NAME).exists()  # not made anew
 
 
+@pytest.mark.parametrize("renewed", [True, False])
+def test_a_lease_from_the_future_is_another_jobs_if_that_renews_it(tmp_path, renewed):
+    """A clock that was set back must not block a folder for as long."""
+    held = {"owner": "elsewhere:1:x", "time": time.time() + 86_400, "seconds": 1.0}
+    lock = tmp_path / storage.Lease.NAME
+    lock.write_text(json.dumps(held))
+    if renewed:
+        threading.Timer(0.2, lambda: lock.write_text(json.dumps(held | {"time": held["time"] + 0.25}))).start()
+        with pytest.raises(UsageError, match=r"another job \(elsewhere"), storage.Lease(str(tmp_path)):
+            pass
+    else:
+        with storage.Lease(str(tmp_path)) as lease:
+            assert json.loads(lock.read_text())["owner"] == lease.owner
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"owner": "x", "time": 1, "seconds": 60}', '{"owner": 3}'])
+def test_a_lock_that_is_none_is_taken_over(tmp_path, content):
+    (tmp_path / storage.Lease.NAME).write_text(content)
+    with storage.Lease(str(tmp_path)):
+        pass
+
+
+def test_links_that_lead_back_up_end_and_those_that_lead_nowhere_are_told(tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "a.tif").write_text("")
+    (tmp_path / "in" / "deep" / "up").symlink_to("..")
+    (tmp_path / "in" / "round.tif").symlink_to("round.tif")
+    (tmp_path / "in" / "away").symlink_to(tmp_path / "disk" / "away")
+    for found in (
+        list(storage.walk(str(tmp_path / "in"))),
+        storage.glob(str(tmp_path / "in" / "**" / "*.tif")),
+        storage.glob(f"{tmp_path}/**/in/**/*"),
+    ):
+        files = {one.url.removeprefix(f"{tmp_path}/in/"): one.problem for one in found if not one.is_folder}
+        assert files.pop("deep/a.tif") is None
+        assert sorted(files) == ["away", "round.tif"]
+        assert all("leads nowhere" in problem for problem in files.values())
+    assert [one.url for one in storage.glob(str(tmp_path / "in" / "*" / "*.tif"))] == [
+        f"{tmp_path}/in/{one}" for one in ("away", "deep/a.tif", "round.tif")
+    ]
+
+
 def test_a_lock_that_is_being_written_is_not_taken(tmp_path):
     """A file is made before its content is there."""
     lock = tmp_path / storage.Lease.NAME

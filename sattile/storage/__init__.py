@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, BinaryIO
@@ -75,19 +76,30 @@ def walk(url: str, *, unless: Collection[str] = ()) -> Iterator[Entry]:
     Args:
         unless: folders below it that hold a file of one of these names are left out, too.
     """
-    return _walk(list_folder(url), frozenset(unless))
+    return _walk(list_folder(url), frozenset(unless), frozenset([_real(url)]))
 
 
-def _walk(entries: Sequence[Entry], unless: frozenset[str]) -> Iterator[Entry]:
+def _walk(entries: Sequence[Entry], unless: frozenset[str], above: frozenset[str]) -> Iterator[Entry]:
     for entry in entries:
         if name(entry.url)[:1] in "._":
             continue
+        inside, entry = _inside(entry, above) if entry.is_folder else ([], entry)
         if not entry.is_folder:
             yield entry
-            continue
-        inside = list_folder(entry.url)
-        if unless.isdisjoint(name(one.url) for one in inside):
-            yield from _walk(inside, unless)
+        elif unless.isdisjoint(name(one.url) for one in inside):
+            yield from _walk(inside, unless, above | {_real(entry.url)})
+
+
+def _inside(folder: Entry, above: frozenset[str]) -> tuple[list[Entry], Entry]:
+    """What lies in a folder, and the folder; of one that can't be listed, why. Nothing where a link leads back up."""
+    try:
+        return ([] if _real(folder.url) in above else list_folder(folder.url)), folder
+    except OSError as error:
+        return [], replace(folder, is_folder=False, problem=f"the folder can't be listed: {error.strerror or error}")
+
+
+def _real(url: str) -> str:
+    return os.path.realpath(local_path(url)) if scheme_of(url) == "file" else url
 
 
 def glob(pattern: str) -> list[Entry]:
@@ -99,26 +111,29 @@ def glob(pattern: str) -> list[Entry]:
     entry = stat(base)
     if entry is None or not entry.is_folder:
         return []
-    return list(_glob(base, prefix, parts[first:]))
+    found: dict[str, Entry] = {}
+    for one in _glob(list_folder(base), prefix, parts[first:], frozenset([_real(base)])):
+        found.setdefault(one.url, one)
+    return list(found.values())
 
 
-def _glob(folder: str, prefix: str, parts: list[str]) -> Iterator[Entry]:
+def _glob(entries: Sequence[Entry], prefix: str, parts: list[str], above: frozenset[str]) -> Iterator[Entry]:
+    """May give one twice."""
     head, rest = parts[0], parts[1:]
     if head == "**" and rest:
-        yield from _glob(folder, prefix, rest)
-    for entry in list_folder(folder):
+        yield from _glob(entries, prefix, rest, above)
+    for entry in entries:
         base = name(entry.url)
-        found = Entry(prefix + base, entry.is_folder, entry.size, entry.mtime)
-        if head == "**":
-            if entry.is_folder:
-                yield from _glob(entry.url, found.url + "/", parts)
-            elif not rest:
-                yield found
-        elif fnmatch.fnmatchcase(base, head) and (not base.startswith(".") or head.startswith(".")):
-            if not rest:
-                yield found
-            elif entry.is_folder:
-                yield from _glob(entry.url, found.url + "/", rest)
+        if head != "**" and not (fnmatch.fnmatchcase(base, head) and (base[0] != "." or head[0] == ".")):
+            continue
+        inside: list[Entry] = []
+        if entry.is_folder and (rest or head == "**"):
+            inside, entry = _inside(entry, above)
+        if entry.is_folder and (rest or head == "**"):
+            deeper = above | {_real(entry.url)}
+            yield from _glob(inside, prefix + base + "/", parts if head == "**" else rest, deeper)
+        elif not rest or entry.problem:
+            yield replace(entry, url=prefix + base)
 
 
 def read_bytes(url: str) -> bytes:
@@ -268,10 +283,10 @@ class Lease:
             if held is None:  # made this instant, and not written yet?
                 time.sleep(0.1)
                 held = self._held()
-            if held and not _is_dead(held["owner"]) and time.time() - held["time"] < held["seconds"]:
+            if held and not _is_dead(held["owner"]) and (left := self._left(held)) > 0:
                 raise UsageError(
                     f"{parent(self.url)} is being written by another job ({held['owner']}); wait for it, or, if it "
-                    f"was killed, try again in {held['seconds'] - (time.time() - held['time']):.0f} s"
+                    f"was killed, try again in {left:.0f} s"
                 )
             write_bytes(self.url, self._content())
             time.sleep(0.05)  # two that take over at once: the later writer wins, the other sees it here
@@ -283,9 +298,18 @@ class Lease:
 
     def _held(self) -> dict[str, Any] | None:
         try:
-            return json.loads(read_bytes(self.url))
-        except (OSError, ValueError):
+            held = json.loads(read_bytes(self.url))
+            return {"owner": str(held["owner"]), "time": float(held["time"]), "seconds": float(held["seconds"])}
+        except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def _left(self, held: dict[str, Any]) -> float:
+        """Seconds that another's lease has still to run."""
+        if (age := time.time() - held["time"]) > -held["seconds"]:
+            return held["seconds"] - age
+        # Its clock is far ahead of ours, or ours was set back: a job that lives renews it meanwhile.
+        time.sleep(held["seconds"] / 2)
+        return held["seconds"] if self._held() not in (held, None) else 0
 
     def look(self) -> bool:
         """Whether it is still ours, by what is written now: it is not where another job took it over, even if that one
@@ -312,10 +336,10 @@ class Lease:
 
 def _is_dead(owner: str) -> bool:
     """Whether a job of this machine has ended without giving its lease back. Other machines' jobs: unknown, so no."""
-    host, pid, _ = owner.rsplit(":", 2)
-    if host != socket.gethostname():
-        return False
     try:
+        host, pid, _ = owner.rsplit(":", 2)
+        if host != socket.gethostname():
+            return False
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -38,12 +39,19 @@ def name(url: str) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder as listed: size in bytes, mtime in ns (0 and folder's own for folders)."""
+    """A file or folder as listed: size in bytes, mtime in ns (0 and folder's own for folders).
+
+    `problem`: why it is not known what it is, or holds: a link to a disk that is away may be any number of files.
+    """
 
     url: str
     is_folder: bool
     size: int
     mtime: int
+    problem: str | None = None
+
+
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class FileSystem(Protocol):
@@ -78,8 +86,10 @@ class LocalFiles:
     def stat(self, url: str) -> Entry | None:
         try:
             info = os.stat(local_path(url))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        except OSError as error:
+            if error.errno in _NOWHERE:
+                return None
+            raise
         is_folder = os.path.isdir(local_path(url))
         return Entry(url, is_folder, 0 if is_folder else info.st_size, info.st_mtime_ns)
 
@@ -87,12 +97,17 @@ class LocalFiles:
         """What has gone meanwhile is left out; a link to what is not there (a disk that is away) is not."""
         with os.scandir(local_path(url)) as entries:
             names = sorted((entry.name, entry.is_symlink()) for entry in entries)
-        found = ((join(url, name), is_link) for name, is_link in names)
-        listed = (
-            self.stat(one) or (Entry(one, is_folder=False, size=0, mtime=0) if is_link else None)
-            for one, is_link in found
-        )
-        return [entry for entry in listed if entry]
+        found = []
+        for name, is_link in names:
+            one = join(url, name)
+            try:
+                entry = self.stat(one)
+                problem = "it is a link that leads nowhere (a disk that is away?)" if is_link else None
+            except OSError as error:
+                entry, problem = None, f"the system says: {error.strerror}"
+            if entry or problem:
+                found.append(entry or Entry(one, is_folder=False, size=0, mtime=0, problem=problem))
+        return found
 
     def read_bytes(self, url: str) -> bytes:
         return Path(local_path(url)).read_bytes()
