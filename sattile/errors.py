@@ -63,11 +63,13 @@ def remedy(error: OSError) -> str:
 
 def said_by_task(text: str) -> SattileError | None:
     """What a task of ours raised, out of what Spark makes of it: pages of Java."""
-    found = re.findall(rf"{re.escape(__name__)}\.(\w+): (.+)", text)
-    if not found:
-        return None
-    name, words = found[-1]
-    return UsageError(words) if name == UsageError.__name__ else SattileError(words)
+    if found := re.findall(rf"{re.escape(__name__)}\.(\w+): (.+)", text):
+        name, words = found[-1]
+        return UsageError(words) if name == UsageError.__name__ else SattileError(words)
+    for number, words in re.findall(r"Error: (?:\[Errno (\d+)\] )(.+)", text)[-1:]:
+        if int(number) in HINTS:
+            return SattileError(f"a task says: {words}{HINTS[int(number)]}")
+    return None
 
 
 def nearest(name: str, known: Iterable[str], section: str = "") -> str:

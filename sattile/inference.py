@@ -172,6 +172,8 @@ def prepare(
         raise UsageError(f"tta {tta!r}: use {', '.join(TURNS)}")
     if threshold is not None and not math.isfinite(threshold):
         raise UsageError(f"threshold {threshold}: give a score")
+    if threshold is not None and threshold > 1:
+        log.warning("threshold %g: scores that are probabilities never reach it, and all is nodata", threshold)
     given = _fill(bundle, fill)
     room = max(parse_memory(worker_memory) - WORKER_BASE[chosen], 0)
     # As `block_memory` of a block that is one window, and a tenth to spare.

@@ -338,6 +338,7 @@ def read(source: LabelSource, scene: Scene, window: Window) -> np.ndarray:
         if strange.size:
             raise Refused(
                 f"labels {source.url} hold value {', '.join(map(str, strange[:5]))}, which is no class "
-                f"({', '.join(map(str, source.ids))}); name it among the classes, or ignore it: --ignore {strange[0]}"
+                f"({', '.join(map(str, source.ids))}); name it among the classes, or ignore it: "
+                f"--ignore {','.join(map(str, strange))}"
             )
     return labels

@@ -136,6 +136,8 @@ def _open(url: str) -> rasterio.DatasetReader:
                 return rasterio.open(_Elsewhere.NAME, driver=driver, opener=_Elsewhere(url))
             # Of a str, rasterio would take what stands before a ":" or after a "?" or "#" for parts of a URL.
             return rasterio.open(PurePosixPath(path), driver=driver)
+    except PermissionError:
+        raise Refused("cannot be opened: permission denied; grant the right to read it") from None
     except OSError as error:  # RasterioIOError is one
         raise Refused(f"cannot be opened: {_reason(error, path)}") from None
     except (RasterioError, ValueError, AttributeError) as error:
@@ -147,7 +149,7 @@ def _driver(url: str) -> str:
     with storage.open_file(url) as file:
         head = file.read(16)
     if not head:
-        raise Refused("the file is empty")
+        raise Refused("the file is empty (a broken download?); fetch it again")
     if head[:4] in TIFF:
         return "GTiff"
     if any(head.startswith(magic) for magic in JPEG2000):
@@ -247,12 +249,18 @@ def _reason(error: BaseException, path: str) -> str:
     texts = [one for one in messages if one and not one.startswith("Read failed. See previous")]
     text = texts[-1] if texts else str(error)
     text = text.replace(path, storage.name(path))
-    if re.search(r"got \d+ bytes, expected|Read error at (row|scanline)|Cannot read.*offset", text):
+    if re.search(r"got \d+ bytes, expected|Read error at (row|scanline)|(Cannot|Failed to) read.*offset", text):
         return TOO_SHORT
     name = re.escape(storage.name(path))
     text = re.sub(rf"^(?:'?{name}'?(?:, band \d+)?:\s*)+", "", text)
     text = re.sub(r"^(?:[A-Za-z0-9_]+\(\)?:?\s*|TIFF\w+:\s*)+", "", text)
     return " ".join(text.split()).rstrip(".") or type(error).__name__
+
+
+def _damaged(error: BaseException, path: str) -> Refused:
+    """What to say of pixels that can't be read."""
+    reason, where = _reason(error, path), f"(in {storage.name(path)})"
+    return Refused(f"pixels cannot be read: {reason} {where}{'' if reason == TOO_SHORT else '; fetch it again'}")
 
 
 def _position(source: rasterio.DatasetReader) -> tuple[str | None, tuple[float, float, float, float, float, float]]:
@@ -549,7 +557,7 @@ def _read_pixels(
         path = storage.local_path(bands[0].url)
         # GDAL keeps the error until a file is opened; the next question to one that is open already would get it.
         _files.close()
-        raise Refused(f"pixels cannot be read: {_reason(error, path)} (in {storage.name(path)})") from None
+        raise _damaged(error, path) from None
 
 
 def _check_whole(url: str) -> None:
@@ -933,4 +941,4 @@ def read_ids(url: str, shape: tuple[int, int], window: Window) -> np.ndarray:
         _check_whole(url)
         path = storage.local_path(url)
         _files.close()  # as in `_read_pixels`
-        raise Refused(f"pixels cannot be read: {_reason(error, path)} (in {storage.name(path)})") from None
+        raise _damaged(error, path) from None

@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import math
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -103,7 +104,7 @@ class Run:
         self.changed = False
         if self.previous and self.previous["settings"] is not None:
             changed = _differences(self.previous["settings"], self.settings)
-            if changed and not self.overwrite:
+            if changed and not self.overwrite and self._visible():  # else nothing is lost
                 raise UsageError(
                     f"{self.out} was made with other settings ({'; '.join(changed)}); "
                     f"use another --out, or --overwrite to replace it"
@@ -167,13 +168,24 @@ class Run:
                     f"{strangers[0]}); name an empty or new folder"
                 )
             return None
-        previous: dict[str, Any] = storage.read_json(storage.join(self.out, marks[0]))
+        previous = self._read_mark(storage.join(self.out, marks[0]))
         if previous.get("command") != self.command:
             raise UsageError(
                 f"{self.out} was written by `sattile {previous.get('command')}`; `sattile {self.command}` needs "
                 f"a folder of its own"
             )
         return previous
+
+    def _read_mark(self, url: str) -> dict[str, Any]:
+        """What a mark says. One that is damaged says what it still can: maps and tiles know what they were made of."""
+        try:
+            found = storage.read_json(url)
+            if isinstance(found, dict):
+                return found
+        except SattileError as error:
+            log.warning("%s: %s; it is written anew", self.command, error)
+        command = re.search(rb'"command": "(\w+)"', storage.read_bytes(url))
+        return {"command": command.group(1).decode() if command else self.command, "settings": None}
 
     @property
     def finished_before(self) -> bool:
@@ -297,11 +309,16 @@ def plain(value: Any) -> Any:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What changed between two settings, each as `name: before -> now`."""
     names = sorted({*before, *now})
-    return [
-        f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
+    found = []
+    for name in names:
+        was, becomes = before.get(name), now.get(name)
+        if was == becomes:
+            continue
+        if isinstance(was, dict) and isinstance(becomes, dict):
+            found += [f"{name}.{one}" for one in _differences(was, becomes)]
+        else:
+            found.append(f"{name}: {_short(was)} -> {_short(becomes)}")
+    return found
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sattile import cli, config
+from sattile import cli, config, errors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -183,3 +183,15 @@ def test_values_below_zero_are_values():
         ["--rescale", "-1,-1000", "--fill", "-.5,-1e3", "--threshold", "-2"]
     )
     assert (found["rescale"], found["fill"], found["threshold"]) == ("-1,-1000", "-.5,-1e3", -2.0)
+
+
+def test_a_full_disk_in_a_task_is_told_with_the_remedy():
+    text = """An exception was thrown from the Python worker. Please see the stack trace below.
+Traceback (most recent call last):
+  File "files.py", line 1, in upload
+OSError: [Errno 28] No space left on device: '/out/.labels.tif.1234'
+
+\tat org.apache.spark.api.python.BasePythonRunner$ReaderIterator.handlePythonException(PythonRunner.scala:581)"""
+    said = errors.said_by_task(text)
+    assert str(said).startswith("a task says: No space left on device: '/out/.labels.tif.1234'; free some space there")
+    assert errors.said_by_task(text.replace("28", "99")) is None

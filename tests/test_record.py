@@ -35,10 +35,37 @@ def test_the_record_has_the_keys_of_the_contract(tmp_path):
 
 def test_other_settings_are_refused_unless_overwritten(tmp_path):
     finished(tmp_path / "out")
+    (tmp_path / "out" / "made").write_text("")
     with pytest.raises(UsageError, match="size: 4 -> 8"):
         finished(tmp_path / "out", {"size": 8})
     assert not finished(tmp_path / "out", {"size": 8}, overwrite=True).finished_before
     assert finished(tmp_path / "out", {"size": 8}).finished_before
+
+
+def test_a_folder_in_which_nothing_was_made_is_not_bound_to_its_settings(tmp_path):
+    finished(tmp_path / "out")
+    assert finished(tmp_path / "out", {"size": 8}).changed
+
+
+def test_what_differs_is_named_however_deep(tmp_path):
+    deep = {"layout": {"transform": [10.0] * 60, "block": 64, "weights": {"edge": False}}}
+    finished(tmp_path / "out", deep)
+    (tmp_path / "out" / "made").write_text("")
+    now = {"layout": {**deep["layout"], "weights": {"edge": True}}}
+    with pytest.raises(UsageError, match=r"\(layout\.weights\.edge: False -> True\)"):
+        finished(tmp_path / "out", now)
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", '{\n  "command": "tile",\n  "sett'])
+def test_a_damaged_mark_does_not_block_a_folder(tmp_path, damaged):
+    finished(tmp_path / "out")
+    (tmp_path / "out" / "made").write_text("")
+    (tmp_path / "out" / "_run.json").write_text(damaged)
+    if damaged[:1] == "{":
+        with pytest.raises(UsageError, match="was written by `sattile tile`"), Run("train", str(tmp_path / "out"), {}):
+            pass
+    finished(tmp_path / "out", {"size": 8})
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["settings"] == {"size": 8}
 
 
 def test_another_commands_folder_and_strangers_are_refused(tmp_path):
