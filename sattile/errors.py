@@ -67,7 +67,7 @@ def said_by_task(text: str) -> SattileError | None:
         name, words = found[-1]
         return UsageError(words) if name == UsageError.__name__ else SattileError(words)
     for number, words in re.findall(r"Error: (?:\[Errno (\d+)\] )(.+)", text)[-1:]:
-        if int(number) in HINTS:
+        if int(number) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # what a task reads is told by itself
             return SattileError(f"a task says: {words}{HINTS[int(number)]}")
     return None
 

@@ -106,7 +106,7 @@ def footprint(crs: str | None, transform: Sequence[float], height: int, width: i
         grid_cols, grid_rows = (one.ravel() for one in np.meshgrid(steps * width, steps * height))
         lons, lats = _project(to_lonlat, transform, grid_cols, grid_rows)
         good = np.isfinite(lons) & np.isfinite(lats)
-        shape = _within_world(shapely.MultiPoint(np.column_stack([lons[good], lats[good]])).convex_hull)
+        shape = within_world(shapely.MultiPoint(np.column_stack([lons[good], lats[good]])).convex_hull)
     return None if shape.is_empty else shapely.to_wkb(shapely.normalize(shape))
 
 
@@ -133,7 +133,7 @@ def on_globe(lons: np.ndarray, lats: np.ndarray) -> BaseGeometry:
     if abs(turned[-1] - turned[0]) > 180:
         pole = math.copysign(90, lats.mean())
         points = np.vstack([points, [[turned[-1], pole], [turned[0], pole]]])
-    return _within_world(_valid_polygon(points))
+    return within_world(_valid_polygon(points))
 
 
 def _valid_polygon(points: np.ndarray) -> BaseGeometry:
@@ -141,7 +141,8 @@ def _valid_polygon(points: np.ndarray) -> BaseGeometry:
     return shape if shape.is_valid else shapely.make_valid(shape)
 
 
-def _within_world(shape: BaseGeometry) -> BaseGeometry:
+def within_world(shape: BaseGeometry) -> BaseGeometry:
+    """Polygons of any longitudes, in those from -180 to 180; cut where they cross the antimeridian."""
     parts = []
     west, _, east, _ = shape.bounds if not shape.is_empty else (0, 0, 0, 0)
     for turn in range(math.floor((west + 180) / 360), math.floor((east + 180) / 360) + 1):

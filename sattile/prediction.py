@@ -36,7 +36,7 @@ from sattile.mapreduce import INFERRED, Tally, columns, deal, refused, rows_of, 
 from sattile.model import Bundle, load_models
 from sattile.mosaic import Part, Product, Target
 from sattile.record import Run
-from sattile.scenes import CATALOG, UNLISTED, resolve
+from sattile.scenes import CATALOG, LISTINGS, UNLISTED, resolve
 from sattile.schema import Refusal, Scene
 
 if TYPE_CHECKING:
@@ -665,7 +665,9 @@ def _clean(run: Run, present: set[str], product: Product, stale: str, refused: M
         refused: {URL: reason} of what could not be used now, which matter where maps are to be removed.
     """
     run.check_held()
-    unlisted = sorted(url for url, reason in refused.items() if reason.startswith(UNLISTED))
+    unlisted = sorted(
+        url for url, reason in refused.items() if reason.startswith(UNLISTED) or url.lower().endswith(LISTINGS)
+    )
     if stale == "remove" and unlisted:
         log.warning("predict: no map is removed: %s could not be looked into, and may hold its scene", unlisted[0])
         stale = "keep"

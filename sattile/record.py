@@ -104,7 +104,7 @@ class Run:
         self.changed = False
         if self.previous and self.previous["settings"] is not None:
             changed = _differences(self.previous["settings"], self.settings)
-            if changed and not self.overwrite and self._visible():  # else nothing is lost
+            if changed and not self.overwrite and self._made():
                 raise UsageError(
                     f"{self.out} was made with other settings ({'; '.join(changed)}); "
                     f"use another --out, or --overwrite to replace it"
@@ -148,6 +148,11 @@ class Run:
         else:
             storage.write_json(url, {"command": self.command, "settings": None, **self.notes})
 
+    def _made(self) -> bool:
+        """Whether anything lies there but what each run writes: nothing is lost with that."""
+        names = {storage.name(entry.url) for entry in storage.list_folder(self.out)}
+        return bool(names - {RUN, STARTED, QUARANTINE, storage.Lease.NAME})
+
     def _visible(self) -> list[str]:
         """Names of what lies in the out folder, but for our own marks."""
         names = (storage.name(entry.url) for entry in storage.list_folder(self.out))
@@ -168,7 +173,7 @@ class Run:
                     f"{strangers[0]}); name an empty or new folder"
                 )
             return None
-        previous = self._read_mark(storage.join(self.out, marks[0]))
+        previous = self._read_marks([storage.join(self.out, mark) for mark in marks])
         if previous.get("command") != self.command:
             raise UsageError(
                 f"{self.out} was written by `sattile {previous.get('command')}`; `sattile {self.command}` needs "
@@ -176,16 +181,19 @@ class Run:
             )
         return previous
 
-    def _read_mark(self, url: str) -> dict[str, Any]:
-        """What a mark says. One that is damaged says what it still can: maps and tiles know what they were made of."""
-        try:
-            found = storage.read_json(url)
-            if isinstance(found, dict):
-                return found
-        except SattileError as error:
-            log.warning("%s: %s; it is written anew", self.command, error)
-        command = re.search(rb'"command": "(\w+)"', storage.read_bytes(url))
-        return {"command": command.group(1).decode() if command else self.command, "settings": None}
+    def _read_marks(self, urls: Sequence[str]) -> dict[str, Any]:
+        """What the first whole one says; of damaged ones whose they are: maps and tiles say what they are made of."""
+        for url in urls:
+            try:
+                found = storage.read_json(url)
+                if isinstance(found, dict) and isinstance(found.get("settings", 0), dict | None) and "command" in found:
+                    return found
+            except SattileError:
+                pass
+            log.warning("%s: %s is damaged; it is written anew", self.command, url)
+        commands = (re.search(rb'"command": "(\w+)"', storage.read_bytes(url)) for url in urls)
+        said = next((one.group(1).decode() for one in commands if one), self.command)
+        return {"command": said, "settings": None}
 
     @property
     def finished_before(self) -> bool:
@@ -314,10 +322,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         was, becomes = before.get(name), now.get(name)
         if was == becomes:
             continue
-        if isinstance(was, dict) and isinstance(becomes, dict):
-            found += [f"{name}.{one}" for one in _differences(was, becomes)]
-        else:
-            found.append(f"{name}: {_short(was)} -> {_short(becomes)}")
+        inner = _differences(was, becomes) if isinstance(was, dict) and isinstance(becomes, dict) else []
+        found += [f"{name}.{one}" for one in inner] or [f"{name}: {_short(was)} -> {_short(becomes)}"]
     return found
 
 

@@ -132,12 +132,12 @@ def find(
     files: list[tuple[str, list[str]]] = []  # argument, files below it: for the pattern
     for argument in arguments:
         entries = _expand(argument)
-        if all(one.is_folder for one in entries) and not any(_holds_scenes(one.url, pattern) for one in entries):
+        if all(one.is_folder and not (one.problem or _holds_scenes(one.url, pattern)) for one in entries):
             raise UsageError(
                 f"{argument} holds no scenes: no {', '.join('*' + one for one in SUFFIXES)} below it, and no {CATALOG}"
             )
         for entry in entries:
-            if entry.problem:
+            if _is_unlisted(entry):
                 _add(found, [_unlisted(entry)])
             elif not entry.is_folder:
                 lower = entry.url.lower()
@@ -154,13 +154,13 @@ def find(
                     _add(found, [_single(entry.url)])
             elif matcher:
                 below = list(storage.walk(entry.url))
-                files.append((argument, [one.url for one in below if not one.problem]))
-                _add(found, (_unlisted(one) for one in below if one.problem))
+                files.append((argument, [one.url for one in below if not _is_unlisted(one)]))
+                _add(found, (_unlisted(one) for one in below if _is_unlisted(one)))
             elif storage.exists(storage.join(entry.url, CATALOG)):
                 _add(found, _read_rows(storage.join(entry.url, CATALOG)))
             else:
                 below = list(_rasters_below(entry.url))
-                _add(found, (_unlisted(one) if one.problem else _single(one.url) for one in below))
+                _add(found, (_unlisted(one) if _is_unlisted(one) else _single(one.url) for one in below))
     if matcher and files:
         _add(found, matcher.group(files))
     return _with_unique_ids(map(_writable, found.values()))
@@ -212,15 +212,17 @@ def _rasters_below(folder: str) -> Iterator[storage.Entry]:
     With them what may be folders of more, and can't be looked into.
     """
     found = storage.walk(folder, unless=(record.RUN, record.STARTED))
-    return (one for one in found if one.problem or one.url.lower().endswith(SUFFIXES))
+    return (one for one in found if _is_unlisted(one) or one.url.lower().endswith(SUFFIXES))
+
+
+def _is_unlisted(entry: storage.Entry) -> bool:
+    """Whether it may be a folder of scenes, and can't be looked into."""
+    return entry.is_folder and entry.problem is not None
 
 
 def _unlisted(entry: storage.Entry) -> Candidate:
     """What the listing of an archive lacks."""
-    is_scene = entry.url.lower().endswith(SUFFIXES)
-    return Candidate(
-        _clean(storage.name(entry.url)), entry.url, reason=f"{'' if is_scene else UNLISTED}{entry.problem}"
-    )
+    return Candidate(_clean(storage.absolute(entry.url)), entry.url, reason=f"{UNLISTED}{entry.problem}")
 
 
 def _single(url: str) -> Candidate:

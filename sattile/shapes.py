@@ -118,12 +118,13 @@ def _near(
                 return shape
     pad = max(np.ptp(xs), np.ptp(ys)) * 0.05
     box = shapely.box(xs.min() - pad, ys.min() - pad, xs.max() + pad, ys.max() + pad)
+    if turns and shapely.get_dimensions(shape) == 2 and np.abs(shape.bounds[::2]).max() > 180:
+        shape = geography.within_world(shape)
     if shapely.covers(box, shape):
         return shape
-    moves = range(-360, 361, 360) if turns else (0,)
-    cut = [
-        shapely.intersection(shapely.transform(shape, lambda at, by=by: at + np.array([by, 0])), box) for by in moves
-    ]
+    # Each side of the antimeridian stays by itself: other CRSs may be torn there, too.
+    boxes = [shapely.transform(box, lambda at, by=by: at + np.array([by, 0])) for by in range(-360, 361, 360)]
+    cut = [shapely.intersection(shape, one) for one in (boxes if turns else [box])]
     # An edge along the box leaves lines behind.
     parts = shapely.get_parts(cut)
     return shapely.union_all(parts[shapely.get_dimensions(parts) == shapely.get_dimensions(shape)])

@@ -325,8 +325,8 @@ def plan_sheets(
             window = window & hull(whole)
         if layout.grid.is_file:  # cut only where the sheet or the file ends
             window = Window(key[0] * layout.sheet, key[1] * layout.sheet, layout.sheet, layout.sheet)
-        if layout.grid.world is not None:
-            window = window & layout.grid.world
+        if layout.grid.limits is not None:
+            window = window & layout.grid.limits
         if window.area:
             sheets.append(_sheet(key, works, used, layout.grid, window))
     inside = {one for sheet in sheets for one in sheet.scenes}
@@ -376,7 +376,7 @@ def in_order(scenes: Sequence[Scene], rule: str) -> list[Scene]:
 
 def _blocks_of(warp: Warp, layout: Layout) -> Iterator[tuple[tuple[int, int], Window]]:
     """((row, col) of the sheet, block) for all blocks that a scene reaches."""
-    size, edge, world = layout.sheet, layout.block, layout.grid.world
+    size, edge, world = layout.sheet, layout.block, warp.world
     found: dict[Window, tuple[int, int]] = {}
     for box in warp.reach(edge):
         # The lattice of `reach` is the grid's, that of blocks begins anew in each sheet.
@@ -512,8 +512,10 @@ def steps_of(work: Work, scenes: Mapping[str, Scene], job: Inference, layout: La
         scene = scenes[scene_id]
         warp = _warp(layout.grid, scene_id, scene.height, scene.width, str(scene.crs), scene.transform)
         extent = warp.extent()
-        # A small scene in a block of a coarse grid: the points of all other pixels would be looked up, too.
-        parts = [work.block if extent is None else work.block & extent]
+        # A small scene in a block of a coarse grid: the points of all other pixels would be looked up, too. A side that
+        # is a curve on the grid may bulge beyond the extent.
+        near = extent and extent.pad(2 + max(extent.height, extent.width) // 8)
+        parts = [work.block & near if near else work.block]
         while parts:
             part = parts.pop()
             cut = warp.cut(part) if part.area else None

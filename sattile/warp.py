@@ -184,6 +184,11 @@ class Warp:
         upright = max(abs(between.b), abs(between.d)) * max(self.shape) < 1e-3 * min(abs(between.a), abs(between.e))
         self._separable = self._there is None and upright
 
+    @property
+    def world(self) -> Window | None:
+        """The pixels of the grid that the scene can have a part in; None for all."""
+        return self.grid.limits if self._there is None else self.grid.world
+
     def misfit(self) -> str | None:
         """Why the grid's resolution can't be meant for this scene, and which could; None if it can."""
         if not self.stretch or (self.stretch >= 1 / MOST_FINER and self.points <= MOST_POINTS):
@@ -277,8 +282,7 @@ class Warp:
             points = points[:, np.isfinite(points).all(axis=0)]
             found |= _blocks_over(points - usual / 4 - 2, points + usual / 4 + 2, edge)
         windows = [Window(row * edge, col * edge, edge, edge) for row, col in sorted(found)]
-        world = self.grid.world
-        return windows if world is None else [one for one in windows if (one & world).area]
+        return windows if self.world is None else [one for one in windows if (one & self.world).area]
 
     def _usual(self, height: float, width: float) -> float:
         """How far, in pixels of the grid, a part of the scene of so many rows and columns usually goes; 0 if nowhere.

@@ -47,6 +47,27 @@ def test_a_folder_in_which_nothing_was_made_is_not_bound_to_its_settings(tmp_pat
     assert finished(tmp_path / "out", {"size": 8}).changed
 
 
+def test_what_a_killed_run_left_for_the_next_is_bound_to_its_settings(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run("train", str(tmp_path / "out"), {"rate": 1}):
+        (tmp_path / "out" / ".training").mkdir()
+        (tmp_path / "out" / "half").write_text("")
+        raise KeyboardInterrupt
+    (tmp_path / "out" / "half").unlink()
+    with pytest.raises(UsageError, match="rate: 1 -> 2"), Run("train", str(tmp_path / "out"), {"rate": 2}):
+        pass
+
+
+def test_of_two_marks_a_whole_one_counts(tmp_path):
+    finished(tmp_path / "out")
+    (tmp_path / "out" / "made").write_text("")
+    for damaged in ("", '{"command": "tile"}', '{"command": "tile", "settings": []}', "{}"):
+        (tmp_path / "out" / "_started.json").write_text(damaged)
+        with pytest.raises(UsageError, match="was written by `sattile tile`"), Run("train", str(tmp_path / "out"), {}):
+            pass
+        with pytest.raises(UsageError, match="size: 4 -> 8"):
+            finished(tmp_path / "out", {"size": 8})
+
+
 def test_what_differs_is_named_however_deep(tmp_path):
     deep = {"layout": {"transform": [10.0] * 60, "block": 64, "weights": {"edge": False}}}
     finished(tmp_path / "out", deep)

@@ -270,21 +270,6 @@ def test_nothing_is_removed_where_a_listing_could_not_be_read(
     assert "no map is removed: " in caplog.text
 
 
-def test_an_item_whose_file_is_broken_keeps_its_own_map_only(spark: Any, models: Path, archive: Path) -> None:
-    for name in "abc":
-        item = {
-            "type": "Feature", "stac_version": "1.0.0", "id": name, "geometry": None, "links": [],
-            "properties": {"datetime": "2024-01-01T00:00:00Z"}, "assets": {"all": {"href": f"./{name}.tif"}},
-        }  # fmt: skip
-        (archive / f"{name}.json").write_text(json.dumps(item))
-    given: dict[str, Any] = {"scenes": [str(archive / "*.json")], "prune": True, "max_failed_fraction": 1.0}
-    assert nightly(spark, models, archive, **given)["new"] == ["a", "b", "c"]
-    (archive / "c.tif").write_bytes((archive / "c.tif").read_bytes()[:300])
-    (archive / "a.json").unlink()
-    assert changes(nightly(spark, models, archive, **given)) == ([], [], ["a"])
-    assert listed(archive.parent / "nightly") == ["b", "c"]
-
-
 def test_nothing_is_removed_while_a_linked_folder_is_away(spark: Any, models: Path, archive: Path) -> None:
     disk = archive.parent / "disk"
     (archive / "c.tif").rename(disk.with_suffix(".tif"))

@@ -16,6 +16,7 @@ from sattile import geography, shapes
 from sattile.errors import Refused
 from sattile.grid import Window, blocks
 from sattile.schema import IGNORE
+from sattile.warp import HALF_AROUND
 
 UTM = Affine(10, 0, 500_000, 0, -10, 5_000_000)
 
@@ -85,12 +86,13 @@ def test_an_area_touches_each_block_that_it_has_pixels_of(seed, turn, crs):
     assert not [one for one, is_touched, is_far in zip(found, touched, far, strict=True) if is_far and is_touched]
 
 
-@pytest.mark.parametrize("crs", ["EPSG:32601", "EPSG:32633", "EPSG:32760", "EPSG:3413", "EPSG:2193"])
+@pytest.mark.parametrize("crs", ["EPSG:32601", "EPSG:32633", "EPSG:32760", "EPSG:3413", "EPSG:2193", "EPSG:3857"])
 @pytest.mark.parametrize(("aoi", "box"), [("EPSG:4326", (-180, -85, 180, 85)), ("EPSG:3857", (-2e7, -2e7, 2e7, 2e7))])
 def test_an_area_as_large_as_the_world_holds_every_scene(crs, aoi, box):
     """Far away, projections fold what they can't show."""
-    centre = {"EPSG:3413": (0, -2_000_000), "EPSG:2193": (1_600_000, 5_400_000)}.get(crs, (200_000, 6_700_000))
-    grid = Grid(700, 900, crs, (10, 0, centre[0], 0, -10, centre[1]))
+    corners = {"EPSG:3413": (0, -2_000_000), "EPSG:2193": (1_600_000, 5_400_000), "EPSG:3857": (19_991_000, -1_900_000)}
+    west, north = corners.get(crs, (200_000, 6_700_000))
+    grid = Grid(700, 900, crs, (10, 0, west, 0, -10, north))
     area = shapely.to_wkb(shapely.box(*box))
     found = blocks(700, 900, 300)
     assert shapes.AoiTest((area, aoi))(grid, found) == [True] * len(found)
@@ -116,3 +118,15 @@ def test_an_area_across_the_antimeridian_holds_pixels_on_both_sides():
     assert (expected & (lons > 0)).any()
     assert (expected & (lons < 0)).any()
     assert (mask != expected).mean() < 0.002  # a side of the box is a curve here, drawn in 64 parts
+
+
+@pytest.mark.parametrize("gap", [0, 9_000, 30_000])
+@pytest.mark.parametrize("turned", [0, 360])
+def test_an_area_on_both_sides_of_the_antimeridian_is_not_turned_inside_out(gap, turned):
+    """Web Mercator is torn there itself."""
+    grid = Grid(200, 220, "EPSG:3857", (1000, 0, HALF_AROUND - gap - 220_000, 0, -1000, -1_800_000))
+    whole = Window(0, 0, 200, 220)
+    fiji = shapely.MultiPolygon([shapely.box(175, -25, 180, -10), shapely.box(-180, -25, -175, -10)])
+    beyond = shapely.box(-180 + turned, -25, -175 + turned, -10)
+    for area, expected in ((fiji, 1.0), (shapely.box(175, -25, 185, -10), 1.0), (beyond, 0.0)):
+        assert shapes.aoi_mask(shapely.to_wkb(area), "EPSG:4326", grid, whole).mean() == expected

@@ -169,11 +169,13 @@ def test_links_that_lead_back_up_end_and_those_that_lead_nowhere_are_told(tmp_pa
     ):
         files = {one.url.removeprefix(f"{tmp_path}/in/"): one.problem for one in found if not one.is_folder}
         assert files.pop("deep/a.tif") is None
-        assert sorted(files) == ["away", "round.tif"]
-        assert all("leads nowhere" in problem for problem in files.values())
+        assert sorted(files) == ["round.tif"]
+        assert [one.url for one in found if one.is_folder and one.problem] == [f"{tmp_path}/in/away"]
     assert [one.url for one in storage.glob(str(tmp_path / "in" / "*" / "*.tif"))] == [
-        f"{tmp_path}/in/{one}" for one in ("away", "deep/a.tif", "round.tif")
+        f"{tmp_path}/in/{one}" for one in ("away", "deep/a.tif")
     ]
+    named = f"{tmp_path}/in/*/up/*/a.tif"
+    assert [one.url for one in storage.glob(named) if not one.problem] == [f"{tmp_path}/in/deep/up/deep/a.tif"]
 
 
 def test_a_lock_that_is_being_written_is_not_taken(tmp_path):

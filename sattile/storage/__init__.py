@@ -76,7 +76,8 @@ def walk(url: str, *, unless: Collection[str] = ()) -> Iterator[Entry]:
     Args:
         unless: folders below it that hold a file of one of these names are left out, too.
     """
-    return _walk(list_folder(url), frozenset(unless), frozenset([_real(url)]))
+    inside, folder = _inside(Entry(url, is_folder=True, size=0, mtime=0), frozenset())
+    return iter([folder]) if folder.problem else _walk(inside, frozenset(unless), frozenset([_real(url)]))
 
 
 def _walk(entries: Sequence[Entry], unless: frozenset[str], above: frozenset[str]) -> Iterator[Entry]:
@@ -84,7 +85,7 @@ def _walk(entries: Sequence[Entry], unless: frozenset[str], above: frozenset[str
         if name(entry.url)[:1] in "._":
             continue
         inside, entry = _inside(entry, above) if entry.is_folder else ([], entry)
-        if not entry.is_folder:
+        if not entry.is_folder or entry.problem:
             yield entry
         elif unless.isdisjoint(name(one.url) for one in inside):
             yield from _walk(inside, unless, above | {_real(entry.url)})
@@ -92,10 +93,12 @@ def _walk(entries: Sequence[Entry], unless: frozenset[str], above: frozenset[str
 
 def _inside(folder: Entry, above: frozenset[str]) -> tuple[list[Entry], Entry]:
     """What lies in a folder, and the folder; of one that can't be listed, why. Nothing where a link leads back up."""
+    if folder.problem or _real(folder.url) in above:
+        return [], folder
     try:
-        return ([] if _real(folder.url) in above else list_folder(folder.url)), folder
+        return list_folder(folder.url), folder
     except OSError as error:
-        return [], replace(folder, is_folder=False, problem=f"the folder can't be listed: {error.strerror or error}")
+        return [], replace(folder, problem=f"the folder can't be listed: {error.strerror or error}")
 
 
 def _real(url: str) -> str:
@@ -127,12 +130,13 @@ def _glob(entries: Sequence[Entry], prefix: str, parts: list[str], above: frozen
         if head != "**" and not (fnmatch.fnmatchcase(base, head) and (base[0] != "." or head[0] == ".")):
             continue
         inside: list[Entry] = []
-        if entry.is_folder and (rest or head == "**"):
-            inside, entry = _inside(entry, above)
-        if entry.is_folder and (rest or head == "**"):
-            deeper = above | {_real(entry.url)}
-            yield from _glob(inside, prefix + base + "/", parts if head == "**" else rest, deeper)
-        elif not rest or entry.problem:
+        if deeper := entry.is_folder and (bool(rest) or head == "**"):
+            # A link back up ends `**`; where it is named, it is followed.
+            inside, entry = _inside(entry, above if head == "**" else frozenset())
+        if not entry.problem and deeper:
+            above_it = above | {_real(entry.url)}
+            yield from _glob(inside, prefix + base + "/", parts if head == "**" else rest, above_it)
+        elif deeper or not rest:
             yield replace(entry, url=prefix + base)
 
 
@@ -308,8 +312,11 @@ class Lease:
         if (age := time.time() - held["time"]) > -held["seconds"]:
             return held["seconds"] - age
         # Its clock is far ahead of ours, or ours was set back: a job that lives renews it meanwhile.
-        time.sleep(held["seconds"] / 2)
-        return held["seconds"] if self._held() not in (held, None) else 0
+        for _ in range(20):
+            time.sleep(held["seconds"] / 20)
+            if self._held() not in (held, None):
+                return held["seconds"]
+        return 0
 
     def look(self) -> bool:
         """Whether it is still ours, by what is written now: it is not where another job took it over, even if that one

@@ -41,7 +41,8 @@ def name(url: str) -> str:
 class Entry:
     """A file or folder as listed: size in bytes, mtime in ns (0 and folder's own for folders).
 
-    `problem`: why it is not known what it is, or holds: a link to a disk that is away may be any number of files.
+    `problem`: why it is not known what it is, or holds. A link that leads nowhere is taken for one to a folder (of a
+    disk that is away) unless it is called like a file.
     """
 
     url: str
@@ -106,7 +107,8 @@ class LocalFiles:
             except OSError as error:
                 entry, problem = None, f"the system says: {error.strerror}"
             if entry or problem:
-                found.append(entry or Entry(one, is_folder=False, size=0, mtime=0, problem=problem))
+                is_file = re.search(r"^[._]|\.[a-z0-9]{1,4}$", name)
+                found.append(entry or Entry(one, is_folder=not is_file, size=0, mtime=0, problem=problem))
         return found
 
     def read_bytes(self, url: str) -> bytes:
