@@ -30,7 +30,7 @@ demo: $(READY)  ## the main job on an archive it makes itself: report under demo
 test: $(READY)  ## all tests that need no cluster
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 test-hadoop: $(READY)  ## tests on a real Hadoop (needs Java 17 and Maven; fetches the rest)
 	@SATTILE_HADOOP=1 $(BIN)/pytest -q --durations=12 tests/hadoop

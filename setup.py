@@ -38,6 +38,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8",
         "pytest-timeout",
+        "pytest-xdist>=3.8",  # two processes: much of a test is a child that imports TensorFlow
         "hypothesis>=6",
         "ruff",
         "mypy",

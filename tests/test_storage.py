@@ -21,7 +21,7 @@ from sattile.storage import hdfs, jni, libhdfs
 AWKWARD = ["plain.tif", "a b, c.tif", "50%.tif", "20%20.tif", "ü+#;.tif", "q?.tif"]
 
 
-def test_threads_that_ask_at_once_share_one_folder(monkeypatch):
+def test_threads_that_ask_at_once_share_one_folder(monkeypatch, tmp_path):
     """Two would be two locks, of which one is lost, and its folder with it."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -31,13 +31,13 @@ def test_threads_that_ask_at_once_share_one_folder(monkeypatch):
 
     def slow():
         time.sleep(0.05)
-        made.append(str(len(made)))
-        return made[-1], None
+        made.append(str(tmp_path / str(len(made))))
+        return made[-1], (tmp_path / ".lock").open("w")
 
     monkeypatch.setattr(elsewhere, "_own", (0, "", None))
     monkeypatch.setattr(elsewhere, "_new_folder", slow)
     with ThreadPoolExecutor(8) as pool:
-        assert {one.result() for one in [pool.submit(elsewhere.own_folder) for _ in range(8)]} == {"0"}
+        assert {one.result() for one in [pool.submit(elsewhere.own_folder) for _ in range(8)]} == {made[0]}
 
 
 @pytest.mark.parametrize("name", AWKWARD)

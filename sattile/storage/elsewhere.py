@@ -132,6 +132,7 @@ def own_folder() -> str:
         with _making:
             if _own[0] != os.getpid():
                 _own = (os.getpid(), *_new_folder())
+                atexit.register(_own[2].close)  # after the folder has gone: the last one registered is called first
                 atexit.register(shutil.rmtree, _own[1], ignore_errors=True)
     return _own[1]
 
