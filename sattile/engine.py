@@ -101,7 +101,7 @@ def session(
             return builder.getOrCreate()
     except (PySparkException, Py4JError) as error:
         if "Could not parse Master URL" in str(error):
-            raise UsageError(f"--master {master}: Spark has no such master; write local[2], local[*], yarn") from error
+            raise UsageError(_no_such(master)) from error
         reason = next((line for line in str(error).splitlines() if "Exception: " in line), str(error).split("\n")[0])
         raise SattileError(f"Spark does not start: {reason}") from error
 
@@ -131,8 +131,16 @@ def _launched_by(java: str | None) -> Iterator[None]:
 
 def _with_retries(master: str) -> str:
     """`local[2]` -> `local[2,4]`: local Spark ends a job at the first dead worker unless told otherwise."""
-    match = re.fullmatch(r"local(?:\[(\d+|\*)\])?", master)
-    return f"local[{match.group(1) or 1},4]" if match else master
+    match = re.fullmatch(r"local(?:\[([1-9]\d*|\*)\])?", master)
+    if match:
+        return f"local[{match.group(1) or 1},4]"
+    if re.fullmatch(r"local(-cluster)?\[[\d*,\s]+\]", master) and not re.search(r"\[0+\D", master):
+        return master
+    raise UsageError(_no_such(master))  # Spark prints a page of Java before it says so
+
+
+def _no_such(master: str | None) -> str:
+    return f"--master {master}: Spark has no such master; write local[2], local[*], yarn"
 
 
 def find_java() -> str:

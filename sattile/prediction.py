@@ -195,7 +195,7 @@ def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float) -> str | None:
         missing = spectrum.missing(bundle.bands, scene.band_names)
         return (
             f"lacks band {', '.join(missing)} that the model wants ({', '.join(bundle.bands)}); it has "
-            f"{', '.join(scene.band_names)}{spectrum.why(scene.band_names)}; say which is which: "
+            f"{', '.join(scene.band_names)}{spectrum.why(missing, scene.band_names)}; say which is which: "
             f"--bands {missing[0]}=ITS_NAME,..."
         )
     if bundle.values == "scaled":

@@ -93,6 +93,8 @@ def describe_file(url: str) -> FileInfo:
     if entry is None:
         raise Refused(f"the file is gone: {url}")
     found = {url: entry} | {mask: storage.stat(mask) for mask in masks_of(url)}
+    if problems := [f"{storage.name(name)}: {one.problem}" for name, one in found.items() if one and one.problem]:
+        raise Refused(f"cannot be opened: {problems[0]}")
     identity = {name: [one.size, one.mtime] for name, one in found.items() if one is not None}
     with _open(url) as source:
         _check_mask_is_used(source, [storage.name(name) for name in identity if name != url])

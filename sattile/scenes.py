@@ -35,9 +35,9 @@ log = logging.getLogger("sattile")
 
 CATALOG = "scenes.parquet"
 LISTINGS = (".json", ".geojson")
+"""STAC items, and what lists them."""
 UNLISTED = "not listed: "
 """How the reason begins where it is not known which scenes there are."""
-"""STAC items, and what lists them."""
 
 SUFFIXES = (".tif", ".tiff", ".jp2")
 SIDECARS = (".msk", ".ovr", ".aux.xml", ".tfw", ".tifw", ".tiffw", ".j2w", ".wld", ".prj", ".imd", ".rpb", ".rpc.txt")
@@ -156,7 +156,7 @@ def find(
                 below = list(storage.walk(entry.url))
                 files.append((argument, [one.url for one in below if not _is_unlisted(one)]))
                 _add(found, (_unlisted(one) for one in below if _is_unlisted(one)))
-            elif storage.exists(storage.join(entry.url, CATALOG)):
+            elif _is_catalog(entry.url):
                 _add(found, _read_rows(storage.join(entry.url, CATALOG)))
             else:
                 below = list(_rasters_below(entry.url))
@@ -203,7 +203,14 @@ def _expand(argument: str) -> list[storage.Entry]:
 def _holds_scenes(folder: str, pattern: str | None) -> bool:
     if pattern is not None:  # says itself what it wants
         return True
-    return storage.exists(storage.join(folder, CATALOG)) or next(_rasters_below(folder), None) is not None
+    return _is_catalog(folder) or next(_rasters_below(folder), None) is not None
+
+
+def _is_catalog(folder: str) -> bool:
+    try:
+        return storage.exists(storage.join(folder, CATALOG))
+    except PermissionError:  # told when it is listed
+        return False
 
 
 def _rasters_below(folder: str) -> Iterator[storage.Entry]:
@@ -322,9 +329,10 @@ class _Pattern:
         double = next((name for name in names if len(files.get(name, ())) > 1), None)
         reason = None
         if missing:
+            have = ", ".join(sorted(files)) + spectrum.why(missing, files)
             reason = (
-                f"has no file of band {', '.join(missing)}; it has {', '.join(sorted(files))}{spectrum.why(files)}; "
-                f"--bands {missing[0]}=ITS_NAME,... says which is which"
+                f"has no file of band {', '.join(missing)}; it has {have}; is it still to be fetched? Or say which is "
+                f"which: --bands {missing[0]}=ITS_NAME,..."
             )
         elif double:
             reason = f"has several files of band {double}: {', '.join(sorted(files[double].values()))}"
@@ -797,7 +805,7 @@ def _name_own(info: FileInfo, bands: Sequence[str] | None) -> list[Band]:
         # The file names its bands in these very words: in file order, one would get the name of another.
         missing = [name for name in bands if name not in known]
         raise Refused(
-            f"has no band {', '.join(missing)}; its bands are {', '.join(described)}{spectrum.why(described)}"
+            f"has no band {', '.join(missing)}; its bands are {', '.join(described)}{spectrum.why(missing, described)}"
         )
     if len(bands) > len(info.bands):
         raise Refused(

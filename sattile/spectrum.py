@@ -72,10 +72,10 @@ def missing(wanted: Sequence[str], own: Iterable[str]) -> list[str]:
     return [name for name in wanted if name not in found]
 
 
-def why(own: Iterable[str]) -> str:
-    """What to add to a refusal where bands are numbered, and nobody knows how."""
+def why(missing: Iterable[str], own: Iterable[str]) -> str:
+    """What to add to a refusal where bands are numbered, nobody knows how, and one is missed by another name."""
     own = list(own)
-    if not _are_padded(own) or _are_sentinel(own):
+    if not _are_padded(own) or _are_sentinel(own) or all(NUMBER.fullmatch(one.lower()) for one in missing):
         return ""
     return " (numbers are read as Sentinel-2's only beside B8A or B12, since Landsat's mean other bands)"
 

@@ -94,6 +94,7 @@ def test_a_log_file_gets_lines(spark, monkeypatch):
     ("setting", "kind", "message"),
     [
         ("session('local[x]')", "UsageError", "--master local[x]: Spark has no such master"),
+        ("session('local[0]')", "UsageError", "--master local[0]: Spark has no such master"),
         ("session('local[1]', conf={'spark.driver.memory': '1x'})", "SattileError", "Spark does not start: "),
     ],
 )

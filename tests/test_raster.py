@@ -261,6 +261,11 @@ def test_a_mask_that_can_not_be_read_is_told(tmp_path):
         assert "mask beside it (a.tif.msk) can't be read" in refused(url)
 
 
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.tif")
+    assert refused(str(tmp_path / "a.tif")).startswith("cannot be opened: a.tif: it is no file, but a pipe")
+
+
 def test_alpha_is_no_band_but_says_what_is_valid(tmp_path):
     values = positions(3, 5, 3).astype("uint16")
     values[..., 2] = 65535

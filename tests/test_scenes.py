@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -238,7 +241,23 @@ def test_a_scene_that_lacks_a_band_is_refused_and_the_others_are_not(tmp_path):
     good, bad = described(str(tmp_path), pattern="{scene}_{band}.tif", bands=["B02", "B03"])
     assert [scene.scene_id for scene in good] == ["a"]
     assert "no file of band B03" in bad[f"{tmp_path}/b_{{band}}.tif"]
-    assert "B02, B03; it has B08" in bad[f"{tmp_path}/c_{{band}}.tif"]
+    assert "B02, B03; it has B08; is it still to be fetched?" in bad[f"{tmp_path}/c_{{band}}.tif"]
+    _, bad = described(str(tmp_path), pattern="{scene}_{band}.tif", bands=["blue", "green"])
+    assert "since Landsat's mean other bands" in bad[f"{tmp_path}/b_{{band}}.tif"]
+
+
+def test_a_folder_that_may_not_be_looked_into_is_told_and_the_others_are_not(tmp_path):
+    """A process of another user, for root may all."""
+    tiff(tmp_path / "in" / "good" / "a.tif")
+    (tmp_path / "in" / "closed").mkdir(mode=0o000)
+    tmp_path.chmod(0o755)
+    script = (
+        "import os; from sattile import scenes; os.geteuid() or os.seteuid(65534)\n"
+        "print([(one.url, one.reason) for one in scenes.find('in/*')])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    reason = "not listed: the folder can't be listed: Permission denied"
+    assert sorted(ast.literal_eval(done.stdout)) == [("in/closed", reason), ("in/good/a.tif", None)], done.stderr
 
 
 def test_a_band_file_of_several_bands_is_refused(tmp_path):

@@ -152,7 +152,7 @@ def read_json(url: str) -> Any:
     try:
         return json.loads(read_bytes(url))
     except ValueError as error:
-        raise SattileError(f"{url} is not JSON: {error}") from error
+        raise SattileError(f"{url} is not JSON, it is damaged or cut short ({error}); make it again") from error
 
 
 def write_bytes(url: str, data: bytes) -> None:

@@ -10,6 +10,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO, Protocol
 from urllib.parse import unquote
 
@@ -91,8 +92,9 @@ class LocalFiles:
             if error.errno in _NOWHERE:
                 return None
             raise
-        is_folder = os.path.isdir(local_path(url))
-        return Entry(url, is_folder, 0 if is_folder else info.st_size, info.st_mtime_ns)
+        is_folder = S_ISDIR(info.st_mode)
+        problem = None if is_folder or S_ISREG(info.st_mode) else "it is no file, but a pipe, a socket or a device"
+        return Entry(url, is_folder, 0 if is_folder else info.st_size, info.st_mtime_ns, problem)
 
     def list(self, url: str) -> list[Entry]:
         """What has gone meanwhile is left out; a link to what is not there (a disk that is away) is not."""
