@@ -14,12 +14,12 @@ from typing import Any
 
 from sattile import drift, stac, storage
 from sattile.schema import SegmentClass, read_classes
+from sattile.split import SPLITS
 
 CARD, ITEM = "README.md", "item.json"
 
 EXTENSIONS = [f"{stac.EXTENSION}/mlm/v1.5.2/schema.json", f"{stac.EXTENSION}/file/v2.1.0/schema.json"]
 
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
 RARE = 0.01
 """Share of the labelled training pixels below which a class is said to be rare."""
 

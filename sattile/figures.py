@@ -9,11 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sattile.split import SPLITS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
-"""What a person calls them, in the order in which they are shown."""
 
 
 def split_rank(name: str) -> int:
@@ -78,11 +77,15 @@ def svg(figure: Figure, label: str) -> str:
     return Markup(opening + drawing[drawing.index(">") :])
 
 
-def curves_figure(history: Sequence[dict[str, Any]]) -> str | None:
-    """Loss and mIoU by epoch; None if nothing was recorded."""
+def curves_figure(history: Sequence[dict[str, Any]], judged: str = "validation") -> str | None:
+    """Loss and mIoU by epoch; None if nothing was recorded.
+
+    Args:
+        judged: the tiles that were looked at after each epoch.
+    """
     panels = [
-        ("loss", (("loss", "training", BLUE), ("val_loss", "validation", ORANGE))),
-        ("mIoU", (("miou", "training", BLUE), ("val_miou", "validation", ORANGE))),
+        ("loss", (("loss", "training", BLUE), ("val_loss", judged, ORANGE))),
+        ("mIoU", (("miou", "training", BLUE), ("val_miou", judged, ORANGE))),
     ]
     drawn = []
     for title, lines in panels:
@@ -118,7 +121,7 @@ def curves_figure(history: Sequence[dict[str, Any]]) -> str | None:
                 axes.plot([epochs[top]], [values[top]], "o", markersize=8, mfc="none", mec=color, mew=1.5)
         axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
         axes.set_xlabel("epoch", fontsize=9, color=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.margins(y=0.16)
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return svg(figure, "training curves: " + " and ".join(title for title, _ in drawn) + " by epoch")

@@ -18,7 +18,6 @@ from sattile import comparison, storage
 from sattile.card import CARD
 from sattile.errors import UsageError
 from sattile.figures import (
-    SPLITS,
     curves_figure,
     footprint_figure,
     intervals_figure,
@@ -28,6 +27,7 @@ from sattile.figures import (
 )
 from sattile.record import RUN, Run, read_quarantine
 from sattile.schema import PALETTE
+from sattile.split import SPLITS
 from sattile.versions import is_version, resolve
 
 ORDER = ("index", "tile", "train", "bundle", "evaluate", "predict")
@@ -249,7 +249,8 @@ def _cards(
         cards.append({"value": number(scored[0]["miou"]), "name": "mIoU", "more": f"on {scored[0]['what']}"})
     elif trained:
         best = trained[0]["best"]
-        cards.append({"value": number(best["val_miou"]), "name": "validation mIoU", "more": f"epoch {best['epoch']}"})
+        name = f"{trained[0]['judged']} mIoU"
+        cards.append({"value": number(best["val_miou"]), "name": name, "more": f"epoch {best['epoch']}"})
     runs = by_command.get("predict") or by_command.get("tile") or by_command.get("index") or []
     if runs:
         name = {"predict": "scenes mapped", "tile": "scenes tiled"}.get(runs[0].command, "scenes catalogued")
@@ -441,6 +442,8 @@ def _describe_model(folder: Folder) -> dict[str, Any]:
     scored = [row for row in history if is_number(row.get("val_miou"))]
     # The first of equals: the checkpoint that training keeps.
     best = max(scored, key=lambda row: row["val_miou"], default=None)
+    split = (bundle.get("metrics") or {}).get("split", "val")  # training tiles, where there are no others
+    judged = SPLITS.get(split, split)
     facts = [
         ("version", storage.name(folder.url) if is_version(folder.url) else None),
         ("model card", folder.join(CARD) if storage.exists(folder.join(CARD)) else None),
@@ -458,7 +461,8 @@ def _describe_model(folder: Folder) -> dict[str, Any]:
         "url": folder.url,
         "epochs": len(history),
         "best": best,
-        "curves": curves_figure(history),
+        "judged": judged,
+        "curves": curves_figure(history, judged if judged != SPLITS["train"] else "training, after the epoch"),
         "facts": [(name, value) for name, value in facts if value not in (None, "")],
         "seconds": sum(row["seconds"] for row in history if is_number(row.get("seconds"))),
     }

@@ -14,7 +14,8 @@ import numpy as np
 
 from sattile.errors import UsageError
 
-SPLITS = ("train", "val", "test")
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
+"""Names as files and settings have them, with what a person calls them, in the order in which they are shown."""
 
 EARTH_RADIUS = 6_371_008.8
 """Mean radius in metres (IUGG)."""

@@ -396,6 +396,20 @@ def test_figures_are_the_same_bytes_and_follow_the_page() -> None:
     assert figures.curves_figure([{"epoch": 1, "loss": None}]) is None
 
 
+def test_a_single_epoch_is_one_tick() -> None:
+    drawn = figures.curves_figure([{"epoch": 1, "loss": 0.5}])
+    assert drawn is not None
+    assert drawn.count('<g id="xtick_') == 1
+
+
+def test_what_was_judged_on_the_training_tiles_is_not_called_validation(folders: dict[str, Path]) -> None:
+    described = json.loads((folders["model"] / "bundle.json").read_text())
+    write_json(folders["model"] / "bundle.json", described | {"metrics": {"split": "train"}})
+    text = " ".join(Page(page_of(folders["model"])).text.split())
+    assert "with a training mIoU of 0.654" in text
+    assert "validation" not in text
+
+
 def test_footprints_are_where_they_should_be() -> None:
     """A multi-part footprint and one without any are taken as they are."""
     two = shapely.MultiPolygon([shapely.box(179, -5, 180, 5), shapely.box(-180, -5, -179, 5)])

@@ -24,6 +24,7 @@ def test_a_grid_is_all_combinations() -> None:
     found = parse_grid("arch=unet-tiny,pixel-mlp; learning-rate=1e-3,0.002; augment=false")
     assert len(found) == 4
     assert found[1] == {"arch": "unet-tiny", "learning_rate": 0.002, "augment": False}
+    assert parse_grid("indices=none,ndwi+ndvi") == [{"indices": "none"}, {"indices": "ndwi,ndvi"}]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def train(
         trust: allow that, for a dataset that you trust.
         versions: make a version of the model below out, v1, v2, ..., and let latest.json name it once it is whole; one
             that was made with the same settings and tiles is left as it is.
-        overwrite: replace a model made with other settings or other tiles.
+        overwrite: replace a model made with other settings or other tiles; versions are never replaced.
 
     Returns:
         URL of the bundle: `out`, or the version's folder.

@@ -50,7 +50,8 @@ def search(
         spark: the caller's session.
         dataset: folder that `sattile tile` wrote.
         out: folder for the trials and `search.json`.
-        grid: options of train and their values, 'arch=unet-small,light-small; learning_rate=1e-3,3e-3'.
+        grid: options of train and their values, 'arch=unet-small,light-small; learning_rate=1e-3,3e-3'; indices that
+            are to be seen together with + between them, 'indices=none,ndwi+ndvi'.
         settings: those of train that all share; on the command line --set train.epochs=10.
         overwrite: begin anew where the folder holds a search on other tiles.
         max_failed_fraction: failed trainings / all above which the command fails (3).
@@ -138,6 +139,8 @@ def _value(name: str, text: str) -> Any:
         if text not in ("true", "false"):
             raise UsageError(f"grid: {name} {text!r}: write true or false")
         return text == "true"
+    if name == "indices":
+        return text.replace("+", ",")
     kind = type(default) if isinstance(default, int | float) else str
     try:
         return kind(text)
@@ -197,6 +200,7 @@ def _result(trial: Trial) -> dict[str, Any]:
     return {
         "trial": trial.name,
         **trial.varied,
+        "split": bundle["metrics"].get("split"),  # val; train where no tiles validate
         "val_miou": bundle["metrics"].get("miou"),
         "val_iou": {name: found["iou"] for name, found in classes.items() if found},
         "best_epoch": bundle["network"]["best_epoch"],
@@ -207,8 +211,9 @@ def _result(trial: Trial) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The results as lines of a table, best first."""
-    names = [name for name in rows[0] if name not in ("trial", "val_miou", "val_iou", "best_epoch", "seconds")]
-    lines = [[*names, "val mIoU", "best epoch", "seconds"]]
+    own = ("trial", "split", "val_miou", "val_iou", "best_epoch", "seconds")
+    names = [name for name in rows[0] if name not in own]
+    lines = [[*names, f"{rows[0]['split']} mIoU", "best epoch", "seconds"]]
     for row in rows:
         miou = "--" if row["val_miou"] is None else f"{row['val_miou']:.4f}"
         lines.append([*(str(row[name]) for name in names), miou, str(row["best_epoch"]), f"{row['seconds']:.0f}"])
