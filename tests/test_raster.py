@@ -589,6 +589,29 @@ def read_in_pieces(url: str, scene: Scene, window: Window, limit: int) -> np.nda
         raster.MAX_LABEL_PIXELS = before
 
 
+@pytest.mark.parametrize(("crs", "east", "north"), [("EPSG:32660", 830_000, 20_000), ("EPSG:3413", -20_000, 1_900_000)])
+def test_labels_of_the_whole_earth_are_right_at_the_antimeridian(tmp_path, crs, east, north):
+    """Longitudes jump there: between them nothing is interpolated."""
+    classes = (np.add.outer(np.arange(360) * 7, np.arange(720) * 11) % 250).astype("uint8")[..., None]
+    url = write(tmp_path / "earth.tif", classes, crs="EPSG:4326", transform=Affine(0.5, 0, -180, 0, -0.5, 90))
+    if crs == "EPSG:3413":  # 180 degrees runs from the pole up and to the left of it
+        east, north = pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform(180, 72)
+        east, north = east - 20_000, north + 20_000
+    ground = Affine(700, 0, east, 0, -700, north)
+    image = write(tmp_path / "s.tif", np.ones((57, 83, 1), "uint8"), crs=crs, transform=ground)
+    scene = scene_of(image)
+    cols, rows = np.meshgrid(np.arange(83) + 0.5, np.arange(57) + 0.5)
+    lon, lat = pyproj.Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform(*(ground * (cols, rows)))
+    assert lon.min() < -179
+    assert lon.max() > 179
+    expected = classes[np.floor((90 - lat) / 0.5).astype(int), np.floor((lon + 180) / 0.5).astype(int), 0]
+    labels = raster.read_labels(url, scene, whole(scene))
+    # Pixels whose centre lies on an edge may fall on either side of it.
+    inside = np.minimum(*(np.abs(one / 0.5 - np.round(one / 0.5)) for one in (lon, lat))) > 1e-4
+    np.testing.assert_array_equal(labels[inside], expected[inside])
+    np.testing.assert_array_equal(raster.read_labels(url, scene, Window(19, 23, 30, 41)), labels[19:49, 23:64])
+
+
 def test_labels_on_the_scenes_grid_are_as_stored(tmp_path):
     scene = small_scene(tmp_path)
     classes = (positions(40, 60) % 5).astype("uint8")
