@@ -145,9 +145,11 @@ def evaluate(
         settings |= inference.describe_job(job) | {"dataset": description["digest"], "split": split}
     else:
         area = prediction.read_aoi(aoi)
+        ignored = None if ignore is None else label_module.parse_ignore(ignore)
         job = inference.prepare(bundle, merge=merge, size=size, stride=stride, halo=halo, aoi=area, **shared)
         settings |= inference.describe_job(job) | {
-            "bands": asked, "pattern": pattern, "labels": labels, "attribute": attribute, "ignore": ignore,
+            "bands": asked, "pattern": pattern, "labels": storage.absolute(str(labels)).rstrip("/"),
+            "attribute": attribute, "ignore": ignored,
             "background": background, "max_gsd_ratio": max_gsd_ratio,
         }  # fmt: skip
     out = storage.absolute(out)
@@ -164,19 +166,12 @@ def evaluate(
         else:
             _on_scenes(
                 spark, run, job, list(scenes or ()), str(labels), bands=asked, pattern=pattern, attribute=attribute,
-                ignore=_numbers(ignore), background=background, max_gsd_ratio=max_gsd_ratio,
+                ignore=ignored or [], background=background, max_gsd_ratio=max_gsd_ratio,
                 worker_memory=worker_memory, regions=areas, samples=samples,
             )  # fmt: skip
         log.info("evaluate: %s", metrics.headline(storage.read_json(storage.join(out, METRICS))))
         run.finish()
     return storage.join(out, METRICS)
-
-
-def _numbers(value: str | Sequence[int] | None) -> list[int]:
-    try:
-        return sorted({int(part) for part in (value.split(",") if isinstance(value, str) else value or ())})
-    except ValueError:
-        raise UsageError(f"ignore {value!r}: give label values, such as 0,99") from None
 
 
 def check_dataset(bundle: Bundle, description: Mapping[str, Any], url: str, split: str) -> None:

@@ -11,7 +11,7 @@ import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from sattile import storage
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
-from sattile.schema import IGNORE, PALETTE, Refusal, Scene, SegmentClass, unnamed_classes
+from sattile.schema import IGNORE, Refusal, Scene, SegmentClass, colored, unnamed_classes
 
 log = logging.getLogger("sattile")
 
@@ -289,9 +289,26 @@ def _classes_of(features: Mapping[str, Features], attribute: str | None) -> tupl
     values = sorted({value for one in features.values() for value in one.values})
     if len(values) > IGNORE:
         raise UsageError(f"attribute {attribute!r} has {len(values)} values; a labels map holds at most {IGNORE}")
-    if all(value.isdigit() and int(value) < IGNORE for value in values):
-        return tuple(replace(one, name=f"class_{one.id}") for one in unnamed_classes([int(v) for v in values]))
-    return tuple(SegmentClass(i, value, PALETTE[i % len(PALETTE)]) for i, value in enumerate(values))
+    if all(_is_number(value) and int(value) < IGNORE for value in values):
+        return unnamed_classes(sorted({int(value) for value in values}))  # 01 is 1
+    return colored([(number, value, None) for number, value in enumerate(values)])
+
+
+def parse_ignore(value: str | int | Sequence[int] | None) -> list[int]:
+    """Stored values that mean "unlabelled": 0, [0, 99] or '0,99'.
+
+    Raises:
+        UsageError: for what is no number.
+    """
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value or ()
+    try:
+        return sorted({int(part) for part in parts})
+    except ValueError:
+        raise UsageError(f"ignore {value!r}: give label values, such as 0,99") from None
+
+
+def _is_number(value: str) -> bool:
+    return value.isascii() and value.isdigit()
 
 
 def _background_id(background: str | None, ids: Mapping[str, int]) -> int | None:
@@ -311,7 +328,8 @@ def _touching(features: Features, scene: Scene, ids: Mapping[str, int], default:
     touched = shapely.intersects(shapes.values, shapely.from_wkb(scene.footprint))
     found = []
     for wkb, value, touches in zip(features.wkb, features.values, touched, strict=True):
-        class_id = ids.get(value) if value else default
+        known = str(int(value)) if value not in ids and _is_number(value) else value
+        class_id = ids.get(known) if value else default
         if touches and class_id is not None:
             found.append((wkb, class_id))
     return found

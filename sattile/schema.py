@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import colorsys
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -119,10 +121,13 @@ PALETTE = (
 )  # fmt: skip
 
 
-def parse_classes(text: str | Sequence[str] | None) -> tuple[SegmentClass, ...] | None:
+def parse_classes(text: str | Sequence[str] | None, *, by_id: bool = True) -> tuple[SegmentClass, ...] | None:
     """`land,water` (ids 0, 1) or `land=0,water=1` (also `0:land`) -> classes; colours from the palette.
 
     A colour may follow: `water=1=#332288`.
+
+    Args:
+        by_id: in the order of their ids; else in that in which they are named.
 
     Raises:
         UsageError: for ids that are taken twice or do not fit 0 to 254.
@@ -140,16 +145,39 @@ def parse_classes(text: str | Sequence[str] | None) -> tuple[SegmentClass, ...] 
             raise UsageError(f"classes: {part!r} is not NAME, NAME=ID or NAME=ID=#rrggbb")
         class_id = int(number) if number is not None else position
         name = names[0] if names else f"class_{class_id}"
-        found.append(SegmentClass(class_id, name, color or PALETTE[class_id % len(PALETTE)]))
-    ids = [one.id for one in found]
-    if len(set(ids)) < len(ids) or len({one.name for one in found}) < len(found) or max(ids) >= IGNORE:
+        found.append((class_id, name, color))
+    ids = [class_id for class_id, _, _ in found]
+    if len(set(ids)) < len(ids) or len({name for _, name, _ in found}) < len(found) or max(ids) >= IGNORE:
         raise UsageError(f"classes {text!r}: ids must differ, lie in 0 to 254, and names must differ; ids are {ids}")
-    return tuple(sorted(found, key=lambda one: one.id))
+    classes = colored(found)
+    return classes if by_id else tuple(sorted(classes, key=lambda one: ids.index(one.id)))
 
 
 def unnamed_classes(ids: Sequence[int]) -> tuple[SegmentClass, ...]:
     """Classes for ids found in label rasters that nobody named."""
-    return tuple(SegmentClass(int(i), f"class_{int(i)}", PALETTE[int(i) % len(PALETTE)]) for i in sorted(ids))
+    return colored([(int(one), f"class_{int(one)}", None) for one in ids])
+
+
+def colored(found: Sequence[tuple[int, str, str | None]]) -> tuple[SegmentClass, ...]:
+    """Classes in the order of their ids out of (id, name, colour or None), each with a colour of its own: that of the
+    palette by its id, or else one that is free."""
+    taken = {color.lower() for _, _, color in found if color}
+    free = itertools.chain(PALETTE, _more_colors())
+    classes = []
+    for class_id, name, given in sorted(found, key=lambda one: one[0]):
+        own = PALETTE[class_id % len(PALETTE)]
+        color = given or (own if own not in taken else next(one for one in free if one not in taken))
+        taken.add(color.lower())
+        classes.append(SegmentClass(class_id, name, color))
+    return tuple(classes)
+
+
+def _more_colors() -> Iterator[str]:
+    """Colours without end; hues by the golden ratio, so that neighbours are far apart."""
+    for number in itertools.count():
+        lightness, saturation = ((0.45, 0.55), (0.7, 0.75), (0.3, 0.9))[number % 3]
+        parts = colorsys.hls_to_rgb(number * 0.618034 % 1, lightness, saturation)
+        yield "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 @dataclass(frozen=True)

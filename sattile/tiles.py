@@ -145,7 +145,7 @@ def tile(
     ):  # fmt: skip
         if not 0 <= share <= 1:
             raise UsageError(f"--{name} {share}: give a share from 0 to 1")
-    ignored = _numbers(ignore)
+    ignored = label_module.parse_ignore(ignore)
     named = schema.parse_classes(classes)
     asked = _names(bands)
     settings = {
@@ -262,13 +262,6 @@ def _names(value: str | Sequence[str] | None) -> list[str] | None:
     if not value:
         return None
     return [part.strip() for part in (value.split(",") if isinstance(value, str) else value)]
-
-
-def _numbers(value: str | Sequence[int] | None) -> list[int]:
-    try:
-        return sorted({int(part) for part in (value.split(",") if isinstance(value, str) else value or ())})
-    except ValueError:
-        raise UsageError(f"ignore {value!r}: give label values, such as 0,99") from None
 
 
 def _with_bands(scenes: Sequence[Scene], asked: Sequence[str] | None) -> tuple[list[Scene], list[Refusal]]:

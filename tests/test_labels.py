@@ -96,6 +96,16 @@ def test_shapes_without_a_class_are_left_out(tmp_path, caplog):
     assert [one.name for one in matched.classes or ()] == ["a", "b"]
 
 
+def test_numbers_with_zeros_before_them_are_numbers(tmp_path):
+    scene = scene_of(tmp_path / "s.tif")
+    shapes = [pixels(0, 0, 10, 10), pixels(20, 0, 30, 10), pixels(40, 0, 50, 10)]
+    url = write_shapes(tmp_path / "v.gpkg", shapes, kind=["01", "1", "02"])
+    matched = labels.match(url, [scene], attribute="kind")
+    assert [(one.id, one.name) for one in matched.classes or ()] == [(1, "class_1"), (2, "class_2")]
+    found = drawn(matched.sources["s"], scene)
+    assert (found[5, 5], found[5, 25], found[5, 45]) == (1, 1, 2)
+
+
 def test_values_to_be_ignored_need_be_no_class_ids(tmp_path):
     scene = scene_of(tmp_path / "s.tif")
     stored = np.ones((1, 40, 60), np.int16)
@@ -140,6 +150,26 @@ def test_a_vrt_is_no_label_whatever_it_is_called(tmp_path):
     )
     with pytest.raises(UsageError, match="does not hold what its name"):
         labels.read_vector(str(path))
+
+
+@pytest.mark.parametrize("ids", [range(40), (10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 100), (0, 7, 200)])
+def test_each_class_has_a_colour_of_its_own(ids):
+    made = schema.parse_classes(",".join(f"c{one}={one}" for one in ids)) or ()
+    assert [one.id for one in made] == list(ids)
+    assert len({one.color for one in made}) == len(made)
+    assert [one.color for one in schema.unnamed_classes(list(ids))] == [one.color for one in made]
+    assert all(one.color == schema.PALETTE[one.id] for one in made if one.id < 10)
+
+
+def test_a_colour_that_was_given_is_given_to_no_other():
+    made = schema.parse_classes(f"a=0,b=1={schema.PALETTE[0].upper()}") or ()
+    assert made[0].color != made[1].color.lower() == schema.PALETTE[0]
+
+
+@pytest.mark.parametrize("text", ["7,3", "7,land=3", "water=07,3", "7:water,3:land"])
+def test_classes_may_be_kept_in_the_order_in_which_they_are_named(text):
+    assert [one.id for one in schema.parse_classes(text, by_id=False) or ()] == [7, 3]
+    assert [one.id for one in schema.parse_classes(text) or ()] == [3, 7]
 
 
 @pytest.mark.parametrize("text", ["a=0=#zz", "a=0=#12", "a=²", "a,,b"])
