@@ -152,10 +152,10 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
     _log(bool(job["verbose"]))
     known = {option.name: option for option in command.options()}
     values = {**settings.get(command.name, {}), **{name: value for name, value in given.items() if name in known}}
-    failed = given.get("max_failed_fraction", settings.get("max_failed_fraction"))
-    if failed is not None and "max_failed_fraction" in known:
-        values["max_failed_fraction"] = failed
-    missing = [option.name for option in known.values() if option.required and values.get(option.name) in (None, [])]
+    if "max_failed_fraction" in known and "max_failed_fraction" in settings:  # of the job, unless said for the command
+        values.setdefault("max_failed_fraction", settings["max_failed_fraction"])
+    required = [option.name for option in known.values() if option.required]
+    missing = [name for name in required if values.get(name) in (None, [], "")]  # "": of an unset variable
     if missing:
         names = ", ".join(name if name == command.bare else "--" + name.replace("_", "-") for name in missing)
         raise UsageError(f"`sattile {command.name}` needs {names}\n  for example: {command.example}")

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import yaml
+
 from sattile import storage
 from sattile.errors import UsageError, nearest
 
@@ -206,6 +208,10 @@ def _argument_texts(doc: str) -> dict[str, str]:
     return texts
 
 
+UNREADABLE = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+"""What yaml raises for what it can't read: the thirteenth month, a number that is none, brackets without end."""
+
+
 def load(path: str | None, assignments: Sequence[str] = ()) -> dict[str, Any]:
     """Settings from a YAML file and `a.b=c` assignments, checked; the latter win.
 
@@ -215,8 +221,6 @@ def load(path: str | None, assignments: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UsageError: for an unknown key (the nearest known one is named) or a value of the wrong type.
     """
-    import yaml
-
     found: dict[str, Any] = {}
     if path is not None:
         entry = storage.stat(path)
@@ -224,7 +228,7 @@ def load(path: str | None, assignments: Sequence[str] = ()) -> dict[str, Any]:
             raise UsageError(f"--conf {path} {'is a folder; name a YAML file' if entry else 'does not exist'}")
         try:
             found = yaml.safe_load(storage.read_text(path)) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise UsageError(f"--conf {path} is not YAML: {error}") from error
         if not isinstance(found, dict):
             raise UsageError(f"--conf {path}: give sections such as `predict:` with their settings below")
@@ -243,11 +247,9 @@ def load(path: str | None, assignments: Sequence[str] = ()) -> dict[str, Any]:
 
 def _assigned(section: str, name: str, text: str) -> Any:
     """The value of an assignment: as YAML has it, but words stay words ('{scene}, {band}.tiff', 'no', '007')."""
-    import yaml
-
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except UNREADABLE:
         return text
     known = {option.name: option for option in COMMANDS[section].options()} if section in COMMANDS else {}
     words = name in known and known[name].kind in ("str", "list")
@@ -259,21 +261,28 @@ def _checked(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     for section, value in found.items():
         if section in COMMANDS:
             known = {option.name: option for option in COMMANDS[section].options()}
-            if not isinstance(value, Mapping):
+            if not isinstance(value, Mapping | None):
                 raise UsageError(f"{where}: {section} is a section; give its settings below it")
+            value = value or {}
             for name in value:
                 if name not in known:
-                    raise UsageError(f"{where}: {section}.{name} is no setting{nearest(name, known, section)}")
-            checked[section] = {name: convert(known[name], one, where) for name, one in value.items()}
+                    raise UsageError(f"{where}: {section}.{name} is no setting{nearest(str(name), known, section)}")
+            # Nothing behind the colon is "not set", which some options have a word for.
+            said = {name: one for name, one in value.items() if one is not None or known[name].default is None}
+            checked[section] = {name: convert(known[name], one, where) for name, one in said.items()}
         elif section in JOB_KEYS:
             kind = JOB_KEYS[section][0]
+            if value is None:
+                continue
             try:
+                if isinstance(value, bool) != (kind is bool):
+                    raise ValueError
                 checked[section] = dict(value) if kind is dict else kind(value)
             except (TypeError, ValueError):
                 raise UsageError(f"{where}: {section} {value!r} is no {kind.__name__}") from None
         else:
             inside = [name for name, one in COMMANDS.items() if section in {option.name for option in one.options()}]
-            hint = f"; did you mean {inside[0]}.{section}?" if inside else nearest(section, [*COMMANDS, *JOB_KEYS])
+            hint = f"; did you mean {inside[0]}.{section}?" if inside else nearest(str(section), [*COMMANDS, *JOB_KEYS])
             raise UsageError(f"{where}: {section} is no setting{hint}")
     return checked
 
@@ -296,9 +305,15 @@ def convert(option: Option, value: Any, where: str) -> Any:
                 raise ValueError
             return int(value)
         if option.kind == "float":
+            if isinstance(value, bool):
+                raise ValueError
             return float(value)
+        words = value if isinstance(value, list | tuple) else [value]
+        if option.kind in ("str", "list") and any(isinstance(one, bool | dict | None) for one in words):
+            raise ValueError  # yes and no are no words in YAML unless they are quoted
         if option.kind == "list":
             return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{where}: {option.name} {value!r} is no {option.kind}") from None
+        quoted = "; put words such as yes, no, on and off in quotes" if option.kind in ("str", "list") else ""
+        raise UsageError(f"{where}: {option.name} {value!r} is no {option.kind}{quoted}") from None
     return ",".join(str(one) for one in value) if isinstance(value, list | tuple) else str(value)

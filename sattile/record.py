@@ -159,6 +159,8 @@ class Run:
         return [one for one in names if not one.startswith((".", "_"))]
 
     def _read_previous(self) -> dict[str, Any] | None:
+        if not self.out:  # of an unset variable; it would be the root
+            raise UsageError("--out is empty; name a folder")
         entry = storage.stat(self.out)
         if entry is None:
             return None
@@ -302,7 +304,20 @@ def read_quarantine(out: str) -> list[Refusal]:
     url = storage.join(out, QUARANTINE)
     if not storage.exists(url):
         return []
-    return [Refusal(**row) for row in pq.read_table(pa.BufferReader(storage.read_bytes(url))).to_pylist()]
+    return [Refusal(**row) for row in read_rows(url)]
+
+
+def read_rows(url: str) -> list[dict[str, Any]]:
+    """The rows of a small Parquet file.
+
+    Raises:
+        SattileError: if it is none.
+    """
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(storage.read_bytes(url))).to_pylist()
+    except pa.ArrowException as error:
+        raise SattileError(f"{url} is not Parquet, it is damaged or cut short ({error}); make it again") from error
+    return rows
 
 
 def plain(value: Any) -> Any:

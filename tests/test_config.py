@@ -63,6 +63,14 @@ def test_file_and_assignments_are_merged(tmp_path):
         ("tile: 5", "tile is a section"),
         ("- a", "give sections"),
         ("a: [", "is not YAML"),
+        ("predict: {out: 2026-13-45}", "is not YAML"),
+        ("yes: 1", "True is no setting"),
+        ("train: {on: 2}", r"train\.True is no setting"),
+        ("tile: {classes: [no, yes]}", r"classes \[False, True\] is no str; put words such as yes, no"),
+        ("tile: {labels: {a: 1}}", "is no str"),
+        ("train: {learning_rate: true}", "learning_rate True is no float"),
+        ("max_failed_fraction: true", "max_failed_fraction True is no float"),
+        ("verbose: 'no'", "verbose 'no' is no bool"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, message):
@@ -70,6 +78,12 @@ def test_what_is_wrong_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
         config.load(str(path))
+
+
+def test_nothing_behind_a_colon_is_not_set(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train:\nmaster:\nspark:\npredict:\n  sieve:\n  size:\n")
+    assert config.load(str(path)) == {"train": {}, "predict": {"size": None}}  # `size` has a word for it
 
 
 def test_an_assignment_without_a_value_is_refused():

@@ -33,6 +33,11 @@ def test_the_record_has_the_keys_of_the_contract(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["_run.json"]
 
 
+def test_no_folder_is_not_the_root():
+    with pytest.raises(UsageError, match="--out is empty"):
+        finished("")
+
+
 def test_other_settings_are_refused_unless_overwritten(tmp_path):
     finished(tmp_path / "out")
     (tmp_path / "out" / "made").write_text("")
