@@ -11,6 +11,7 @@ import numpy as np
 
 from sattile import metrics, schema, storage
 from sattile.metrics import Counted
+from sattile.record import read_rows
 
 BLOCKS = "blocks.parquet"
 
@@ -30,12 +31,9 @@ def write_blocks(url: str, counted: Counted) -> None:
 
 def read_blocks(url: str) -> Counted | None:
     """The same again; None where there is no such file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not storage.exists(url):
         return None
-    rows = pq.read_table(pa.BufferReader(storage.read_bytes(url))).to_pylist()
+    rows = read_rows(url)
     classes = round(len(rows[0]["confusion"]) ** 0.5) if rows else 0
     return {
         (row["scene_id"], row["spatial_block"], row["region"]): np.array(row["confusion"]).reshape(classes, classes)
@@ -58,6 +56,7 @@ def differences(
         The number of the best one, None if no two can be compared; for each model (difference, its interval), None for
         the best one and for those that counted other pixels.
     """
+    models = [_by_name(names, counted) for names, counted in models]  # they may have the same classes in other orders
     groups: dict[str, list[int]] = {}
     mious: list[float] = []
     tables = [np.stack(list(metrics.by_block(counted).values())) if counted else None for _, counted in models]
@@ -77,6 +76,14 @@ def differences(
         if index != best and mine is not None and other is not None:
             found[index] = metrics.paired_difference(mine, other)
     return best, found
+
+
+def _by_name(names: Sequence[str], counted: Counted | None) -> tuple[Sequence[str], Counted | None]:
+    """The same with the classes in the order of their names."""
+    if not counted or any(len(table) != len(names) for table in counted.values()):
+        return names, counted
+    order = np.argsort(list(names))
+    return sorted(names), {key: table[np.ix_(order, order)] for key, table in counted.items()}
 
 
 def _pixels(names: Sequence[str], counted: Counted) -> str:

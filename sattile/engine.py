@@ -42,6 +42,16 @@ LAUNCHER = str(Path(__file__).with_name("java"))
 """A Java home whose `java` starts that of `SATTILE_JAVA_HOME` without a module that Spark 4 asks for and JREs lack."""
 
 
+_COUNT = r"\s*[1-9]\d*\s*"
+MASTER = re.compile(
+    rf"local(\[({_COUNT}|\*)(,{_COUNT})?\])?|local-cluster\[{_COUNT},{_COUNT},{_COUNT}\]|yarn|[\w-]+://.+"
+)
+"""What Spark takes: this machine, or a cluster."""
+
+OF_GROUP = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
+"""What `setJobGroup` sets, of the thread that calls it."""
+
+
 def session(
     master: str | None = "local[*]", *, conf: Mapping[str, str] | None = None, app_name: str = "sattile"
 ) -> SparkSession:
@@ -62,9 +72,11 @@ def session(
     from pyspark.errors import PySparkException
     from pyspark.sql import SparkSession
 
-    active = SparkSession.getActiveSession()
+    active = SparkSession.getActiveSession() or _other_threads()
     if active is not None:
         return active
+    if master is not None and MASTER.fullmatch(master) is None:  # Spark prints a page of Java before it says so
+        raise UsageError(_no_such(master))
     settings = {
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.session.timeZone": "UTC",
@@ -131,12 +143,16 @@ def _launched_by(java: str | None) -> Iterator[None]:
 
 def _with_retries(master: str) -> str:
     """`local[2]` -> `local[2,4]`: local Spark ends a job at the first dead worker unless told otherwise."""
-    match = re.fullmatch(r"local(?:\[([1-9]\d*|\*)\])?", master)
-    if match:
-        return f"local[{match.group(1) or 1},4]"
-    if re.fullmatch(r"local(-cluster)?\[[\d*,\s]+\]", master) and not re.search(r"\[0+\D", master):
-        return master
-    raise UsageError(_no_such(master))  # Spark prints a page of Java before it says so
+    match = re.fullmatch(r"local(?:\[(\d+|\*)\])?", master)
+    return f"local[{match.group(1) or 1},4]" if match else master
+
+
+def _other_threads() -> SparkSession | None:
+    """The session of this process where another thread made it: Spark calls none active here, and would set it anew."""
+    from pyspark.sql import SparkSession
+
+    made = SparkSession._instantiatedSession
+    return made if made is not None and made.sparkContext._jsc is not None else None
 
 
 def _no_such(master: str | None) -> str:
@@ -285,6 +301,7 @@ def progress(spark: SparkSession, text: str) -> Iterator[None]:
 
     context = spark.sparkContext
     group = f"sattile-{uuid.uuid4().hex[:8]}"
+    before = {name: context.getLocalProperty(name) for name in OF_GROUP}
     context.setJobGroup(group, text)
     stop = threading.Event()
     bar = None
@@ -328,20 +345,32 @@ def progress(spark: SparkSession, text: str) -> Iterator[None]:
         thread.join()
         if bar is not None:
             bar.close()
-        context.setLocalProperty("spark.jobGroup.id", "")
+        for name, value in before.items():
+            context.setLocalProperty(name, value)  # type: ignore[arg-type]  # None takes it away
 
 
 @contextmanager
 def few_rows_a_batch(spark: SparkSession) -> Iterator[None]:
     """Rows here hold megabytes: Arrow's default of 10,000 rows a batch would be gigabytes."""
     name = "spark.sql.execution.arrow.maxRecordsPerBatch"
-    before = spark.conf.get(name)
-    spark.conf.set(name, "4")
+    with _batches:  # of several threads the first one finds the caller's own, and the last one gives it back
+        users, before = _few.get(spark, (0, None))
+        _few[spark] = (users + 1, before if users else spark.conf.get(name))
+        spark.conf.set(name, "4")
     try:
         yield
     finally:
-        if before is not None:
-            spark.conf.set(name, before)
+        with _batches:
+            users, before = _few.pop(spark)
+            if users > 1:
+                _few[spark] = (users - 1, before)
+            elif before is not None:
+                spark.conf.set(name, before)
+
+
+_batches = threading.Lock()
+_few: dict[SparkSession, tuple[int, str | None]] = {}
+"""By session: how many need few rows a batch, and what was set before."""
 
 
 def in_waves(spark: SparkSession, waves: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]:

@@ -409,12 +409,16 @@ def bundle(
     names = [one.strip() for one in (bands.split(",") if isinstance(bands, str) else bands) if one.strip()]
     if not names or len(set(names)) < len(names):
         raise UsageError(f"bands {bands!r}: give the names of the model's bands in order, each once")
-    named = _in_order(classes, parse_classes(classes))
+    named = parse_classes(classes, by_id=False)  # the order of the scores
+    if not named or len(named) < 2:
+        raise UsageError(f"classes {classes!r}: name at least two, in the order of the model's scores, as 'land,water'")
     if values not in VALUES:
         raise UsageError(f"values {values!r}: use raw or scaled")
     filled = _parse_fill(fill, names)
     if not storage.exists(keras):
         raise UsageError(f"--keras {keras} does not exist")
+    if (entry := storage.stat(keras)) and entry.is_folder:
+        raise UsageError(f"--keras {keras} is a folder (a SavedModel?); name a file that model.save('net.keras') wrote")
     local = storage.open_local(keras)
     out = storage.absolute(out)
     source = storage.sha256_file(local)
@@ -431,6 +435,7 @@ def bundle(
         else:
             with run.stage("bundle"):
                 network = load_keras(local)
+                _check_signature(network, names, named)
                 _run_once(network)
                 save_bundle(
                     out, network, bands=names, classes=named, fill=filled, values=values, gsd=gsd,
@@ -439,17 +444,6 @@ def bundle(
             run.done = 1
         run.finish()
     return out
-
-
-def _in_order(text: str | Sequence[str], parsed: tuple[SegmentClass, ...] | None) -> tuple[SegmentClass, ...]:
-    """Classes in the order in which they were named: that of the scores, whatever their ids."""
-    if not parsed or len(parsed) < 2:
-        raise UsageError(f"classes {text!r}: name at least two, in the order of the model's scores, as 'land,water'")
-    parts = text.split(",") if isinstance(text, str) else list(text)
-    by_name = {one.name: one for one in parsed}
-    fields = [[word.strip() for word in part.replace(":", "=").split("=")] for part in parts]
-    ordered = [by_name[word] for words in fields for word in words if word in by_name]
-    return tuple(ordered) if len(ordered) == len(parsed) else parsed
 
 
 def _parse_fill(fill: str | float | Sequence[float] | None, bands: Sequence[str]) -> list[float]:
@@ -485,16 +479,25 @@ def load_keras(path: str) -> Any:
 
 def _check_signature(network: Any, bands: Sequence[str], classes: Sequence[SegmentClass]) -> str:
     """The bundle's `output`, once it is sure that the network fits; UsageError with the numbers if not."""
-    taken, given = network.input_shape, network.output_shape
+    try:
+        taken, given, dtypes = network.input_shape, network.output_shape, {one.dtype for one in network.inputs}
+    except AttributeError:
+        raise UsageError("the model has no input shape yet: call or build it once before it is saved") from None
     for what, shape in (("input", taken), ("output", given)):
         if not isinstance(shape, tuple) or len(shape) != 4:
             raise UsageError(
                 f"the model's {what} is {shape}; one tensor (batch, height, width, channels) is needed, channels last"
             )
     if taken[3] != len(bands):
+        planes = "; is it channels first? sattile gives it (batch, height, width, bands)" * (taken[1] == len(bands))
         raise UsageError(
-            f"the model takes {taken[3]} bands and {len(bands)} are named ({', '.join(bands)}); name those that it "
-            f"was trained on, in its order"
+            f"the model takes {taken[3] or 'any number of'} bands and {len(bands)} are named ({', '.join(bands)}); "
+            f"name those that it was trained on, in its order{planes}"
+        )
+    if strange := [one for one in dtypes if "float" not in one]:
+        raise UsageError(
+            f"the model takes {strange[0]}, in which larger numbers begin again at 0; give it an input of float32: "
+            f"keras.Input(shape, dtype='float32')"
         )
     if None not in taken[1:3] and taken[1] != taken[2]:
         raise UsageError(f"the model takes inputs of {taken[1]} x {taken[2]} only; windows are square")

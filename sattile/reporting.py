@@ -16,7 +16,7 @@ from typing import Any
 
 from sattile import comparison, storage
 from sattile.card import CARD
-from sattile.errors import UsageError
+from sattile.errors import SattileError, UsageError
 from sattile.figures import (
     curves_figure,
     footprint_figure,
@@ -117,7 +117,11 @@ def collect(folders: Sequence[str]) -> list[Folder]:
 
 def _records(urls: Sequence[str]) -> list[Folder]:
     at = [(url, storage.join(url, RUN)) for url in urls]
-    return [Folder(url, storage.read_json(record)) for url, record in at if storage.exists(record)]
+    found = [Folder(url, storage.read_json(record)) for url, record in at if storage.exists(record)]
+    for one in found:
+        if not isinstance(one.run, dict):
+            raise SattileError(f"{one.join(RUN)} is damaged: it is no run record; run the command into {one.url} again")
+    return found
 
 
 def render(folders: Sequence[Folder]) -> str:
@@ -609,12 +613,9 @@ def _describe_mosaics(folder: Folder) -> dict[str, Any]:
     on_grid = bool((folder.run.get("settings") or {}).get("layout"))
     overview = _picture(folder.url, OVERVIEW) if on_grid else None
     scenes = [one for one in storage.list_folder(folder.url) if one.is_folder and storage.name(one.url)[:1] not in "._"]
-    maps: list[dict[str, str]] = []
-    for entry in scenes:
-        uri = _thumbnail(entry.url)
-        if uri and len(maps) < MAX_MAPS:
-            maps.append({"name": storage.name(entry.url), "uri": uri})
-    left_out = max(0, len(scenes) - MAX_MAPS)
+    shown = [] if overview else scenes[:MAX_MAPS]  # an archive has thousands, and each is a file to read
+    maps = [{"name": storage.name(one.url), "uri": uri} for one in shown if (uri := _thumbnail(one.url))]
+    left_out = 0 if overview else len(scenes) - len(shown)
     return {
         "url": folder.url,
         "maps": maps,

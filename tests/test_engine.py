@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,34 @@ def test_the_environment_is_left_as_it_was(monkeypatch):
     assert "SATTILE_JAVA_HOME" not in os.environ
 
 
+@pytest.mark.parametrize(
+    "master", ["local", "local[*]", "local[2, 4]", "local-cluster[2,1,1024]", "yarn", "k8s://https://h"]
+)
+def test_masters_that_spark_takes_are_taken(master):
+    assert engine.MASTER.fullmatch(master)
+
+
+def test_what_a_caller_has_set_stays_whatever_threads_run(spark):
+    name = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    before, context = spark.conf.get(name), spark.sparkContext
+    context.setJobGroup("mine", "my own")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(engine.session, "local[1]").result().sparkContext is context
+        first, second = engine.few_rows_a_batch(spark), engine.few_rows_a_batch(spark)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert spark.conf.get(name) == "4"
+        second.__exit__(None, None, None)
+    assert spark.conf.get(name) == before
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+    with engine.progress(spark, "count"):
+        assert context.getLocalProperty("spark.jobGroup.id") != "mine"
+    assert [context.getLocalProperty(one) for one in engine.OF_GROUP[:2]] == ["mine", "my own"]
+    for one in engine.OF_GROUP:
+        context.setLocalProperty(one, None)
+
+
 def test_a_log_file_gets_lines(spark, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(engine, "SECONDS_A_LINE", 0)
@@ -94,6 +123,8 @@ def test_a_log_file_gets_lines(spark, monkeypatch):
     ("setting", "kind", "message"),
     [
         ("session('local[x]')", "UsageError", "--master local[x]: Spark has no such master"),
+        ("session('lcoal[2]')", "UsageError", "--master lcoal[2]: Spark has no such master"),
+        ("session('local[1,]')", "UsageError", "--master local[1,]: Spark has no such master"),
         ("session('local[0]')", "UsageError", "--master local[0]: Spark has no such master"),
         ("session('local[1]', conf={'spark.driver.memory': '1x'})", "SattileError", "Spark does not start: "),
     ],

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sattile
 from sattile.errors import SattileError, UsageError
 from sattile.model import bundle, load_bundle, load_scorer
 from sattile.receptive import OVERHEAD, measure
@@ -253,6 +254,35 @@ def test_scores_are_the_same_bits_for_any_dtype_and_batch(made: str, foreign: Pa
     expected = keras.models.load_model(foreign)(images.astype(np.float32))
     np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-2)
     assert load_scorer(load_bundle(made)) is score
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((2,), "float32", "one tensor .batch, height, width, channels. is needed"),
+        ((None, None, None), "float32", "takes any number of bands and 2 are named"),
+        ((2, None, None), "float32", "one tensor|is it channels first"),
+        (
+            (None, None, 2),
+            "uint8",
+            "takes uint8, in which larger numbers begin again at 0; give it an input of float32",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_mapped_with_are_told(tmp_path: Path, shape: Any, dtype: str, message: str) -> None:
+    values = keras.Input(shape, dtype=dtype)
+    keras.Model(values, L.Rescaling(0.5)(values)).save(tmp_path / "net.keras")
+    with pytest.raises(UsageError, match=message):
+        bundle(str(tmp_path / "net.keras"), bands="a,b", classes="no,yes", out=str(tmp_path / "model"))
+    with pytest.raises(UsageError, match="is a folder"):
+        bundle(str(tmp_path), bands="a,b", classes="no,yes", out=str(tmp_path / "model"))
+
+
+def test_paths_may_be_pathlibs(foreign: Path, tmp_path: Path) -> None:
+    out = sattile.bundle(foreign, bands=["a", "b", "c"], classes=["no", "yes"], out=tmp_path / "model")
+    assert out == str(tmp_path / "model")
+    assert sattile.load_bundle(Path(out)).bands == ("a", "b", "c")
+    assert Path(sattile.report(tmp_path / "model", out=tmp_path / "page")).name == "index.html"
 
 
 def test_saved_model_serves_the_same_scores(made: str) -> None:

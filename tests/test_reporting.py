@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sattile import comparison, figures, metrics, reporting, schema
-from sattile.errors import UsageError
+from sattile.errors import SattileError, UsageError
 from sattile.reporting import collect
 from sattile.schema import SegmentClass
 
@@ -466,6 +466,23 @@ def tables_of(wrong: int) -> dict[tuple[str, str, str | None], list[list[int]]]:
         ]
         for i in range(12)
     }
+
+
+@pytest.mark.parametrize("name", ["blocks.parquet", "_quarantine.parquet", "_run.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    folders = [evaluation(tmp_path / one, tables_of(3)) for one in ("a", "b")]
+    (folders[1] / name).write_text("[]")
+    with pytest.raises(SattileError, match=f"b/{name} is .*damaged"):
+        page_of(*folders)
+
+
+def test_classes_in_another_order_are_the_same_classes() -> None:
+    counted = {key: np.array(table) for key, table in tables_of(3).items()}
+    turned = {key: table[::-1, ::-1] for key, table in counted.items()}
+    best, found = comparison.differences([(["soil", "wood"], counted), (["wood", "soil"], turned)])
+    assert best == 0
+    assert found[1] is not None
+    assert found[1][0] == 0
 
 
 def text_of(*folders: Path) -> str:
