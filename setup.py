@@ -16,7 +16,7 @@ INSTALL_REQUIRES = [
     "spark-tensorflow-distributor==1.0.0",
     "rasterio>=1.4.4,<1.5",  # 1.4 carries GDAL 3.10: COG driver with mode overviews, opener=
     "shapely>=2.1,<3",
-    "geopandas>=1.1,<2",  # vectors in, GeoParquet out
+    "geopandas>=1.1,<2",  # vectors in
     "pyogrio>=0.11,<1",  # GeoJSON, GeoPackage and shapefile readers without a system GDAL
     "pyproj>=3.7,<4",
     "pystac[validation]>=1.12,<2",

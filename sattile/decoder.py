@@ -1,9 +1,9 @@
 """Runs functions in a child process, so that a file on which GDAL dies or hangs costs that file and not the job.
 
-Foreign files reach GDAL through here only. The child is a plain interpreter started afresh: it holds no Spark socket,
-no lock of a thread that was forked away, and never imports the caller's main module (multiprocessing's spawn would: a
-script without the `__main__` guard would run itself again). Arrays come back out of band (pickle protocol 5): one
-copy into the pipe and one out, with none inside Python.
+Rasters that users bring reach GDAL through here only. The child is a plain interpreter started afresh: it holds no
+Spark socket, no lock of a thread that was forked away, and never imports the caller's main module (multiprocessing's
+spawn would: a script without the `__main__` guard would run itself again). Arrays come back out of band (pickle
+protocol 5): large ones in memory that both processes share, small ones through the socket.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Each machine examines itself and sends a `Report`. What the reports mean together is worked out by pure functions:
 versions that differ, files that one sees and another does not. A check returns what it found or raises; what it raises
-is its finding. Nothing is imported here that an executor might lack: that is for the report to say.
+is its finding. Nothing but numpy is imported here that an executor might lack: that is for the report to say.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class SattileError(Exception):
 class UsageError(SattileError):
     """The caller asked for something that cannot be: an unknown setting, a missing file, a bad geometry.
 
-    Raised before any work is done.
+    Raised before any work is done, where it can be known by then.
     """
 
     exit_status = 2

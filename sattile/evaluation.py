@@ -1,7 +1,7 @@
 """How well a model does: on a split of a tiles dataset, or on scenes with labels. Each pixel is counted once.
 
-Inference is that of `prediction`; only counts travel to the driver: by spatial block and region (`strata`), so that it
-can say how sure the metrics are.
+Inference is that of `inference`, planned by `prediction`; only counts travel to the driver: by spatial block and
+region (`strata`), so that it can say how sure the metrics are.
 """
 
 from __future__ import annotations

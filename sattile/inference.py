@@ -262,7 +262,7 @@ def warn_of_memory(need: int, memory: int, what: str) -> None:
     """
     if need > memory:
         log.warning(
-            "predict: a worker may need %.1f GB for %s, more than worker_memory %.1f GB; a smaller --size needs less",
+            "a worker may need %.1f GB for %s, more than worker_memory %.1f GB; a smaller --size needs less",
             need / 1e9, what, memory / 1e9,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The model bundle: a Keras network and what must be known to run it over scenes. Owns TensorFlow at prediction.
+"""The model bundle: a Keras network and what must be known to run it over scenes. Exports it by TensorFlow.
 
     MODEL/README.md       what it is, for people: see `sattile.card`
     MODEL/item.json       the same for catalogues: a STAC item

@@ -41,10 +41,15 @@ OF_ANY = ("before",)
 """Those that hold for other settings, too."""
 
 
+PACKAGES = (
+    "pyspark", "tensorflow", "tensorflow-cpu", "openvino", "keras", "rasterio", "pyproj", "shapely", "numpy", "pyarrow",
+)  # fmt: skip
+
+
 def versions() -> dict[str, str]:
     """Versions of all that shapes a result."""
     found = {"python": platform.python_version(), "sattile": sattile.__version__}
-    for package in ("pyspark", "tensorflow", "tensorflow-cpu", "keras", "rasterio", "numpy", "pyarrow"):
+    for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -199,7 +204,7 @@ class Run:
 
     @property
     def finished_before(self) -> bool:
-        """A whole run with these very settings and inputs lies here already."""
+        """A whole run with these very settings lies here; if its inputs are the same, too, is the caller's to say."""
         return bool(self.previous) and not self.replacing and (self.previous or {}).get("finished", False)
 
     @contextmanager

@@ -198,7 +198,7 @@ TILE = pa.schema(
         ("row", pa.int32()),  # top-left pixel in the scene
         ("col", pa.int32()),
         ("spatial_block", pa.string()),  # ground cell the tile's centre lies in; scene_id without a CRS
-        ("image", pa.binary()),  # .npy (size, size, bands), the dataset's dtype; stored numbers
+        ("image", pa.binary()),  # .npy (size, size, bands), the dataset's dtype; stored or scaled values
         ("labels", pa.binary()),  # .npy (size, size) uint8 class ids; IGNORE where unlabelled or invalid
         ("valid", pa.binary()),  # .npy (size, size) bool
     ]

@@ -104,7 +104,8 @@ def tile(
         classes: 'land,water' (ids 0, 1), or 'land=0,water=1'; else what the labels hold.
         attribute: of vector labels, the one that names the class.
         ignore: label values that mean unlabelled, besides the labels' nodata and 255: '0,99'.
-        background: class of pixels outside all shapes of vector labels, and of the tiles thinned by keep_background.
+        background: class of pixels outside all shapes of vector labels, and of the tiles thinned by
+            keep_background (there the class of id 0, if not given).
         aoi: vector file; pixels outside are unlabelled, tiles outside are left out.
         split: by scene, by block (of ground), or auto (scene from 8 places on, else block).
         fractions: shares of train, val and test.

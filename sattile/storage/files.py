@@ -57,7 +57,7 @@ _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class FileSystem(Protocol):
-    """What a scheme has to offer. Paths are those of the scheme, without it."""
+    """What a scheme has to offer; everything by its URL."""
 
     def stat(self, url: str) -> Entry | None: ...
 

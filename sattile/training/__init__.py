@@ -219,7 +219,7 @@ def _check_slots(spark: SparkSession, workers: int) -> None:
     """All barrier tasks must run at once: say so now, not in Spark's words after a minute of waiting."""
     if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
         raise UsageError(
-            "training on several workers needs a fixed number of executors: submit with "
+            "training on a cluster needs a fixed number of executors: submit with "
             f"--conf spark.dynamicAllocation.enabled=false --num-executors {workers}"
         )
     # Executors register one after the other in the first moments of a session; the threads of a local one are there.
