@@ -879,11 +879,11 @@ def _meet(_rows: Iterator[int]) -> Iterator[str]:
 def _memory(spark: SparkSession) -> Finding:
     master, conf = _master(spark), _conf(spark)
     if master.startswith("local"):
-        return local_memory(memory_free_gb(), engine.concurrent_tasks(spark), master)
+        return local_memory(memory_free_gb(), engine.concurrent_tasks(spark))
     return container_memory(conf)
 
 
-def local_memory(free: float, tasks: int, master: str) -> Finding:
+def local_memory(free: float, tasks: int) -> Finding:
     """Whether the machine has room for a Python worker for each slot."""
     found = f"{free:.1f} GB free for {tasks} Python worker{'s' if tasks > 1 else ''}: {free / tasks:.1f} GB each"
     if free / tasks >= WORKER_GB:

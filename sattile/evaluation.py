@@ -253,7 +253,7 @@ def _on_scenes(
         for url, version in {**scene, **truth}.items()
     ]
     state = storage.digest([[scene.to_json() for scene in found], versions])
-    if _is_done(run, state, samples):
+    if _is_done(run, state):
         run.skipped = len(found)
         return
     todo = prediction.plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark))
@@ -402,7 +402,7 @@ def _on_tiles(
     run.inputs += [{"url": storage.absolute(url), "digest": description["digest"]}]
     run.given = listed["tiles"]
     state = storage.digest([description["digest"], split])
-    if _is_done(run, state, samples):
+    if _is_done(run, state):
         run.skipped = listed["tiles"]
         return
     files = [storage.join(storage.absolute(url), split, name) for name in listed["files"]]
@@ -576,7 +576,7 @@ def _tell(run: Run, job: Inference, rows: Sequence[Any], urls: Mapping[str, str]
         run.extra["unlike"] = unlike
 
 
-def _is_done(run: Run, state: str, samples: int) -> bool:
+def _is_done(run: Run, state: str) -> bool:
     url = storage.join(run.out, METRICS)
     if not (run.finished_before and storage.exists(url) and storage.exists(storage.join(run.out, BLOCKS))):
         return False

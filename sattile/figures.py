@@ -85,7 +85,7 @@ def curves_figure(history: Sequence[dict[str, Any]], judged: str = "validation")
     """
     panels = [
         ("loss", (("loss", "training", BLUE), ("val_loss", judged, ORANGE))),
-        ("mIoU", (("miou", "training", BLUE), ("val_miou", judged, ORANGE))),
+        ("mIoU", (("val_miou", judged, ORANGE),)),
     ]
     drawn = []
     for title, lines in panels:

@@ -108,11 +108,6 @@ def starts(extent: int, size: int, stride: int) -> list[int]:
     return regular
 
 
-def windows(height: int, width: int, size: int, stride: int) -> list[Window]:
-    """Square windows that cover a scene of `height` x `width`, row by row; smaller scenes are reached over."""
-    return [Window(row, col, size, size) for row in starts(height, size, stride) for col in starts(width, size, stride)]
-
-
 def blocks(height: int, width: int, edge: int) -> list[Window]:
     """The rectangles of at most `edge` x `edge` that partition a scene, row by row."""
     return [

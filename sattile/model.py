@@ -593,12 +593,12 @@ def _load_one(bundle: Bundle, engine: str, threads: int) -> Scorer:
         if engine == "openvino":
             with storage.beside(storage.join(bundle.url, OPENVINO, XML)) as xml:
                 folder = os.path.dirname(xml)
-                _check_digest(bundle, folder, _digest_of_openvino(folder), bundle.openvino["digest"])
+                _check_digest(folder, _digest_of_openvino(folder), bundle.openvino["digest"])
                 _loaded[key] = scorers.by_openvino(xml, threads=threads, second=second)
         else:
             scorers.use_threads(threads)
             path = storage.open_local(storage.join(bundle.url, KERAS))
-            _check_digest(bundle, path, storage.sha256_file(path), bundle.digest)
+            _check_digest(path, storage.sha256_file(path), bundle.digest)
             device = scorers.use_gpu() if engine == scorers.GPU else scorers.CPU
             with scorers.placed_on(device):
                 network = load_keras(path)
@@ -606,7 +606,7 @@ def _load_one(bundle: Bundle, engine: str, threads: int) -> Scorer:
     return _loaded[key]
 
 
-def _check_digest(bundle: Bundle, path: str, found: str, said: str) -> None:
+def _check_digest(path: str, found: str, said: str) -> None:
     if found != said:
         raise SattileError(
             f"{path} has sha256 {found[:16]}..., and {BUNDLE} says {said[:16]}...: the bundle was changed while it was "

@@ -898,7 +898,7 @@ def _sample(
         int(rows.min()), int(cols.min()), int(rows.max() - rows.min()) + 1, int(cols.max() - cols.min()) + 1
     )
     if needed.area > MAX_LABEL_PIXELS and window.area > 1:
-        for part in _halves(window):
+        for part in window.quarters():
             labels[part.slices(window)] = _sample(source, band, place, part, ignore)
         return labels
     stored = np.empty((*needed.shape, 1), np.dtype(band.dtype))
@@ -928,20 +928,6 @@ def _run(numbers: np.ndarray) -> Any:
     """Rising numbers as a slice, if none between them is left out."""
     whole = numbers.size == numbers[-1] - numbers[0] + 1 and (np.diff(numbers) == 1).all()
     return slice(int(numbers[0]), int(numbers[-1]) + 1) if whole else numbers
-
-
-def _halves(window: Window) -> tuple[Window, Window]:
-    if window.height >= window.width:
-        half = window.height // 2
-        return (
-            Window(window.row, window.col, half, window.width),
-            Window(window.row + half, window.col, window.height - half, window.width),
-        )
-    half = window.width // 2
-    return (
-        Window(window.row, window.col, window.height, half),
-        Window(window.row, window.col + half, window.height, window.width - half),
-    )
 
 
 def read_ids(url: str, shape: tuple[int, int], window: Window) -> np.ndarray:

@@ -136,7 +136,7 @@ def render(folders: Sequence[Folder]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        between=between, count=count, number=number, percent=percent, short=short, seconds=duration, pretty=pretty
+        between=between, count=count, number=number, percent=percent, seconds=duration, pretty=pretty
     )
     return environment.get_template("report.html").render(describe(folders))
 
@@ -489,14 +489,12 @@ def _describe_evaluation(folder: Folder, colors: dict[str, str]) -> dict[str, An
             {"name": name, "cells": [{"count": n, "share": n / total if total else None} for n in line], "total": total}
         )
     settings = folder.run.get("settings", {})
-    split = measured.get("split") or settings.get("split")
+    split = settings.get("split")  # of tiles
     samples, left_out = _samples(folder)
     calibration = measured.get("calibration")
     return {
         "url": folder.url,
-        "what": f"the {SPLITS.get(split, split)} split"
-        if split and settings.get("scenes") is None
-        else "scenes with labels",
+        "what": f"the {SPLITS.get(split, split)} split" if split else "scenes with labels",
         "miou": measured.get("miou"),
         "accuracy": measured.get("accuracy"),
         "pixels": measured.get("pixels") or 0,
@@ -732,11 +730,6 @@ def duration(value: float) -> str:
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def short(value: str, length: int = 80) -> str:
-    """The ends of a long text: a path says most at its end."""
-    return value if len(value) <= length else f"{value[: length // 3]}…{value[-(length - length // 3 - 1) :]}"
 
 
 def pretty(value: Any) -> str:

@@ -7,7 +7,7 @@ different dates, CRSs and resolutions fall into the same cells. numpy only; posi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -213,19 +213,3 @@ def same_place(pairs: Iterable[tuple[int, int]], count: int) -> list[int]:
 def kept_background(tile_id: str, share: float, seed: int) -> bool:
     """Whether a tile that shows background alone is among the share that is kept."""
     return unit_hash(f"background:{tile_id}", seed) < share
-
-
-def owned(window: Sequence[int], earlier: Iterable[Sequence[int]], size: int) -> np.ndarray:
-    """Pixels of a tile that no earlier tile of the same scene shows, (size, size) bool: each pixel counts once.
-
-    Args:
-        window: (row, col) of the tile.
-        earlier: (row, col) of the tiles before it.
-        size: their edge.
-    """
-    mask = np.ones((size, size), bool)
-    for row, col in earlier:
-        top, left = row - window[0], col - window[1]
-        if abs(top) < size and abs(left) < size:
-            mask[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = False
-    return mask

@@ -241,7 +241,7 @@ def tile(
                     run.finish()
                     raise UsageError(_why_empty(description, rule, size))
                 run.check_held()
-                _publish(out, work, description, before)
+                _publish(out, work, description)
         finally:
             storage.remove(work)
         run.done = len(found) - len(bad)
@@ -903,7 +903,7 @@ def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int) -> st
     return f"no training tile is left (tiles of {size} px left out: {counts}); {remedy}"
 
 
-def _publish(out: str, work: str, description: dict[str, Any], before: Mapping[str, Any] | None) -> None:
+def _publish(out: str, work: str, description: dict[str, Any]) -> None:
     """Move the parts into place, then `dataset.json`, which makes them the dataset; then drop those of before."""
     for name in SPLITS:
         part = description["splits"][name]

@@ -248,8 +248,8 @@ def test_room_for_python_beside_the_jvm(conf, status, said):
 
 
 def test_room_on_one_machine():
-    assert doctor.local_memory(16, 4, "local[4]").status == OK
-    assert "local[2]" in doctor.local_memory(7, 4, "local[*]").remedy
+    assert doctor.local_memory(16, 4).status == OK
+    assert "local[2]" in doctor.local_memory(7, 4).remedy
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sattile.errors import UsageError
-from sattile.grid import Geometry, Window, blocks, ceil_to, check_geometry, choose_geometry, starts, windows
+from sattile.grid import Geometry, Window, blocks, ceil_to, check_geometry, choose_geometry, starts
 
 quick = settings(deadline=None, max_examples=60)
 extents = st.integers(1, 90)
@@ -40,10 +40,6 @@ def test_starts_cover_an_axis_to_its_last_pixel_without_a_gap(extent: int, size:
 def test_a_stride_that_would_leave_gaps_is_refused(stride: int) -> None:
     with pytest.raises(UsageError, match="from 1 to 4"):
         starts(10, 4, stride)
-
-
-def test_windows_are_row_by_row_and_row_comes_first() -> None:
-    assert windows(4, 7, 4, 4) == [Window(0, 0, 4, 4), Window(0, 3, 4, 4)]
 
 
 @given(extents, extents, st.integers(1, 40))

@@ -376,13 +376,6 @@ def test_any_number_has_a_text(value: float | None) -> None:
     assert reporting.percent(value)
 
 
-@given(st.text(max_size=300), st.integers(5, 90))
-def test_short_keeps_both_ends(text: str, length: int) -> None:
-    told = reporting.short(text, length)
-    assert len(told) <= max(length, 0)
-    assert told == text or ("…" in told and text.endswith(told[-1]))
-
-
 def test_figures_are_the_same_bytes_and_follow_the_page() -> None:
     history = [{"epoch": i, "loss": 1 / i, "val_miou": i / 10} for i in range(1, 6)]
     drawn = [figures.curves_figure(history) for _ in range(2)]

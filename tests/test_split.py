@@ -78,17 +78,6 @@ def test_unwanted_splits_stay_empty():
     assert {filled.of(key) for key in ("0_0", "1_0")} == {"train"}
 
 
-@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), min_size=1, max_size=8, unique=True))
-def test_each_pixel_of_overlapping_tiles_is_owned_once(corners):
-    size = 5
-    seen = np.zeros((12 + size, 9 + size), int)
-    covered = np.zeros_like(seen)
-    for index, (row, col) in enumerate(corners):
-        seen[row : row + size, col : col + size] += split.owned((row, col), corners[:index], size)
-        covered[row : row + size, col : col + size] = 1
-    assert (seen == covered).all()
-
-
 @pytest.mark.parametrize("text", ["0.7,0.3", "0.7,0.2,0.2", "a,b,c", "1.2,-0.1,-0.1"])
 def test_fractions_that_do_not_sum_to_one_are_refused(text):
     with pytest.raises(UsageError, match="sum to 1"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,8 +20,6 @@ from sattile.training.settings import Settings, check, make_settings, said_by
 if TYPE_CHECKING:
     import pandas as pd
     from pyspark.sql import SparkSession
-
-log = logging.getLogger("sattile")
 
 RESULT = "search.json"
 TRIALS = "trials"
