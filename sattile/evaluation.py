@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sattile import comparison, inference, metrics, pictures, prediction, storage, strata
+from sattile import comparison, inference, legend, metrics, pictures, prediction, storage, strata
 from sattile import engine as engines
 from sattile import labels as label_module
 from sattile.comparison import BLOCKS
@@ -62,6 +62,7 @@ def evaluate(
     attribute: str | None = None,
     ignore: str | Sequence[int] | None = None,
     background: str | None = None,
+    label_encoding: str = "index",
     merge: str | None = None,
     size: int | None = None,
     stride: int | None = None,
@@ -93,12 +94,15 @@ def evaluate(
         split: which part of it: train, val or test.
         scenes: instead of a dataset: files, globs, folders, STAC items, or a catalogue; with labels.
         labels: one file, matched by location, or a folder with a file named after each scene_id; rasters or vectors.
+            A layer or a band stands behind a colon: FILE.gpkg:LAYER, FILE.tif:2, FOLDER:2.
         bands: names of the files' bands; 'blue=B02,...' says which is which.
         pattern: how band files are named, such as '{scene}, {band}.tiff'.
         nodata: missing value of the scenes, whatever the files declare.
         attribute: of vector labels, the one that names the class.
-        ignore: label values that mean unlabelled, besides the labels' nodata and 255: '0,99'.
+        ignore: label values that mean unlabelled, besides the labels' nodata: '0,99', 'clouds'. 255 means it, too, if
+            it is no class.
         background: class of pixels outside all shapes of vector labels.
+        label_encoding: as for tile.
         merge: `crop` or `blend`, see predict; of scenes only.
         size, stride, halo: see predict; of scenes only.
         threshold: see predict; undecided pixels are counted apart.
@@ -139,18 +143,24 @@ def evaluate(
         check_dataset(bundle, description, dataset, split)
         if size or stride or halo or merge:
             raise UsageError("merge, size, stride and halo are for --scenes: tiles are inferred one by one")
-        if any(one is not None for one in (bands, pattern, attribute, ignore, background, aoi)):
-            raise UsageError("bands, pattern, attribute, ignore, background and aoi are for --scenes and --labels")
+        if any(one is not None for one in (bands, pattern, attribute, ignore, background, aoi)) or (
+            label_encoding != "index"
+        ):
+            raise UsageError(
+                "bands, pattern, attribute, ignore, background, label_encoding and aoi are for --scenes and --labels"
+            )
         job = _tile_job(inference.prepare(bundle, **shared), description["size"])
         settings |= inference.describe_job(job) | {"dataset": description["digest"], "split": split}
     else:
         area = prediction.read_aoi(aoi)
-        ignored = None if ignore is None else label_module.parse_ignore(ignore)
+        ignored = None if ignore is None else legend.parse_values(ignore)
+        label_module.check(bundle.classes, ignored or (), label_encoding)
         job = inference.prepare(bundle, merge=merge, size=size, stride=stride, halo=halo, aoi=area, **shared)
         settings |= inference.describe_job(job) | {
             "bands": asked, "pattern": pattern, "labels": storage.absolute(str(labels)).rstrip("/"),
             "attribute": attribute, "ignore": ignored,
             "background": background, "max_gsd_ratio": max_gsd_ratio,
+            **({"label_encoding": label_encoding} if label_encoding != "index" else {}),
         }  # fmt: skip
     out = storage.absolute(out)
     with Run("evaluate", out, json.loads(json.dumps(settings)), overwrite, max_failed_fraction) as run:
@@ -159,14 +169,14 @@ def evaluate(
             "network": {name: bundle.network.get(name) for name in ("arch", "parameters", "models")},
         }
         if regions is not None:
-            entry = storage.stat(regions)
+            entry = storage.stat(label_module.split_part(storage.absolute(regions))[0])
             run.inputs = [{"url": storage.absolute(regions), "size": entry.size, "time": entry.mtime}] if entry else []
         if dataset is not None:
             _on_tiles(spark, run, job, dataset, description, split, areas, samples)
         else:
             _on_scenes(
                 spark, run, job, list(scenes or ()), str(labels), bands=asked, pattern=pattern, attribute=attribute,
-                ignore=ignored or [], background=background, max_gsd_ratio=max_gsd_ratio,
+                ignore=ignored or [], background=background, encoding=label_encoding, max_gsd_ratio=max_gsd_ratio,
                 worker_memory=worker_memory, regions=areas, samples=samples,
             )  # fmt: skip
         log.info("evaluate: %s", metrics.headline(storage.read_json(storage.join(out, METRICS))))
@@ -217,8 +227,9 @@ def _on_scenes(
     bands: list[str] | None,
     pattern: str | None,
     attribute: str | None,
-    ignore: Sequence[int],
+    ignore: Sequence[legend.Value],
     background: str | None,
+    encoding: str,
     max_gsd_ratio: float,
     worker_memory: int | str,
     regions: Regions | None,
@@ -243,6 +254,7 @@ def _on_scenes(
             attribute=attribute,
             ignore=ignore,
             background=background,
+            encoding=encoding,
         )
         run.refuse(matched.refused)
     found = [scene for scene in found if scene.scene_id in matched.sources]
@@ -253,9 +265,14 @@ def _on_scenes(
         for url, version in {**scene, **truth}.items()
     ]
     state = storage.digest([[scene.to_json() for scene in found], versions])
-    if _is_done(run, state):
+    done = _finished(run, state)
+    if done is not None and (
+        done.get("label_rules") == label_module.RULES
+        or label_module.as_before(spark, matched, ignore, done["scenes"].keys())
+    ):
         run.skipped = len(found)
         return
+    matched = label_module.survey(spark, matched, ignore, model=True)
     todo = prediction.plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark))
     pieces = [replace(piece, truth=matched.sources[piece.scene.scene_id]) for piece in todo.pieces]
     urls = {scene.scene_id: scene.url for scene in found}
@@ -402,7 +419,7 @@ def _on_tiles(
     run.inputs += [{"url": storage.absolute(url), "digest": description["digest"]}]
     run.given = listed["tiles"]
     state = storage.digest([description["digest"], split])
-    if _is_done(run, state):
+    if _finished(run, state) is not None:
         run.skipped = listed["tiles"]
         return
     files = [storage.join(storage.absolute(url), split, name) for name in listed["files"]]
@@ -576,14 +593,16 @@ def _tell(run: Run, job: Inference, rows: Sequence[Any], urls: Mapping[str, str]
         run.extra["unlike"] = unlike
 
 
-def _is_done(run: Run, state: str) -> bool:
+def _finished(run: Run, state: str) -> dict[str, Any] | None:
+    """The metrics that lie here, if they are whole and of this state."""
     url = storage.join(run.out, METRICS)
     if not (run.finished_before and storage.exists(url) and storage.exists(storage.join(run.out, BLOCKS))):
-        return False
-    if storage.read_json(url).get("state") != state:
-        return False
+        return None
+    found: dict[str, Any] = storage.read_json(url)
+    if found.get("state") != state:
+        return None
     run.extra |= {name: one for name, one in (run.previous or {}).items() if name == "unlike"}
-    return True
+    return found
 
 
 def _write_metrics(
@@ -626,6 +645,7 @@ def _write_metrics(
         "undecided": sum(row.undecided for row in rows),
         "class_ids": {one.name: one.id for one in job.bundle.classes},
         "scenes": {name: {"url": urls.get(name, name)} | values for name, values in found["scenes"].items()},
+        "label_rules": label_module.RULES,
         "state": state,
     }
     comparison.write_blocks(storage.join(run.out, BLOCKS), counted)

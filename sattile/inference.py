@@ -383,7 +383,7 @@ def read_block(
     scene, block = piece.scene, piece.block
     region = geometry.region(scene.height, scene.width, block)
     inside = shapes.aoi_mask(*aoi, scene, block) if aoi else None
-    truth = label_module.read(piece.truth, scene, block) if piece.truth else None
+    truth = label_module.read(piece.truth, scene, block)[0] if piece.truth else None
     if inside is not None and not inside.any():
         region = block
         data, valid = np.zeros((*block.shape, 0)), np.zeros(block.shape, bool)

@@ -1,7 +1,8 @@
 """Labels of a scene: which file, which class, and how they look on the scene's grid.
 
 Labels are rasters (any grid; resampled nearest) or vectors (GeoJSON, GeoPackage, shapefile; a class from an
-attribute; drawn onto the scene's grid). Wherever nothing is said, a pixel is unlabelled (`schema.IGNORE`).
+attribute; drawn onto the scene's grid). Which value is which class is `legend`'s to say. Wherever nothing is said, a
+pixel is unlabelled (`schema.IGNORE`).
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sattile import storage
+from sattile import legend, storage
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
-from sattile.schema import IGNORE, Refusal, Scene, SegmentClass, colored, unnamed_classes
+from sattile.legend import Legend, Value
+from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
+
+if TYPE_CHECKING:
+    import geopandas
+    from pyspark.sql import SparkSession
 
 log = logging.getLogger("sattile")
 
@@ -32,33 +39,43 @@ VECTORS = tuple(_BEGINNINGS)
 RASTERS = (".tif", ".tiff", ".jp2")
 
 
+RULES = 2
+"""Version of the rules for labels, as datasets and metrics record it; those without it were made by the first ones."""
+
+
+AS_IT_STANDS = Legend()
+
+
 @dataclass(frozen=True)
 class LabelSource:
     """Where one scene's labels come from; travels to executors.
 
     Attributes:
         url: the file.
-        ids: the class ids it may hold; None takes whatever it holds.
-        ignore: values of a raster that mean "unlabelled", besides its nodata.
-        shapes: for vectors: (WKB, class id) pairs that touch the scene, in the file's order: later ones win.
+        part: of a raster the band, by number or name; of a vector file the layer; None where there is one.
+        legend: what the values of a raster mean.
+        shapes: for vectors: (WKB, class id) pairs that touch the scene, in the file's order: later ones win. `IGNORE`
+            takes the label away.
         crs: of the shapes.
         background: class of pixels outside all shapes; None leaves them unlabelled.
+        mended: whether the first rules read this file otherwise.
     """
 
     url: str
-    ids: tuple[int, ...] | None = None
-    ignore: tuple[int, ...] = (IGNORE,)
+    part: str | None = None
+    legend: Legend = AS_IT_STANDS
     shapes: tuple[tuple[bytes, int], ...] | None = None
     crs: str | None = None
     background: int | None = None
+    mended: bool = False
 
     def identity(self) -> dict[str, list[int]]:
         """{url: [size, mtime in ns]} of the file, as it is now; of a shapefile, also of those beside it."""
         stem, suffix = os.path.splitext(self.url)
         beside = [stem + one for one in (".dbf", ".prj", ".cpg")] if suffix.lower() == ".shp" else []
         entries = {url: storage.stat(url) for url in (self.url, *beside)}
-        found = {url: [entry.size, entry.mtime] for url, entry in entries.items() if entry}
-        return found or {self.url: [0, 0]}
+        found = {url: [entry.size, entry.mtime] for url, entry in entries.items() if entry} or {self.url: [0, 0]}
+        return {url if self.part is None else f"{url}:{self.part}": version for url, version in found.items()}
 
 
 @dataclass(frozen=True)
@@ -76,35 +93,53 @@ class Matched:
     classes: tuple[SegmentClass, ...] | None
 
 
+def check(classes: Sequence[SegmentClass] | None, ignore: Sequence[Value], encoding: str) -> None:
+    """Whether options of labels go together.
+
+    Raises:
+        UsageError: if not.
+    """
+    if encoding not in legend.ENCODINGS:
+        raise UsageError(f"label_encoding {encoding!r}: use {', '.join(legend.ENCODINGS)}")
+    if encoding == "rgb" and not classes:
+        raise UsageError("label_encoding rgb needs the colour of each class: --classes land=0=#00ff00,water=1=#0000ff")
+    both = [value for value in ignore if value in legend.lookup(classes or ())]
+    if both:
+        raise UsageError(f"{legend.shown(both)} is a class and to be ignored; leave it out of --classes or of --ignore")
+
+
 def match(
     labels: str,
     scenes: Sequence[Scene],
     *,
     classes: tuple[SegmentClass, ...] | None = None,
     attribute: str | None = None,
-    ignore: Sequence[int] = (),
+    ignore: Sequence[Value] = (),
     background: str | None = None,
+    encoding: str = "index",
 ) -> Matched:
     """Find the labels of each scene.
 
     Args:
-        labels: one file, matched by location, or a folder with a file named after each scene_id.
+        labels: one file, matched by location, or a folder with a file named after each scene_id. A layer of a file or
+            a band of a raster stands behind a colon: `FILE.gpkg:LAYER`, `FILE.tif:2`, `FOLDER:2`.
         scenes: those to label.
         classes: as named by the user.
         attribute: of vectors, the one that says the class; without it, all shapes are of the last class.
-        ignore: raster values that mean "unlabelled".
-        background: class (name or id) of pixels outside all shapes.
+        ignore: values that mean "unlabelled".
+        background: class (name or value) of pixels outside all shapes.
+        encoding: of rasters, one of `legend.ENCODINGS`.
 
     Raises:
         UsageError: if `labels` does not exist, or a vector's attribute or classes are not as said.
     """
-    labels = storage.absolute(labels)
+    labels, part = split_part(storage.absolute(labels))
     entry = storage.stat(labels)
     if entry is None:
         raise UsageError(f"--labels {labels} does not exist")
     if not entry.is_folder:
-        return match_pairs({scene.scene_id: labels for scene in scenes}, scenes, classes=classes, attribute=attribute,
-                           ignore=ignore, background=background)  # fmt: skip
+        return match_pairs({scene.scene_id: _with_part(labels, part) for scene in scenes}, scenes, classes=classes,
+                           attribute=attribute, ignore=ignore, background=background, encoding=encoding)  # fmt: skip
     by_stem: dict[str, list[str]] = {}
     for file in storage.list_folder(labels):
         stem, suffix = os.path.splitext(storage.name(file.url))
@@ -113,10 +148,12 @@ def match(
     if not by_stem:
         raise UsageError(f"--labels {labels} holds no label files ({', '.join(RASTERS + VECTORS)})")
     found = {
-        scene.scene_id: by_stem[scene.scene_id][0] for scene in scenes if len(by_stem.get(scene.scene_id, ())) == 1
+        scene.scene_id: _with_part(by_stem[scene.scene_id][0], part)
+        for scene in scenes
+        if len(by_stem.get(scene.scene_id, ())) == 1
     }
     matched = match_pairs(found, [scene for scene in scenes if scene.scene_id in found], classes=classes,
-                          attribute=attribute, ignore=ignore, background=background)  # fmt: skip
+                          attribute=attribute, ignore=ignore, background=background, encoding=encoding)  # fmt: skip
     missing = []
     for scene in scenes:
         several = by_stem.get(scene.scene_id, ())
@@ -134,47 +171,93 @@ def match_pairs(
     *,
     classes: tuple[SegmentClass, ...] | None = None,
     attribute: str | None = None,
-    ignore: Sequence[int] = (),
+    ignore: Sequence[Value] = (),
     background: str | None = None,
+    encoding: str = "index",
 ) -> Matched:
     """The labels of scenes whose label files are known: {scene_id: url}. See `match`."""
     sources: dict[str, LabelSource] = {}
     refused: list[Refusal] = []
     by_id = {scene.scene_id: scene for scene in scenes}
-    vectors = {url for url in urls.values() if is_vector(url)}
+    parts = {url: split_part(url) for url in sorted({*urls.values()})}
     features: dict[str, Features] = {}
     unread: dict[str, UsageError] = {}
-    for url in sorted(vectors):
+    for url, (file, _) in parts.items():
         try:
-            features[url] = read_vector(url, attribute)
+            if is_vector(file):
+                features[url] = read_vector(url, attribute)
+                if classes is not None and attribute is not None:
+                    _check_named(features[url], attribute, classes, ignore)
         except UsageError as error:
             unread[url] = error
-    if unread and len(unread) == len({*urls.values()}):  # nothing is left: the first one says why
+    if unread and len(unread) == len(parts):  # nothing is left: the first one says why
         raise unread[min(unread)]
+    ignored = {*ignore}
     if features:
-        classes = classes or _classes_of(features, attribute)
-        ids = {one.name: one.id for one in classes} | {str(one.id): one.id for one in classes}
-        outside = _background_id(background, ids)
+        named = classes
+        classes = classes or _classes_of(
+            [one for url, one in features.items() if url not in unread], attribute, ignored
+        )
+        ids = legend.lookup(classes)
+        outside = background_id(background, classes)
         default = classes[-1].id
+        mended = _are_mended(features.values(), named, ignored)
     for scene_id, url in urls.items():
-        scene = by_id[scene_id]
-        if url in unread or not storage.exists(url):
-            reason = str(unread[url]) if url in unread else f"its labels {url} do not exist"
+        scene, (file, part) = by_id[scene_id], parts[url]
+        if url in unread or not storage.exists(file):
+            reason = str(unread[url]) if url in unread else f"its labels {file} do not exist"
             refused.append(Refusal(scene.url, "labels", reason))
             continue
-        if url not in vectors:
-            allowed = tuple(one.id for one in classes) if classes else None
-            sources[scene_id] = LabelSource(url, allowed, tuple(sorted({IGNORE, *ignore})))
+        if url not in features:
+            sources[scene_id] = LabelSource(file, part, Legend(encoding, classes, tuple(ignore)))
             continue
         if scene.crs is None or scene.footprint is None:
             refused.append(Refusal(scene.url, "labels", f"the scene has no CRS, so {url} cannot be laid over it"))
             continue
-        shapes = _touching(features[url], scene, ids, default)
+        shapes = _touching(features[url], scene, {**ids, **dict.fromkeys(ignored, IGNORE)}, default)
         if not shapes and outside is None:
-            refused.append(Refusal(scene.url, "labels", f"no shape of {url} touches the scene"))
+            doubt = _suspicion(features[url], scene)
+            refused.append(Refusal(scene.url, "labels", f"no shape of {url} touches the scene{doubt}"))
             continue
-        sources[scene_id] = LabelSource(url, None, (IGNORE,), tuple(shapes), features[url].crs, outside)
+        sources[scene_id] = LabelSource(
+            file, part, shapes=tuple(shapes), crs=features[url].crs, background=outside, mended=mended
+        )
     return Matched(sources, tuple(refused), classes)
+
+
+def _check_named(
+    features: Features, attribute: str, classes: tuple[SegmentClass, ...], ignore: Sequence[Value]
+) -> None:
+    """Whether each value of an attribute is a class.
+
+    Raises:
+        UsageError: with the values, and what to write.
+    """
+    counts: dict[Value, int] = {}
+    for value in map(legend.value_of, features.values):
+        if value is not None and value not in ignore:
+            counts[value] = counts.get(value, 0) + 1
+    strange = {value for value in counts if value not in legend.lookup(classes)}
+    if strange:
+        shapes = sum(counts[value] for value in strange)
+        raise UsageError(
+            f"{features.url}: attribute {attribute!r} has values that are no class: {legend.shown(strange)} "
+            f"({shapes} of {len(features.values)} shapes); it has {legend.shown(counts)}, and the classes are "
+            f"{legend.called(classes)}. Name them: {legend.named_line(classes, counts)}; or leave them unlabelled: "
+            f"--ignore {','.join(map(legend.written, sorted(strange, key=legend.order)))}"
+        )
+
+
+def _are_mended(features: Iterable[Features], named: tuple[SegmentClass, ...] | None, ignored: set[Value]) -> bool:
+    """Whether the first rules drew these shapes otherwise: they took texts for ids, and drew what is to be ignored."""
+    texts = {value for one in features for value in one.values}
+    values = {legend.value_of(text) for text in texts} - {None}
+    if any(one.left_out for one in features) or values & ignored:
+        return True
+    if named is not None:
+        return any(one.value is not None for one in named)
+    numeric = [value for value in values if value is not None and not isinstance(value, str)]
+    return bool(numeric) and not all(map(legend.is_id, values - {None}))  # type: ignore[arg-type]
 
 
 def read_pairs(url: str) -> list[dict[str, str]]:
@@ -222,28 +305,47 @@ def read_pairs(url: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Features:
-    """Shapes of a vector file with the text of their class attribute, and their numbers in the file, from 1."""
+    """Shapes of a vector file with the text of their class attribute, and their numbers in the file, from 1.
+
+    Attributes:
+        left_out: how many shapes or parts of shapes have no area.
+    """
 
     url: str
     crs: str
     wkb: tuple[bytes, ...]
     values: tuple[str, ...]
     numbers: tuple[int, ...]
+    left_out: int = 0
 
 
 def is_vector(url: str) -> bool:
     return os.path.splitext(url)[1].lower() in VECTORS
 
 
-def read_vector(url: str, attribute: str | None = None) -> Features:
-    """All shapes of a vector file.
+def split_part(url: str) -> tuple[str, str | None]:
+    """`FILE.gpkg:LAYER` -> (file, layer), `FILE.tif:2` -> (file, band); None where no part is named."""
+    head, colon, part = url.rpartition(":")
+    if not colon or "/" in part or not part or storage.exists(url) or not storage.exists(head):
+        return url, None
+    return head, part
+
+
+def _with_part(url: str, part: str | None) -> str:
+    return url if part is None else f"{url}:{part}"
+
+
+def read_vector(named: str, attribute: str | None = None) -> Features:
+    """All shapes of a vector file, or of one of its layers: `FILE.gpkg:LAYER`.
 
     Raises:
-        UsageError: if it can't be read, states no CRS, or lacks the attribute (the ones it has are named).
+        UsageError: if it can't be read, has several layers with shapes, states no CRS or a wrong one, or lacks the
+            attribute (the ones it has are named).
     """
     import geopandas
     import shapely
 
+    url, layer = split_part(named)
     entry = storage.stat(url)
     if entry is None:
         raise UsageError(f"{url} does not exist")
@@ -256,12 +358,17 @@ def read_vector(url: str, attribute: str | None = None) -> Features:
         raise UsageError(f"{url} cannot be read as a vector file: it does not hold what its name ({suffix}) says")
     try:
         with storage.beside(url) as path:
-            read = geopandas.read_parquet if suffix == ".parquet" else partial(geopandas.read_file, engine="pyogrio")
-            frame = read(path)
+            if suffix == ".parquet":
+                frame = geopandas.read_parquet(path)
+            else:
+                frame = geopandas.read_file(path, engine="pyogrio", layer=_layer(path, url, layer))
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(f"{url} cannot be read as a vector file: {error}") from error
     if frame.crs is None:
         raise UsageError(f"{url} states no CRS: add its .prj, or write it again with one")
+    _check_degrees(url, frame)
     names = [name for name in frame.columns if name != frame.geometry.name]
     if attribute is not None and attribute not in names:
         raise UsageError(f"{url} has no attribute {attribute!r}; it has {', '.join(names) or 'none'}")
@@ -277,86 +384,234 @@ def read_vector(url: str, attribute: str | None = None) -> Features:
     return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values), tuple(frame.index))
 
 
+def _layer(path: str, url: str, wanted: str | None) -> str | None:
+    """The layer to read: the one wanted, or the only one with shapes (QGIS keeps its styles in one without)."""
+    import pyogrio
+
+    layers = {str(name): kind is not None for name, kind in pyogrio.list_layers(path)}
+    shapes = [name for name, has_shapes in layers.items() if has_shapes]
+    if wanted is not None and wanted not in shapes:
+        what = "has no shapes" if wanted in layers else "is none of its layers"
+        raise UsageError(f"{url}: {wanted!r} {what}; there are {', '.join(shapes) or 'none with shapes'}")
+    if wanted is None and len(shapes) > 1:
+        raise UsageError(f"{url} has several layers: {', '.join(shapes)}; name one: {url}:{shapes[0]}")
+    return wanted or (shapes[0] if shapes else None)
+
+
+def _check_degrees(url: str, frame: geopandas.GeoDataFrame) -> None:
+    """Whether coordinates that are said to be degrees can be: GeoJSON without a CRS is in degrees, by its standard."""
+    if not frame.crs.is_geographic or frame.empty:
+        return
+    west, south, east, north = frame.total_bounds
+    if not np.isfinite([west, south, east, north]).all() or (max(-south, north) <= 91 and max(-west, east) <= 541):
+        return
+    seen = f"x from {west:g} to {east:g}, y from {south:g} to {north:g}"
+    if max(-west, east) <= 91 and max(-south, north) <= 181:
+        raise UsageError(
+            f"{url}: its coordinates look swapped ({seen}): longitude comes first; write it again: "
+            f"ogr2ogr -swapxy OUT {storage.name(url)}"
+        )
+    raise UsageError(
+        f"{url}: its coordinates are no degrees ({seen}), though its CRS is {frame.crs.to_string()} (that of GeoJSON, "
+        f"where it states none); say which one they are in: ogr2ogr -a_srs EPSG:N OUT.gpkg {storage.name(url)}"
+    )
+
+
+def _suspicion(features: Features, scene: Scene) -> str:
+    """What may be wrong with shapes that do not touch a scene, in words; nothing where nothing is suspected."""
+    import geopandas
+    import shapely
+
+    shapes = shapely.from_wkb(list(features.wkb))
+    footprint = shapely.from_wkb(scene.footprint)
+    # Boxes do: this is a guess.
+    boxes = geopandas.GeoSeries(shapely.box(*shapely.bounds(shapes).T), crs=features.crs)
+    swapped = geopandas.GeoSeries(shapely.box(*shapely.bounds(shapes).T[[1, 0, 3, 2]]), crs=features.crs)
+    if shapely.intersects(swapped.to_crs(4326).values, footprint).any():
+        return "; with x and y swapped they would: are its axes in the order that its CRS states?"
+    lie, around = (
+        ", ".join(f"{one:.6g}" for one in bounds) for bounds in (boxes.to_crs(4326).total_bounds, footprint.bounds)
+    )
+    return (
+        f": they lie in {lie} (west, south, east, north in degrees), the scene in {around}; is the CRS that the file "
+        f"states the right one?"
+    )
+
+
 def _text(value: object) -> str:
     """An attribute as written: 3.0 of a shapefile's numeric column is class 3."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _classes_of(features: Mapping[str, Features], attribute: str | None) -> tuple[SegmentClass, ...]:
-    """Classes in order of their names, ids from 0; numbers that fit are their own ids."""
+def _classes_of(features: Iterable[Features], attribute: str | None, ignored: set[Value]) -> tuple[SegmentClass, ...]:
+    """The classes of an attribute's values, see `legend.classes_of`."""
     if attribute is None:
         raise UsageError("vector labels need --attribute (the one that names the class) or --classes NAME")
-    values = sorted({value for one in features.values() for value in one.values})
-    if len(values) > IGNORE:
-        raise UsageError(f"attribute {attribute!r} has {len(values)} values; a labels map holds at most {IGNORE}")
-    if all(_is_number(value) and int(value) < IGNORE for value in values):
-        return unnamed_classes(sorted({int(value) for value in values}))  # 01 is 1
-    return colored([(number, value, None) for number, value in enumerate(values)])
+    values = {legend.value_of(text) for one in features for text in one.values} - ignored - {None}
+    if not values:
+        raise UsageError(f"attribute {attribute!r}: --ignore leaves out all of its values")
+    return legend.classes_of(value for value in values if value is not None)
 
 
-def parse_ignore(value: str | int | Sequence[int] | None) -> list[int]:
-    """Stored values that mean "unlabelled": 0, [0, 99] or '0,99'.
+def background_id(background: str | None, classes: Sequence[SegmentClass]) -> int | None:
+    """The class id of a background, given by name or value.
 
     Raises:
-        UsageError: for what is no number.
+        UsageError: if it is no class.
     """
-    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value or ()
-    try:
-        return sorted({int(part) for part in parts})
-    except ValueError:
-        raise UsageError(f"ignore {value!r}: give label values, such as 0,99") from None
-
-
-def _is_number(value: str) -> bool:
-    return value.isascii() and value.isdigit()
-
-
-def _background_id(background: str | None, ids: Mapping[str, int]) -> int | None:
     if background is None:
         return None
-    if str(background) not in ids:
-        raise UsageError(f"--background {background!r} is no class; classes are {', '.join(ids)}")
-    return ids[str(background)]
+    known, value = legend.lookup(classes), legend.value_of(background)
+    if value is None or value not in known:
+        raise UsageError(f"--background {background!r} is no class; classes are {legend.called(classes)}")
+    return known[value]
 
 
-def _touching(features: Features, scene: Scene, ids: Mapping[str, int], default: int) -> list[tuple[bytes, int]]:
-    """The shapes that touch a scene, with their class ids; shapes of other classes are left out."""
+def _touching(features: Features, scene: Scene, ids: Mapping[Value, int], default: int) -> list[tuple[bytes, int]]:
+    """The shapes that touch a scene, with their class ids."""
     import geopandas
     import shapely
 
     shapes = geopandas.GeoSeries.from_wkb(list(features.wkb), crs=features.crs).to_crs(4326)
     touched = shapely.intersects(shapes.values, shapely.from_wkb(scene.footprint))
     found = []
-    for wkb, value, touches in zip(features.wkb, features.values, touched, strict=True):
-        known = str(int(value)) if value not in ids and _is_number(value) else value
-        class_id = ids.get(known) if value else default
-        if touches and class_id is not None:
-            found.append((wkb, class_id))
+    for wkb, text, touches in zip(features.wkb, features.values, touched, strict=True):
+        value = legend.value_of(text)
+        if touches:
+            found.append((wkb, default if value is None else ids[value]))
     return found
 
 
-def read(source: LabelSource, scene: Scene, window: Window) -> np.ndarray:
-    """Labels of a window on the scene's grid, (height, width) uint8; IGNORE where there are none.
+def read(source: LabelSource, scene: Scene, window: Window) -> tuple[np.ndarray, int]:
+    """Labels of a window on the scene's grid.
 
     Runs where foreign files may be opened (see `decoder`).
 
+    Returns:
+        (height, width) uint8, IGNORE where there are none; and how many pixels of a raster are 255 though neither its
+        nodata nor an option says what that means.
+
     Raises:
-        Refused: if the file holds values that are no class.
+        Refused: if the file holds values that are no class, or several bands of which none was chosen.
     """
     from sattile import raster, shapes
 
     if source.shapes is not None:
-        drawn = shapes.rasterize(list(source.shapes), source.crs, scene, window)
-        return drawn if source.background is None else np.where(drawn == IGNORE, np.uint8(source.background), drawn)
-    labels = raster.read_labels(source.url, scene, window, ignore=source.ignore)
-    if source.ids is not None:
-        known = np.zeros(256, bool)
-        known[[*source.ids, IGNORE]] = True
-        strange = np.flatnonzero(np.bincount(labels.ravel(), minlength=256) * ~known)
-        if strange.size:
-            raise Refused(
-                f"labels {source.url} hold value {', '.join(map(str, strange[:5]))}, which is no class "
-                f"({', '.join(map(str, source.ids))}); name it among the classes, or ignore it: "
-                f"--ignore {','.join(map(str, strange))}"
-            )
-    return labels
+        outside = IGNORE if source.background is None else source.background
+        return shapes.rasterize(list(source.shapes), source.crs, scene, window, outside=outside), 0
+    undeclared = 0
+
+    def to_ids(values: np.ndarray, good: np.ndarray) -> np.ndarray:
+        nonlocal undeclared
+        ids, unsaid = source.legend.ids(values, good, source.url)
+        undeclared += unsaid
+        return ids
+
+    bands = source.part if source.legend.encoding == "index" else "all"
+    return raster.read_labels(source.url, scene, window, to_ids, bands=bands), undeclared
+
+
+# --- what label rasters hold, where that decides what they mean ------------------------------------------------------
+
+MOST_VALUES = 1000
+"""Different values that a raster of classes may hold; one of more is a measurement."""
+
+
+def as_before(spark: SparkSession, matched: Matched, ignore: Sequence[Value], taken: Collection[str]) -> bool:
+    """Whether the first rules for labels read these as today's do: what was made by them can stay then.
+
+    Args:
+        taken: scene ids whose labels they read.
+    """
+    sources = [matched.sources[key] for key in taken if key in matched.sources]
+    if any(one.mended for one in sources):
+        return False
+    rasters = {(one.url, one.part) for one in sources if one.shapes is None}
+    found = _look(spark, sorted(rasters, key=str), {one for one in ignore if not isinstance(one, str)}, every=False)
+    seen = {value for values in found.values() for value in values or ()}
+    if any(values is None for values in found.values()):
+        return False  # several bands, of which they took the first
+    said = IGNORE in ignore or (matched.classes is not None and IGNORE in legend.lookup(matched.classes))
+    return said or IGNORE not in seen or not seen <= {0, IGNORE}
+
+
+def survey(spark: SparkSession, matched: Matched, ignore: Sequence[Value], *, model: bool = False) -> Matched:
+    """Look through label rasters, in Spark tasks, where what they hold decides what it means.
+
+    Files of nothing but 0 and 255 may mean two classes, or one and "unlabelled": nobody can know. Numbers that are no
+    ids get ids of their own, the same in all files.
+
+    Args:
+        ignore: values that mean "unlabelled".
+        model: whether the classes are a model's, which no option changes.
+
+    Returns:
+        The same with classes for all that was found, where numbers are no ids; else as it was.
+
+    Raises:
+        UsageError: for labels of nothing but 0 and 255.
+    """
+    classes = matched.classes
+    rasters = {
+        (one.url, one.part) for one in matched.sources.values() if one.shapes is None and one.legend.encoding == "index"
+    }
+    said = IGNORE in ignore or (classes is not None and IGNORE in legend.lookup(classes))
+    if not rasters or (classes is not None and said):
+        return matched
+    ignored = {value for value in ignore if not isinstance(value, str)}
+    found = _look(spark, sorted(rasters, key=str), ignored, every=False)
+    seen = {value for values in found.values() for value in values or ()}
+    strange = {value for value in seen if not legend.is_id(value) and value != IGNORE}
+    if not said and seen <= {0, IGNORE} and IGNORE in seen:
+        named = (
+            classes if classes and len(classes) == 2 else (SegmentClass(0, "land", ""), SegmentClass(1, "water", ""))
+        )
+        what = "a model that was made with" if model else "a class of its own:"
+        raise UsageError(
+            f"the labels hold nothing but {legend.shown(seen)}, and 255 may be a class or mean unlabelled: say which. "
+            f"{what[0].upper()}{what[1:]} {legend.named_line(named, [0, 255])}; unlabelled: --ignore 255"
+        )
+    if classes is not None or not strange:
+        return matched
+    found = _look(spark, sorted(rasters, key=str), ignored, every=True)
+    seen = {value for values in found.values() for value in values or ()} - {IGNORE}
+    made = legend.classes_of(seen)
+    log.info("labels: %s", ", ".join(f"{legend.written(one.id if one.value is None else one.value)} is class {one.id} "
+                                     f"({one.name})" for one in made))  # fmt: skip
+    sources = {
+        key: one if one.shapes is not None else replace(one, legend=replace(one.legend, classes=made))
+        for key, one in matched.sources.items()
+    }
+    return replace(matched, sources=sources, classes=made)
+
+
+def _look(
+    spark: SparkSession, files: Sequence[tuple[str, str | None]], ignored: Collection[Value], *, every: bool
+) -> dict[tuple[str, str | None], set[Value] | None]:
+    """Values by file and band; None for files that are refused."""
+    from sattile import engine
+
+    if not files:
+        return {}
+
+    tasks = max(1, min(len(files), 4 * engine.slots(spark)))
+    rows = spark.sparkContext.parallelize(list(files), tasks)
+    work = engine.on_worker(partial(_values_of_files, ignored=ignored, every=every))
+    return {
+        (url, part): None if values is None else set(values) for url, part, values in rows.mapPartitions(work).collect()
+    }
+
+
+def _values_of_files(
+    files: Iterable[tuple[str, str | None]], *, ignored: Collection[Value], every: bool
+) -> Iterator[tuple[str, str | None, list[Value] | None]]:
+    """In a Spark task: the values of each file; None for those that can't be read, which the cut refuses."""
+    from sattile import raster
+    from sattile.decoder import decoder
+
+    for url, part in files:
+        try:
+            values = decoder().call(raster.label_values, url, part, most=MOST_VALUES, every=every, ignored=ignored)
+            yield url, part, [value for value in map(legend.value_of, values) if value is not None]
+        except Refused:
+            yield url, part, None

@@ -404,7 +404,7 @@ def bundle(
     Raises:
         UsageError: if the file can't be loaded safely, or does not fit `bands` and `classes`.
     """
-    from sattile.schema import parse_classes
+    from sattile.legend import parse_classes
 
     names = [one.strip() for one in (bands.split(",") if isinstance(bands, str) else bands) if one.strip()]
     if not names or len(set(names)) < len(names):

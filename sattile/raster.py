@@ -17,7 +17,7 @@ import math
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -754,35 +754,96 @@ def _mix_down(values: np.ndarray, rows: _Axis, strip: slice) -> np.ndarray:
 # ---------------------------------------------------------------- labels on a scene's grid
 
 
-def read_labels(url: str, scene: Scene, window: Window, *, band: int = 1, ignore: Sequence[int] = ()) -> np.ndarray:
+def read_labels(
+    url: str,
+    scene: Scene,
+    window: Window,
+    to_ids: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    bands: str | None = None,
+) -> np.ndarray:
     """Labels of a raster on any grid, on the scene's, by the pixel that holds each pixel's centre.
 
     Args:
         url: the raster; without a position it must have the scene's height and width.
         window: may reach outside the scene.
-        band: counted from 1.
-        ignore: stored values that mean "unlabelled", be they class ids or not (-1, 999).
+        to_ids: stored values (..., bands) and where they are no nodata (...) -> class ids (...) uint8.
+        bands: which one, by number (from 1) or name; None for the only one, `all` for all of them.
 
     Returns:
-        (height, width) uint8; `IGNORE` outside the raster, where it is nodata, and where it is to be ignored.
+        (height, width) uint8; `IGNORE` outside the raster.
 
     Raises:
-        Refused: if it can't be read or placed, or holds values other than whole numbers from 0 to 255.
+        Refused: if it can't be read or placed, or has several bands of which none was chosen.
     """
     source = _files.get(url)
-    if band not in source.indexes:
-        raise Refused(f"labels {url} have {source.count} bands, and band {band} is wanted")
-    described = next((one for one in _data_bands(url, source) if one.index == band), None)
-    if described is None:
-        raise Refused(f"band {band} of labels {url} is an alpha band")
+    chosen = _label_bands(url, source, bands)
     _check_blocks(source)
     crs, transform = _position(source)
     place = _placement(url, crs, transform, (source.height, source.width), scene)
     labels = np.full(window.shape, IGNORE, np.uint8)
     inside = window & Window(0, 0, scene.height, scene.width)
     if inside.area:
-        labels[inside.slices(window)] = _sample(source, described, place, inside, ignore)
+        labels[inside.slices(window)] = _sample(source, chosen, place, inside, to_ids)
     return labels
+
+
+def _label_bands(url: str, source: rasterio.DatasetReader, wanted: str | None) -> list[Band]:
+    """The bands of a label raster that are wanted, see `read_labels`; alpha is none."""
+    bands = list(_data_bands(url, source))
+    if wanted == "all":
+        return bands
+    called = [f"{one.index} ({one.name})" if one.name else str(one.index) for one in bands]
+    if wanted is not None:
+        chosen = [one for one in bands if wanted in (str(one.index), one.name)]
+        if len(chosen) != 1:
+            raise Refused(f"labels {url} have no band {wanted!r}; they have {', '.join(called)}")
+        return chosen
+    if len(bands) > 1:
+        raise Refused(
+            f"labels {url} have {len(bands)} bands: {', '.join(called)}; name the one that holds classes, as in "
+            f"{url}:{bands[0].index}, or say that they are a colour mask (--label-encoding rgb) or have a band for "
+            f"each class (--label-encoding one-hot)"
+        )
+    return bands
+
+
+def label_values(url: str, band: str | None, *, most: int, every: bool, ignored: Collection[float]) -> list[float]:
+    """Different values of a label raster, nodata and those that are ignored aside.
+
+    Args:
+        band: see `read_labels`.
+        most: a raster of more is no raster of classes: none is returned.
+        every: look at all pixels; else of bytes no further than the first that is neither 0 nor 255.
+
+    Raises:
+        Refused: if it can't be read.
+    """
+    import pandas  # its `unique` hashes, where numpy's sorts
+
+    source = _files.get(url)
+    chosen = _label_bands(url, source, band)
+    _check_blocks(source)
+    seen: set[float] = set()
+    rows = max(MAX_LABEL_PIXELS // 8 // source.width // 256 * 256, 256)
+    for first in range(0, source.height, rows):
+        window = Window(first, 0, min(rows, source.height - first), source.width)
+        stored, valid = _stored(source, chosen, window)
+        seen.update(set(pandas.unique(stored[valid].ravel()).tolist()) - set(ignored))
+        if len(seen) > most:
+            return []
+        if not every and chosen[0].dtype == "uint8" and not seen <= {0, IGNORE}:
+            break
+    return sorted(seen)
+
+
+def _stored(source: rasterio.DatasetReader, bands: Sequence[Band], window: Window) -> tuple[np.ndarray, np.ndarray]:
+    """Values (height, width, bands) of a window of one file, and where at least one band is valid (height, width)."""
+    stored = np.empty((*window.shape, len(bands)), np.result_type(*(band.dtype for band in bands)))
+    valid = np.zeros(window.shape, bool)
+    for at, band in enumerate(bands):  # 0 may be nodata, and yet a part of a colour
+        valid |= _read_pixels(source, [band], window, None, stored[..., at : at + 1])
+    return stored, valid
 
 
 @dataclass(frozen=True)
@@ -880,7 +941,11 @@ def _placement(
 
 
 def _sample(
-    source: rasterio.DatasetReader, band: Band, place: _Placement, window: Window, ignore: Sequence[int]
+    source: rasterio.DatasetReader,
+    bands: Sequence[Band],
+    place: _Placement,
+    window: Window,
+    to_ids: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> np.ndarray:
     labels = np.full(window.shape, IGNORE, np.uint8)
     rows, cols = place.locate(window)
@@ -899,28 +964,15 @@ def _sample(
     )
     if needed.area > MAX_LABEL_PIXELS and window.area > 1:
         for part in window.quarters():
-            labels[part.slices(window)] = _sample(source, band, place, part, ignore)
+            labels[part.slices(window)] = _sample(source, bands, place, part, to_ids)
         return labels
-    stored = np.empty((*needed.shape, 1), np.dtype(band.dtype))
-    valid = _read_pixels(source, [band], needed, None, stored)
+    stored, valid = _stored(source, bands, needed)
     if along:
         rows, cols = _run(rows - needed.row), _run(cols - needed.col)
-        values, good = stored[rows, :, 0][:, cols], valid[rows][:, cols]
+        values, good = stored[rows][:, cols], valid[rows][:, cols]
     else:
-        values, good = stored[rows - needed.row, cols - needed.col, 0], valid[rows - needed.row, cols - needed.col]
-    for value in ignore:
-        good = good & (values != value)
-    used = values if good.all() else values[good]
-    if used.size:
-        low, high = used.min(), used.max()
-        if low < 0 or high > IGNORE or (used.dtype.kind == "f" and (used != np.floor(used)).any()):
-            raise Refused(
-                f"labels {band.url} hold values from {low:g} to {high:g}; class ids are whole numbers from 0 to 254 "
-                f"(values that mean no label: --ignore V, or declare them: gdal_edit.py -a_nodata V FILE)"
-            )
-    chosen = np.full(values.shape, IGNORE, np.uint8)
-    np.copyto(chosen, values, where=good, casting="unsafe")
-    labels[hit] = chosen
+        values, good = stored[rows - needed.row, cols - needed.col], valid[rows - needed.row, cols - needed.col]
+    labels[hit] = to_ids(values, good)
     return labels
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import colorsys
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
-
-from sattile.errors import UsageError
 
 IGNORE = 255
 """Label of a pixel that has none; the same number as a labels map's nodata."""
@@ -105,14 +102,16 @@ class SegmentClass:
     """One class of a labels map.
 
     Attributes:
-        id: value in labels, 0 to 254.
+        id: number in labels and maps, 0 to 254.
         name: for people and metrics.
         color: `#rrggbb`.
+        value: what stands in label files for it, where that is not its id: see `legend`.
     """
 
     id: int
     name: str
     color: str
+    value: int | float | str | None = None
 
 
 # Paul Tol's "muted" palette (https://personal.sron.nl/~pault/): told apart by colour-blind people, too.
@@ -121,54 +120,17 @@ PALETTE = (
 )  # fmt: skip
 
 
-def parse_classes(text: str | Sequence[str] | None, *, by_id: bool = True) -> tuple[SegmentClass, ...] | None:
-    """`land,water` (ids 0, 1) or `land=0,water=1` (also `0:land`) -> classes; colours from the palette.
-
-    A colour may follow: `water=1=#332288`.
-
-    Args:
-        by_id: in the order of their ids; else in that in which they are named.
-
-    Raises:
-        UsageError: for ids that are taken twice or do not fit 0 to 254.
-    """
-    if not text:
-        return None
-    parts = text.split(",") if isinstance(text, str) else list(text)
-    found = []
-    for position, part in enumerate(parts):
-        fields = [one.strip() for one in part.replace(":", "=").split("=") if one.strip()]
-        color = next((one for one in fields if re.fullmatch("#[0-9A-Fa-f]{6}", one)), None)
-        number = next((one for one in fields if re.fullmatch("[0-9]+", one)), None)
-        names = [one for one in fields if one not in (color, number)]
-        if len(names) > 1 or not fields or any(one.startswith("#") for one in names):
-            raise UsageError(f"classes: {part!r} is not NAME, NAME=ID or NAME=ID=#rrggbb")
-        class_id = int(number) if number is not None else position
-        name = names[0] if names else f"class_{class_id}"
-        found.append((class_id, name, color))
-    ids = [class_id for class_id, _, _ in found]
-    if len(set(ids)) < len(ids) or len({name for _, name, _ in found}) < len(found) or max(ids) >= IGNORE:
-        raise UsageError(f"classes {text!r}: ids must differ, lie in 0 to 254, and names must differ; ids are {ids}")
-    classes = colored(found)
-    return classes if by_id else tuple(sorted(classes, key=lambda one: ids.index(one.id)))
-
-
-def unnamed_classes(ids: Sequence[int]) -> tuple[SegmentClass, ...]:
-    """Classes for ids found in label rasters that nobody named."""
-    return colored([(int(one), f"class_{int(one)}", None) for one in ids])
-
-
-def colored(found: Sequence[tuple[int, str, str | None]]) -> tuple[SegmentClass, ...]:
-    """Classes in the order of their ids out of (id, name, colour or None), each with a colour of its own: that of the
-    palette by its id, or else one that is free."""
-    taken = {color.lower() for _, _, color in found if color}
+def colored(found: Sequence[tuple[int, str, str | None, int | float | str | None]]) -> tuple[SegmentClass, ...]:
+    """Classes in the order of their ids out of (id, name, colour or None, value or None), each with a colour of its
+    own: that of the palette by its id, or else one that is free."""
+    taken = {color.lower() for _, _, color, _ in found if color}
     free = itertools.chain(PALETTE, _more_colors())
     classes = []
-    for class_id, name, given in sorted(found, key=lambda one: one[0]):
+    for class_id, name, given, value in sorted(found, key=lambda one: one[0]):
         own = PALETTE[class_id % len(PALETTE)]
         color = given or (own if own not in taken else next(one for one in free if one not in taken))
         taken.add(color.lower())
-        classes.append(SegmentClass(class_id, name, color))
+        classes.append(SegmentClass(class_id, name, color, value))
     return tuple(classes)
 
 
@@ -217,7 +179,10 @@ COUNTED = pa.schema(
 
 
 def describe_classes(classes: Sequence[SegmentClass]) -> list[dict[str, Any]]:
-    return [asdict(one) for one in classes]
+    """As dataset and bundle store them; a value is left out where it is the id."""
+    return [
+        {key: value for key, value in asdict(one).items() if key != "value" or value is not None} for one in classes
+    ]
 
 
 def read_classes(values: Sequence[dict[str, Any]]) -> tuple[SegmentClass, ...]:

@@ -36,21 +36,25 @@ class OnGrid(Protocol):
     def transform(self) -> tuple[float, float, float, float, float, float]: ...
 
 
-def rasterize(shapes: Sequence[tuple[bytes, int]], crs: str | None, scene: OnGrid, window: Window) -> np.ndarray:
+def rasterize(
+    shapes: Sequence[tuple[bytes, int]], crs: str | None, scene: OnGrid, window: Window, *, outside: int = IGNORE
+) -> np.ndarray:
     """Draw shapes onto a window of the scene's grid: a pixel is in a shape that holds its centre.
 
     Args:
-        shapes: (WKB, value) pairs, values 0 to 254; later ones win.
+        shapes: (WKB, value) pairs, values 0 to 255; later ones win.
         crs: of the shapes; None only for a scene without one (coordinates are then those of its transform).
+        outside: value of the scene's pixels outside all shapes.
 
     Returns:
-        (height, width) uint8; `IGNORE` outside all shapes and outside the scene.
+        (height, width) uint8; `IGNORE` outside the scene.
     """
     labels = np.full(window.shape, IGNORE, np.uint8)
     inside = window & Window(0, 0, scene.height, scene.width)
     if not inside.area:
         return labels
     box = shapely.box(inside.col, inside.row, inside.stop_col, inside.stop_row)
+    labels[inside.slices(window)] = outside
     drawn = []
     for wkb, value in shapes:
         shape = _in_pixels(bytes(wkb), crs, scene.crs, scene.transform, (scene.height, scene.width))
@@ -62,7 +66,7 @@ def rasterize(shapes: Sequence[tuple[bytes, int]], crs: str | None, scene: OnGri
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             labels[inside.slices(window)] = rasterio.features.rasterize(
-                drawn, out_shape=inside.shape, fill=IGNORE, transform=_IDENTITY, dtype=np.uint8
+                drawn, out_shape=inside.shape, fill=outside, transform=_IDENTITY, dtype=np.uint8
             )
     return labels
 

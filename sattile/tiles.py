@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sattile import engine, grid, schema, storage
+from sattile import engine, grid, legend, schema, storage
 from sattile import labels as label_module  # `labels` and `split` are options of `tile`, by contract
 from sattile import split as split_module
 from sattile.dataset import (
@@ -76,6 +75,7 @@ def tile(
     attribute: str | None = None,
     ignore: str | Sequence[int] | None = None,
     background: str | None = None,
+    label_encoding: str = "index",
     aoi: str | None = None,
     split: str = "auto",
     fractions: str = "0.7,0.15,0.15",
@@ -94,6 +94,7 @@ def tile(
         out: the dataset's folder.
         scenes: files, globs, folders, STAC items or a catalogue; with `labels`.
         labels: one file, matched by location, or a folder with a file named after each scene_id; rasters or vectors.
+            A layer or a band stands behind a colon: FILE.gpkg:LAYER, FILE.tif:2, FOLDER:2.
         pairs: instead of both, a CSV with columns scene, labels and, if wanted, split (train, val, test).
         size: edge of a tile in pixels.
         stride: distance between tiles in pixels; size if not given.
@@ -101,11 +102,15 @@ def tile(
         pattern: how band files are named, such as '{scene}, {band}.tiff'.
         nodata: missing value, whatever the files declare.
         values: raw (stored numbers) or scaled (scale and offset applied; scenes that state none are refused).
-        classes: 'land,water' (ids 0, 1), or 'land=0,water=1'; else what the labels hold.
+        classes: 'land,water' (ids 0, 1), or with the values in the labels: 'land=0,water=255', 'land=L,water=W'; else
+            what the labels hold.
         attribute: of vector labels, the one that names the class.
-        ignore: label values that mean unlabelled, besides the labels' nodata and 255: '0,99'.
+        ignore: label values that mean unlabelled, besides the labels' nodata: '0,99', 'clouds'. 255 among others means
+            it, too, if it is no class.
         background: class of pixels outside all shapes of vector labels, and of the tiles thinned by
             keep_background (there the class of id 0, if not given).
+        label_encoding: index (a number a pixel), rgb (the colours of --classes water=1=#0000ff,...), or one-hot (a
+            band for each class); of label rasters.
         aoi: vector file; pixels outside are unlabelled, tiles outside are left out.
         split: by scene, by block (of ground), or auto (scene from 8 places on, else block).
         fractions: shares of train, val and test.
@@ -146,8 +151,9 @@ def tile(
     ):  # fmt: skip
         if not 0 <= share <= 1:
             raise UsageError(f"--{name} {share}: give a share from 0 to 1")
-    ignored = label_module.parse_ignore(ignore)
-    named = schema.parse_classes(classes)
+    ignored = legend.parse_values(ignore)
+    named = legend.parse_classes(classes)
+    label_module.check(named, ignored, label_encoding)
     asked = _names(bands)
     settings = {
         "size": size, "stride": stride, "bands": asked, "pattern": pattern, "nodata": plain(nodata), "values": values,
@@ -176,13 +182,14 @@ def tile(
             run.refuse(refused)
             matched = label_module.match_pairs(
                 chosen, [scene for scene in found if scene.scene_id in chosen],
-                classes=named, attribute=attribute, ignore=ignored, background=background,
+                classes=named, attribute=attribute, ignore=ignored, background=background, encoding=label_encoding,
             )  # fmt: skip
         else:
             fixed = {}
             matched = label_module.match(
-                str(labels), found, classes=named, attribute=attribute, ignore=ignored, background=background
-            )
+                str(labels), found, classes=named, attribute=attribute, ignore=ignored, background=background,
+                encoding=label_encoding,
+            )  # fmt: skip
         run.refuse(matched.refused)
         found = [scene for scene in found if scene.scene_id in matched.sources]
         sources = [
@@ -197,7 +204,13 @@ def tile(
         ]
         before = read_description(out)
         state = storage.digest([sources, fixed, str(area)])
-        if run.finished_before and before is not None and before.get("state") == state:
+        if (
+            run.finished_before and before is not None and before.get("state") == state
+            and (
+                before.get("label_rules") == label_module.RULES
+                or label_module.as_before(spark, matched, ignored, {one["scene_id"] for one in before["sources"]})
+            )
+        ):  # fmt: skip
             # Scenes refused while being cut are refused again without being read again.
             run.refuse([Refusal(**one) for one in before["refused"]])
             run.skipped = len(before["sources"])
@@ -207,6 +220,8 @@ def tile(
             run.finish()
             raise UsageError(f"no scene is left to tile; {storage.join(out, QUARANTINE)} has the reasons")
 
+        with run.stage("look through labels"):
+            matched = label_module.survey(spark, matched, ignored)
         rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
         chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area, engine.slots(spark))
         pixels = sum(scene.height * scene.width for scene in found)
@@ -236,7 +251,11 @@ def tile(
             good = [piece for piece in pieces if piece.scene_id not in bad]
             with run.stage("publish"):
                 description = _describe(found, sources, good, matched.classes, rule, settings, values)
-                description |= {"state": state, "refused": [asdict(one) for one in cut_refusals]}
+                description |= {
+                    "label_rules": label_module.RULES,
+                    "state": state,
+                    "refused": [asdict(one) for one in cut_refusals],
+                }
                 if not description["splits"]["train"]["tiles"]:
                     run.finish()
                     raise UsageError(_why_empty(description, rule, size))
@@ -246,6 +265,12 @@ def tile(
             storage.remove(work)
         run.done = len(found) - len(bad)
         run.extra["delivered_mpix_per_s"] = run.stages[-2].to_dict()["mpix_per_s"]
+        if undeclared := sum(piece.undeclared for piece in good):
+            share = undeclared / sum(piece.read for piece in good)
+            log.warning(
+                "tile: %.1f %% of the label pixels are 255, and were taken for unlabelled: --ignore 255 says so, "
+                "--classes NAME=255 makes them a class", 100 * share,
+            )  # fmt: skip
         for name in SPLITS:
             part = description["splits"][name]
             log.info("tile: %s: %d tiles, %d scenes", name, part["tiles"], part["scenes"])
@@ -323,13 +348,14 @@ def _dtype(scenes: Sequence[Scene], values: str) -> str:
 def _background(background: str | None, classes: Sequence[SegmentClass] | None) -> int:
     if background is None:
         return 0
-    for one in classes or ():
-        if background in (one.name, str(one.id)):
-            return one.id
-    if classes or not re.fullmatch("[0-9]+", str(background)):
-        known = ", ".join(one.name for one in classes) if classes else "not named (--classes); give a label value"
-        raise UsageError(f"--background {background!r} is no class; classes are {known}")
-    return int(background)
+    if classes:
+        return label_module.background_id(background, classes) or 0
+    value = legend.value_of(background)
+    if value is None or not legend.is_id(value):
+        raise UsageError(
+            f"--background {background!r} is no class; classes are not named (--classes); give a label value"
+        )
+    return int(value)
 
 
 # --- dealing tiles to splits -------------------------------------------------------------------------------------
@@ -518,6 +544,7 @@ class Piece:
         files: per split, (path below the work folder, rows of each row group).
         tiles, class_pixels, valid_pixels: per split.
         dropped: tiles left out, by reason.
+        read, undeclared: pixels of labels read, and those that are 255 though nobody says what that means.
         digest: sum of the rows' sha256, modulo 2**256: the same whatever the order.
         statistics: of the training tiles, per band.
     """
@@ -529,6 +556,8 @@ class Piece:
     valid_pixels: Counter[str] = field(default_factory=Counter)
     class_pixels: dict[str, np.ndarray] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
+    read: int = 0
+    undeclared: int = 0
     digest: int = 0
     statistics: list[BandStatistics] = field(default_factory=list)
     peak_memory: float = 0.0
@@ -631,7 +660,9 @@ class _Cutter:
         for strip, read in read_ahead(self._strips(chunk, piece), call, lambda _: scene.scene_id):
             if isinstance(read, Refused):
                 raise read
-            data, valid, labelled = read
+            data, valid, labelled, undeclared = read
+            piece.read += labelled.size
+            piece.undeclared += undeclared
             data = data.astype(self.dtype, copy=False)
             labelled = np.where(valid, labelled, np.uint8(IGNORE))
             for window, part, cell in strip.tiles:
@@ -746,18 +777,19 @@ def read_labelled(
     nodata: float | None = None,
     scaled: bool = False,
     aoi: tuple[bytes, str] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image (h, w, bands) with a plane for each band in memory, valid (h, w) bool and labels (h, w) uint8 of a window.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Image (h, w, bands) with a plane for each band in memory, valid (h, w) bool and labels (h, w) uint8 of a window,
+    and how many labels are 255 though nobody says what that means.
 
     Runs in the decoder's process.
     """
     from sattile import raster, shapes
 
     data, valid = raster.read(scene, window, nodata=nodata, scaled=scaled, by_band=True)
-    labelled = label_module.read(source, scene, window)
+    labelled, undeclared = label_module.read(source, scene, window)
     if aoi is not None:
         labelled = np.where(shapes.aoi_mask(aoi[0], aoi[1], scene, window), labelled, np.uint8(IGNORE))
-    return data, valid, labelled
+    return data, valid, labelled, undeclared
 
 
 def _outlines(scene: Scene, windows: Sequence[Window], pad: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -827,7 +859,7 @@ def _describe(
             "labelled_pixels": int(counts[:IGNORE].sum()),
             "counts": counts,
         }
-    classes = classes or schema.unnamed_classes(np.flatnonzero(seen[:IGNORE]).tolist())
+    classes = classes or legend.classes_of(np.flatnonzero(seen[:IGNORE]).tolist())
     for part in splits.values():
         counts = part.pop("counts")
         part["class_pixels"] = {str(one.id): int(counts[one.id]) for one in classes}

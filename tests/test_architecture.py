@@ -31,6 +31,7 @@ LAYERS = [
         "fusion",
         "record",
         "engine",
+        "legend",
         "metrics",
         "figures",
         "scorers",
