@@ -289,7 +289,7 @@ def read_pairs(url: str) -> list[dict[str, str]]:
         for column in ("scene", "labels"):
             beside = storage.join(storage.parent(url), values[column])
             if storage.scheme_of(values[column]) == "file" and not os.path.isabs(values[column]):
-                values[column] = beside if storage.exists(beside) else values[column]
+                values[column] = beside if storage.exists(split_part(beside)[0]) else values[column]
             values[column] = storage.absolute(values[column])
         if values["scene"] in lines:
             raise UsageError(

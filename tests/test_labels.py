@@ -39,10 +39,13 @@ def drawn(source: labels.LabelSource, scene: Scene) -> np.ndarray:
 
 def test_pairs_as_spreadsheets_write_them(tmp_path):
     path = tmp_path / "pairs.csv"
-    path.write_bytes(b"\xef\xbb\xbfscene, labels\r\na b.tif, l.tif\r\n,\r\n")
-    for name in ("a b.tif", "l.tif"):
+    path.write_bytes(b"\xef\xbb\xbfscene, labels\r\na b.tif, l.tif\r\n,\r\nc.tif, l.tif:2\r\n")
+    for name in ("a b.tif", "l.tif", "c.tif"):
         (tmp_path / name).touch()
-    assert labels.read_pairs(str(path)) == [{"scene": str(tmp_path / "a b.tif"), "labels": str(tmp_path / "l.tif")}]
+    assert labels.read_pairs(str(path)) == [
+        {"scene": str(tmp_path / "a b.tif"), "labels": str(tmp_path / "l.tif")},
+        {"scene": str(tmp_path / "c.tif"), "labels": str(tmp_path / "l.tif:2")},
+    ]
 
 
 @pytest.mark.parametrize(
