@@ -244,7 +244,7 @@ def _check_named(
             f"{features.url}: attribute {attribute!r} has values that are no class: {legend.shown(strange)} "
             f"({shapes} of {len(features.values)} shapes); it has {legend.shown(counts)}, and the classes are "
             f"{legend.called(classes)}. Name them: {legend.named_line(classes, counts)}; or leave them unlabelled: "
-            f"--ignore {','.join(map(legend.written, sorted(strange, key=legend.order)))}"
+            f"{legend.ignore_line(strange)}"
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def numbers(classes: Iterable[SegmentClass]) -> tuple[tuple[float, int], ...]:
 
 
 def written(value: Value) -> str:
-    """A value as `--classes` and `--ignore` read it."""
+    """A value as a message shows it and options read it."""
     text = value if isinstance(value, str) else f"{value:.15g}"
     return f'"{text}"' if "," in text else text
 
@@ -182,25 +183,30 @@ def shown(values: Iterable[Value]) -> str:
 
 
 def named_line(classes: Iterable[SegmentClass], seen: Iterable[Value]) -> str:
-    """The `--classes` line that gives each value seen a class: those that are known keep their names.
+    """Write the `--classes` option that keeps the classes that there are and gives the other values seen one each.
 
-    Names without values that are as many as the values seen are meant for these, one after the other.
+    Names without values that are as many as the numbers seen are meant for these, one after the other.
     """
     classes, ordered = tuple(classes), sorted(set(seen), key=order)
-    known, names = lookup(classes), {one.id: one.name for one in classes}
+    known = lookup(classes)
+    new = [value for value in ordered if value not in known]
     bare = all(one.value is None for one in classes) and [one.id for one in classes] == list(range(len(classes)))
     if bare and len(classes) == len(ordered) and not any(isinstance(value, str) for value in ordered):
-        called = {value: one.name for value, one in zip(ordered, classes, strict=True)}
+        fields = [f"{one.name}={written(value)}" for value, one in zip(ordered, classes, strict=True)]
+    elif bare and all(isinstance(value, str) for value in new):
+        fields = [*(one.name for one in classes), *map(str, new)]
     else:
-        called = {value: names.get(known.get(value, -1), "") for value in ordered}
-    parts = []
-    for value in ordered:
-        if isinstance(value, str):
-            name = called[value] or value
-            parts.append(written(name) if name == value else f"{written(name)}={written(value)}")
-        else:
-            parts.append(f"{written(called[value] or f'class_{written(value)}')}={written(value)}")
-    return f"--classes {','.join(parts)}"
+        fields = [f"{one.name}={one.id if one.value is None else one.value}" for one in classes]
+        ids = assign_ids(new, [one.id for one in classes])
+        fields += [
+            f"{value}={ids[value]}" if isinstance(value, str) else f"class_{written(value)}={value}" for value in new
+        ]
+    return f"--classes {shlex.quote(','.join(map(written, fields)))}"
+
+
+def ignore_line(values: Iterable[Value]) -> str:
+    """Write the `--ignore` option that leaves values unlabelled; the first ones, where there are many."""
+    return f"--ignore {shlex.quote(','.join(map(written, sorted(set(values), key=order)[:MOST_SHOWN])))}"
 
 
 def parse_values(text: str | float | Sequence[Any] | None, option: str = "ignore") -> list[Value]:
@@ -290,7 +296,7 @@ class Legend:
 
     def _no_class(self, stored: np.ndarray, url: str) -> str:
         strange = [value for value in map(value_of, stored.tolist()) if value is not None]
-        ignore = f"--ignore {','.join(map(written, strange[:MOST_SHOWN]))}"
+        ignore = ignore_line(strange)
         if self.classes is None:
             return (
                 f"labels {url} hold {shown(strange)}; class ids are whole numbers from 0 to 254 (values that "
@@ -321,7 +327,7 @@ class Legend:
             line = [*(f"{one.name}={one.id}={one.color}" for one in classes), f"NAME={len(classes)}={seen[0]}"]
             raise Refused(
                 f"labels {url} hold colours that are no class: {', '.join(seen)}; give each class its colour, such as "
-                f"--classes {','.join(line)}, or ignore some: --ignore {','.join(seen)}"
+                f"--classes {shlex.quote(','.join(line))}, or ignore some: {ignore_line(seen)}"
             )
         found = np.full(packed.shape, IGNORE, np.uint8)
         found[good] = np.array([table[key] for key in sorted(table)], np.uint8)[at]

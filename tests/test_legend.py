@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import numpy as np
 import pytest
 
@@ -83,14 +85,25 @@ def test_a_name_shadows_no_value_and_a_value_no_id():
         ("water=1,land=2,wood=3", [3, 1, 2]),
         ("land=0,water=255", [0, 255]),
         ('a=-1,"b, c"=2.5', [-1, 2.5]),
-        ("crops,water", ["water", "crops"]),
+        ("water,crops", ["water", "crops"]),
     ],
 )
 def test_the_line_that_a_message_gives_is_read_back(text, values):
     classes = legend.parse_classes(text) or ()
-    line = legend.named_line(classes, values)
-    assert line.startswith("--classes ")
-    assert said(legend.parse_classes(line.removeprefix("--classes "))) == said(classes)
+    option, line = shlex.split(legend.named_line(classes, values))
+    assert option == "--classes"
+    assert said(legend.parse_classes(line)) == said(classes)
+
+
+def test_the_line_keeps_the_ids_of_the_classes_that_there_are():
+    def lined(text: str, *values: legend.Value) -> list[tuple[int, str, object]]:
+        return said(legend.parse_classes(shlex.split(legend.named_line(legend.parse_classes(text) or (), values))[1]))
+
+    assert lined("water,land", "water", "crops") == [(0, "water", None), (1, "land", None), (2, "crops", None)]
+    assert lined("Sand=1,Cloud=7", "Sand", "Marsh, wet") == [
+        (0, "Marsh, wet", None), (1, "Sand", None), (7, "Cloud", None),
+    ]  # fmt: skip
+    assert lined("a=0,b=255", 255, 9, -1) == [(0, "a", None), (1, "class_-1", -1), (2, "b", 255), (9, "class_9", None)]
 
 
 def test_names_in_order_are_offered_to_as_many_values():
@@ -146,7 +159,7 @@ def test_colours_are_classes():
     classes = legend.parse_classes("water=5=#0000FF,land=3=#00ff00")
     made = Legend("rgb", classes, ("#000000",))
     assert made.ids(stored, good, "l.tif")[0].tolist() == [[5, 3], [IGNORE, 5], [IGNORE, 5]]
-    with pytest.raises(Refused, match=r"colours that are no class: #000000.*--ignore #000000"):
+    with pytest.raises(Refused, match=r"colours that are no class: #000000.*--ignore '#000000'"):
         Legend("rgb", classes).ids(stored, good, "l.tif")
     with pytest.raises(Refused, match="2 bands of uint8"):
         made.ids(stored[..., :2], good, "l.tif")
