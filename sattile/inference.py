@@ -25,7 +25,7 @@ from sattile.grid import CELL, Geometry, Placement, Window, ceil_to, choose_geom
 from sattile.labels import LabelSource
 from sattile.memory import peak_mb
 from sattile.model import Bundle, choose_engine, load_scorer
-from sattile.schema import Scene
+from sattile.schema import Scene, describe_classes
 from sattile.scorers import TURNS, Scorer
 from sattile.stitch import NODATA, Stitcher, blend_weights, to_labels
 
@@ -272,7 +272,7 @@ def describe_job(job: Inference) -> dict[str, Any]:
     bundle = job.bundle
     network = {
         "digest": bundle.digest, "bands": list(bundle.bands), "values": bundle.values, "output": bundle.output,
-        "classes": [asdict(one) for one in bundle.classes], "gsd": bundle.gsd,
+        "classes": describe_classes(bundle.classes), "gsd": bundle.gsd,
     }  # fmt: skip
     return json.loads(
         json.dumps(

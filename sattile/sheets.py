@@ -39,7 +39,7 @@ from sattile.inference import (
 from sattile.mapreduce import INFERRED, ROW_BYTES, Tally, columns, deal, refused, rows_of, task_numbers, write_maps
 from sattile.memory import peak_mb
 from sattile.mosaic import Part, Product, Target
-from sattile.schema import Refusal, Scene, SegmentClass
+from sattile.schema import Refusal, Scene, SegmentClass, describe_classes
 from sattile.stac import moment
 from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
 from sattile.warp import Cut, Grid, Warp, grid_like, parse_grid
@@ -988,7 +988,7 @@ def write_vectors(
             maps.append(vectors.Map(name, storage.join(out, name, "labels.tif"), *item["properties"][mosaic.WINDOW]))
             made_of.append([name, item["properties"][mosaic.WINDOW], item["assets"]["labels"]["file:checksum"]])
     labels = storage.digest(made_of)
-    source = storage.digest([labels, [asdict(one) for one in classes], sieve])
+    source = storage.digest([labels, describe_classes(classes), sieve])
     before: dict[str, Any] = {}
     if storage.exists(url):
         with suppress(Exception):
