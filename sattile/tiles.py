@@ -203,7 +203,7 @@ def tile(
             for url, version in {**scene.identity, **matched.sources[scene.scene_id].identity()}.items()
         ]
         before = read_description(out)
-        state = storage.digest([sources, fixed, str(area)])
+        state = storage.digest([sources, fixed, _shapes_text(area)])
         if (
             run.finished_before and before is not None and before.get("state") == state
             and (
@@ -282,6 +282,16 @@ def tile(
             log.warning("tile: band %s: %s: a missing value that no file declares? --nodata says it", band, words)
         run.finish()
     return out
+
+
+def _shapes_text(area: label_module.Features | None) -> str:
+    """An area as datasets' states hold it, written out: the words were a dataclass's own once."""
+    if area is None:
+        return "None"
+    return (
+        f"Features(url={area.url!r}, crs={area.crs!r}, wkb={area.wkb!r}, values={area.values!r}, "
+        f"numbers={area.numbers!r})"
+    )
 
 
 def _names(value: str | Sequence[str] | None) -> list[str] | None:

@@ -19,6 +19,7 @@ import pytest
 from sattile import comparison, inference, mosaic, sheets, storage
 from sattile.grid import Window, choose_geometry
 from sattile.labels import LabelSource
+from sattile.legend import Legend
 from sattile.model import Bundle
 from sattile.schema import Band, Scene, SegmentClass
 from sattile.sheets import Layout, Weights
@@ -128,9 +129,11 @@ def test_labels_are_their_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(name.encode())
         os.utime(tmp_path / name, ns=(0, 1_772_706_600_123_456_789))
     version = [5, 1_772_706_600_123_456_789]
-    raster = LabelSource(f"{tmp_path}/a.tif", (0, 1), (9, 255))
+    raster = LabelSource(f"{tmp_path}/a.tif", legend=Legend(ignore=(9,)))
     assert raster.identity() == {f"{tmp_path}/a.tif": version}
-    vector = LabelSource(f"{tmp_path}/s.shp", None, (255,), ((b"\1", 3),), UTM, 0)
+    band = LabelSource(f"{tmp_path}/a.tif", "2")
+    assert band.identity() == {f"{tmp_path}/a.tif:2": version}
+    vector = LabelSource(f"{tmp_path}/s.shp", shapes=((b"\1", 3),), crs=UTM, background=0)
     assert list(vector.identity().items()) == [(f"{tmp_path}/s.{suffix}", version) for suffix in ("shp", "dbf", "prj")]
     assert LabelSource("/nowhere.tif").identity() == {"/nowhere.tif": [0, 0]}
 
