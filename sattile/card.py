@@ -396,16 +396,19 @@ def model_item(described: Mapping[str, Any]) -> dict[str, Any]:
 
     data = described.get("data") or {}
     geometry, interval = data.get("footprint"), data.get("interval")
-    first, last = map(stac.moment, interval or stac.UNKNOWN_TIME)
+    times = stac.time_properties(None, interval)
     time = "" if interval else " The time of the training scenes is not stated: start and end are placeholders."
     item = pystac.Item(
         id=f"{_slug(_name(described))}-{described['digest'][:12]}",
         geometry=geometry,
         bbox=stac.bbox(geometry) if geometry else None,
         datetime=None,
-        start_datetime=first,
-        end_datetime=last,
-        properties={"title": _title(described), "description": _purpose(described) + time, **_properties(described)},
+        properties={
+            "title": _title(described),
+            "description": _purpose(described) + time,
+            **_properties(described),
+            **times,
+        },
         stac_extensions=EXTENSIONS,
     )
     for name, asset in _assets(described).items():

@@ -252,7 +252,7 @@ def _on_scenes(
         for scene, truth in versions
         for url, version in {**scene, **truth}.items()
     ]
-    state = storage.digest([[scene.to_json() for scene in found], versions])
+    state = storage.digest([[scene.source_json() for scene in found], versions])
     if _is_done(run, state):
         run.skipped = len(found)
         return
