@@ -157,6 +157,7 @@ def fitting(
     max_gsd_ratio: float,
     aoi: bool = False,
     on_grid: bool = False,
+    dated: bool = False,
     also: Sequence[str] = (),
     stage: str = "predict",
 ) -> tuple[list[Scene], list[Refusal]]:
@@ -164,6 +165,7 @@ def fitting(
 
     Args:
         aoi, on_grid: each needs scenes with a CRS.
+        dated: the rule needs scenes with a time.
         also: further bands that are wanted, after the bundle's.
     """
     good: list[Scene] = []
@@ -176,6 +178,11 @@ def fitting(
         if not reason and scene.crs is None and (aoi or on_grid):
             what = "it cannot be laid on a grid" if on_grid else "the area of interest cannot be found on it"
             reason = f"has no CRS, so {what}; leave --{'grid' if on_grid else 'aoi'} out for it"
+        if not reason and dated and scene.span is None:
+            reason = (
+                "states no time of acquisition, and --rule newest goes by it; name the scene by a STAC item that "
+                "states it, or write it into the file (TIFFTAG_DATETIME), and index again; or use --rule all"
+            )
         if reason:
             refused.append(Refusal(scene.url, stage, reason))
         else:
@@ -353,7 +360,7 @@ def predict(
         like: the same on the grid of this raster.
         sheet: edge of the files of such a mosaic, in pixels.
         block: edge of what one task computes of it; follows from the model and `worker_memory` if not given.
-        rule: where scenes overlap: `all` (their weighted mean) or `newest`.
+        rule: where scenes overlap: `all` (their weighted mean) or `newest` (scenes without a time are refused).
         weights: what scenes weigh there: `edge` (less towards a scene's edge), `cloud=BAND` (a band with the
             probability of cloud in per cent), or both with a comma; all the same if not given.
         vectors: classes of such a mosaic to write as polygons, `vectors.parquet`: names with commas, or `all`.
@@ -402,8 +409,9 @@ def predict(
     outlined = sheets.chosen_classes(bundle.classes, vectors, sieve)
     also = [layout.weights.cloud] if layout and layout.weights.cloud else []
     fit = partial(
-        fitting, bundle=bundle, max_gsd_ratio=max_gsd_ratio, aoi=area is not None, on_grid=layout is not None, also=also
-    )
+        fitting, bundle=bundle, max_gsd_ratio=max_gsd_ratio, aoi=area is not None, on_grid=layout is not None,
+        dated=layout is not None and layout.rule == "newest", also=also,
+    )  # fmt: skip
     # Files named by a pattern say which band they are: only those that the model wants are read, on the finest of
     # their grids. Elsewhere a name might be given to the wrong band.
     wanted = asked or ([*bundle.bands, *also] if pattern else None)
