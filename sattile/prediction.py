@@ -480,11 +480,12 @@ def predict(
 def _by_scene(
     spark: SparkSession, run: Run, found: Sequence[Scene], job: Inference, product: Product, staging: str,
     worker_memory: int | str,
-) -> set[str]:  # fmt: skip
-    """A map a scene: plan, infer and write all waves, publishing each scene as its wave is done; the scenes' names."""
+) -> dict[str, Target]:  # fmt: skip
+    """A map a scene: plan, infer and write all waves, publishing each scene as its wave is done; all maps by name."""
     out = run.out
     with run.stage("plan"):
-        stale = [scene for scene in found if not mosaic.is_done(out, Target.of(scene), product)]
+        targets = {scene.scene_id: Target.of(scene) for scene in found}
+        stale = [scene for scene in found if not mosaic.is_done(out, targets[scene.scene_id], product)]
         todo = plan(job, stale, worker_memory=worker_memory, slots=engines.slots(spark))
     run.skipped = len(found) - len(stale)
     run.extra["plan"] = todo.describe(last_speed(out))
@@ -509,20 +510,20 @@ def _by_scene(
                 mosaic.publish(row.staged, out, row.name)
                 run.done += 1
                 figures.publish(row, area[row.name])
-    return {scene.scene_id for scene in found}
+    return targets
 
 
 def _on_grid(
     spark: SparkSession, run: Run, found: Sequence[Scene], job: Inference, layout: sheets.Layout, product: Product,
     staging: str, *, keep: bool,
-) -> set[str]:  # fmt: skip
+) -> dict[str, Target]:  # fmt: skip
     """A map a sheet. A scene that can't be read is left out everywhere: sheets that it reaches are done without it.
 
     Args:
         keep: a sheet of which no scene is left stays as an earlier run made it of other files, or with other settings.
 
     Returns:
-        The names of all sheets that were planned.
+        All maps that were planned, by name.
     """
     out = run.out
     by_id = {scene.scene_id: scene for scene in found}
@@ -585,7 +586,7 @@ def _on_grid(
             todo = [sheet.without(fresh) for sheet in every if sheet.scenes & set(fresh)]
             every = [sheet.without(fresh) for sheet in every]
     run.done = len(published)
-    return {sheet.target.name for sheet in every}
+    return {sheet.target.name: sheet.target for sheet in every}
 
 
 class _Figures:
@@ -664,11 +665,12 @@ def _refused(run: Run, scenes: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _clean(run: Run, present: set[str], product: Product, stale: str, refused: Mapping[str, str]) -> None:
-    """When all is published: remove, or say that they lie there, the maps that nothing given now makes anew.
+def _clean(run: Run, present: Mapping[str, Target], product: Product, stale: str, refused: Mapping[str, str]) -> None:
+    """When all is published: remove, or say that they lie there, the maps that nothing given now makes anew; amend the
+    others.
 
     Args:
-        present: names of the maps that scenes given now lead to; not all of them were made.
+        present: the maps that scenes given now lead to, by name; not all of them were made.
         stale: see `predict`.
         refused: {URL: reason} of what could not be used now, which matter where maps are to be removed.
     """
@@ -687,11 +689,14 @@ def _clean(run: Run, present: set[str], product: Product, stale: str, refused: M
         if stale == "auto" and other:
             log.warning("predict: removed %s, which is of other settings and was not made anew with these", name)
             mosaic.unpublish(run.out, name)
-        elif stale == "remove" and not unread and (other or name not in present):
+            continue
+        if stale == "remove" and not unread and (other or name not in present):
             log.info("predict: removed %s, which no scene given now leads to", name)
             mosaic.unpublish(run.out, name)
-        elif other or name not in present:
+            continue
+        if other or name not in present:
             log.warning("predict: %s is of an earlier run, and its scene was refused or not given now; left so", name)
+        mosaic.amend(run.out, name, item, present.get(name))
 
 
 def last_speed(out: str) -> float | None:

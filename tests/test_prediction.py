@@ -565,6 +565,13 @@ def test_a_second_run_writes_nothing_and_only_what_changed_is_done_again(
     assert (second["done"], second["skipped"]) == (0, 2)
     assert second["delivered_mpix_per_s"] > 0
     assert times() == before
+    contents = maps_of(out)
+    for path in [*out.glob("*/labels.tif.aux.xml"), *out.glob("*/labels.qml")]:  # as in folders of before
+        path.unlink()
+    assert (go()["done"], maps_of(out)) == (0, contents)
+    written = {Path(path).name for path, when in times().items() if before[path] != when}
+    assert written == {"labels.tif.aux.xml", "labels.qml"}
+    before = times()
 
     write_scene(scenes / "b.tif", noise(9, 50, 70), names=("x", "y"), nodata=0)
     third = go()
