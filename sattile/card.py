@@ -386,8 +386,8 @@ def model_item(described: Mapping[str, Any]) -> dict[str, Any]:
     """`item.json` of a bundle: a STAC item of the MLM extension.
 
     Its place and time are those of the training scenes, as far as the tiles dataset says them. Else the geometry is
-    null, and the time is from 1970 to 2099 and its description says that this stands for "not stated": STAC wants a
-    time, and that of writing would be another one for the same model.
+    null, and the time is from 1970 to 2099, flagged and described as a placeholder: STAC wants a time, and that of
+    writing would be another one for the same model.
 
     Args:
         described: what `bundle.json` says.
