@@ -39,7 +39,7 @@ from sattile.labels import LabelSource
 from sattile.record import QUARANTINE, Run
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
 from sattile.split import SPLITS, SplitRule
-from sattile.stac import moment, utc
+from sattile.stac import utc, whole_span
 from sattile.statistics import BandStatistics
 
 if TYPE_CHECKING:
@@ -920,7 +920,7 @@ def _whereabouts(scenes: Sequence[Scene]) -> dict[str, Any]:
     import shapely
 
     shapes = [shapely.from_wkb(one.footprint) for one in sorted(scenes, key=lambda one: one.scene_id) if one.footprint]
-    times = sorted((one.datetime for one in scenes if one.datetime), key=moment)
+    interval = whole_span([one.span for one in scenes])
     whole = shapely.union_all(shapes)
     if shapely.get_num_coordinates(whole) > MOST_POINTS:
         whole = shapely.union_all(shapely.envelope(shapely.get_parts(whole)))
@@ -928,7 +928,7 @@ def _whereabouts(scenes: Sequence[Scene]) -> dict[str, Any]:
         whole = shapely.envelope(whole)
     return {
         "footprint": json.loads(shapely.to_geojson(whole)) if shapes and len(shapes) == len(scenes) else None,
-        "interval": [utc(times[0]), utc(times[-1])] if times and len(times) == len(scenes) else None,
+        "interval": list(map(utc, interval)) if interval else None,
     }
 
 

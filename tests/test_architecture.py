@@ -21,7 +21,7 @@ LAYERS = [
     {"mapreduce"},
     {"inference", "strata", "reporting"},
     {"warp", "scenes", "labels", "model", "mosaic", "vectors", "pictures", "comparison", "demo", "doctor"},
-    {"versions", "card", "shapes"},
+    {"versions", "card", "shapes", "sidecars"},
     {
         "raster",
         "cog",

@@ -325,6 +325,16 @@ def test_scenes_that_a_model_cannot_be_used_on(scene: Scene, bundle: Bundle, rea
     assert reason in refused[0].reason
 
 
+def test_a_rule_that_goes_by_time_refuses_scenes_without_one() -> None:
+    span = ("2020-01-01T00:00:00Z", "2020-03-31T00:00:00Z")
+    times: list[dict[str, Any]] = [{"datetime": span[0]}, {"interval": span}, {}]
+    scenes = [replace(scene_of(5, 6), **one) for one in times]
+    good, refused = prediction.fitting(scenes, bundle_of(), max_gsd_ratio=1.5, dated=True)
+    assert [scene.span for scene in good] == [(span[0], span[0]), span]
+    assert ["no time of acquisition, and --rule newest" in one.reason for one in refused] == [True]
+    assert not prediction.fitting(scenes, bundle_of(), max_gsd_ratio=1.5)[1]
+
+
 def test_scenes_within_the_ratio_or_without_a_gsd_are_fine_and_bands_come_in_the_models_order() -> None:
     scenes = [scene_of(5, 6, gsd=12.0), scene_of(5, 6, gsd=None)]
     good, refused = prediction.fitting(scenes, bundle_of(gsd=10.0, bands=("y", "x")), max_gsd_ratio=1.5)
@@ -555,6 +565,13 @@ def test_a_second_run_writes_nothing_and_only_what_changed_is_done_again(
     assert (second["done"], second["skipped"]) == (0, 2)
     assert second["delivered_mpix_per_s"] > 0
     assert times() == before
+    contents = maps_of(out)
+    for path in [*out.glob("*/labels.tif.aux.xml"), *out.glob("*/labels.qml")]:  # as in folders of before
+        path.unlink()
+    assert (go()["done"], maps_of(out)) == (0, contents)
+    written = {Path(path).name for path, when in times().items() if before[path] != when}
+    assert written == {"labels.tif.aux.xml", "labels.qml"}
+    before = times()
 
     write_scene(scenes / "b.tif", noise(9, 50, 70), names=("x", "y"), nodata=0)
     third = go()

@@ -139,6 +139,8 @@ def test_the_training_ground_is_whole_or_not_said(made):
     assert all(area.covers(shapely.from_wkb(one.footprint)) for one in many)
     assert _whereabouts([*few, scene(9, footprint=None)]) == {**_whereabouts([*few, scene(9)]), "footprint": None}
     assert _whereabouts([*few, scene(9, datetime=None)])["interval"] is None
+    composite = scene(9, datetime=None, interval=("2020-05-01T00:00:00Z", "2020-12-31T00:00:00Z"))
+    assert _whereabouts([*few, composite])["interval"] == ["2020-04-02T03:04:05Z", "2020-12-31T00:00:00Z"]
     assert _whereabouts([]) == {"footprint": None, "interval": None}
 
 
