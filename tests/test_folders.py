@@ -21,7 +21,7 @@ from folders_for_tests import COMMANDS, FOLDER, INPUTS, ROOT, TIME, command, mov
 
 import sattile
 
-ADDED: tuple[str, ...] = ()
+ADDED: tuple[str, ...] = ("*/labels.tif.aux.xml", "*/labels.qml")
 """What later code writes beside what was there, as patterns of its path (`*/labels.qml`): each may be new, nothing else
 may."""
 
