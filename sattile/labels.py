@@ -12,7 +12,8 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from sattile import storage
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass, colored, unnamed_classes
+
+if TYPE_CHECKING:
+    import shapely
 
 log = logging.getLogger("sattile")
 
@@ -40,7 +44,8 @@ class LabelSource:
         url: the file.
         ids: the class ids it may hold; None takes whatever it holds.
         ignore: values of a raster that mean "unlabelled", besides its nodata.
-        shapes: for vectors: (WKB, class id) pairs that touch the scene, in the file's order: later ones win.
+        shapes: for vectors: those that touch the scene and their class ids, in the file's order, as `shapes.pack` has
+            them: later ones win.
         crs: of the shapes.
         background: class of pixels outside all shapes; None leaves them unlabelled.
     """
@@ -48,7 +53,7 @@ class LabelSource:
     url: str
     ids: tuple[int, ...] | None = None
     ignore: tuple[int, ...] = (IGNORE,)
-    shapes: tuple[tuple[bytes, int], ...] | None = None
+    shapes: bytes | None = None
     crs: str | None = None
     background: int | None = None
 
@@ -138,6 +143,8 @@ def match_pairs(
     background: str | None = None,
 ) -> Matched:
     """The labels of scenes whose label files are known: {scene_id: url}. See `match`."""
+    from sattile.shapes import pack
+
     sources: dict[str, LabelSource] = {}
     refused: list[Refusal] = []
     by_id = {scene.scene_id: scene for scene in scenes}
@@ -169,11 +176,11 @@ def match_pairs(
         if scene.crs is None or scene.footprint is None:
             refused.append(Refusal(scene.url, "labels", f"the scene has no CRS, so {url} cannot be laid over it"))
             continue
-        shapes = _touching(features[url], scene, ids, default)
-        if not shapes and outside is None:
+        touching = _touching(features[url], scene, ids, default)
+        if not touching and outside is None:
             refused.append(Refusal(scene.url, "labels", f"no shape of {url} touches the scene"))
             continue
-        sources[scene_id] = LabelSource(url, None, (IGNORE,), tuple(shapes), features[url].crs, outside)
+        sources[scene_id] = LabelSource(url, None, (IGNORE,), pack(touching), features[url].crs, outside)
     return Matched(sources, tuple(refused), classes)
 
 
@@ -230,6 +237,14 @@ class Features:
     values: tuple[str, ...]
     numbers: tuple[int, ...]
 
+    @cached_property
+    def tree(self) -> shapely.STRtree:
+        """An index of the shapes in EPSG:4326."""
+        import geopandas
+        import shapely
+
+        return shapely.STRtree(geopandas.GeoSeries.from_wkb(list(self.wkb), crs=self.crs).to_crs(4326).values)
+
 
 def is_vector(url: str) -> bool:
     return os.path.splitext(url)[1].lower() in VECTORS
@@ -272,9 +287,35 @@ def read_vector(url: str, attribute: str | None = None) -> Features:
         if without.any():
             log.warning("%s: %d of %d shapes have no %s and are left out", url, without.sum(), len(frame), attribute)
             frame = frame[~without]
-    shapes = shapely.make_valid(frame.geometry.values)  # a bow-tie would be drawn with holes
+    shapes, kept = _polygons(url, frame.geometry.to_numpy())
+    frame = frame[kept]
     values = frame[attribute].map(_text) if attribute else [""] * len(frame)
     return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values), tuple(frame.index))
+
+
+def _polygons(url: str, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The polygons among the shapes of a file, valid, and which of all they are: (n,) bool.
+
+    Others hold no pixel; they are told. What make_valid finds beside a polygon, such as a spike as a line, is dropped.
+
+    Raises:
+        UsageError: if no polygon is left.
+    """
+    import shapely
+
+    valid = shapely.make_valid(shapes)  # a bow-tie would be drawn with holes
+    for index in np.flatnonzero(shapely.get_type_id(valid) == shapely.GeometryType.GEOMETRYCOLLECTION):
+        parts = shapely.get_parts(valid[index])
+        valid[index] = shapely.union_all(parts[shapely.area(parts) > 0])
+    kept = shapely.area(valid) > 0
+    if not kept.all():
+        kinds = (("point", "points"), ("line", "lines"), ("polygon without area", "polygons without area"))
+        counts = np.bincount(shapely.get_dimensions(shapes[~kept]), minlength=3).tolist()
+        told = ", ".join(f"{count} {kind[count > 1]}" for count, kind in zip(counts, kinds, strict=True) if count)
+        if not kept.any():
+            raise UsageError(f"{url} holds no polygon: {told}; draw areas, or give lines and points a width (a buffer)")
+        log.warning("%s: %d of %d shapes left out, as only areas hold pixels: %s", url, (~kept).sum(), len(kept), told)
+    return valid[kept], kept
 
 
 def _text(value: object) -> str:
@@ -321,17 +362,15 @@ def _background_id(background: str | None, ids: Mapping[str, int]) -> int | None
 
 def _touching(features: Features, scene: Scene, ids: Mapping[str, int], default: int) -> list[tuple[bytes, int]]:
     """The shapes that touch a scene, with their class ids; shapes of other classes are left out."""
-    import geopandas
     import shapely
 
-    shapes = geopandas.GeoSeries.from_wkb(list(features.wkb), crs=features.crs).to_crs(4326)
-    touched = shapely.intersects(shapes.values, shapely.from_wkb(scene.footprint))
     found = []
-    for wkb, value, touches in zip(features.wkb, features.values, touched, strict=True):
+    for index in sorted(features.tree.query(shapely.from_wkb(scene.footprint), predicate="intersects").tolist()):
+        value = features.values[index]
         known = str(int(value)) if value not in ids and _is_number(value) else value
         class_id = ids.get(known) if value else default
-        if touches and class_id is not None:
-            found.append((wkb, class_id))
+        if class_id is not None:
+            found.append((features.wkb[index], class_id))
     return found
 
 
@@ -346,7 +385,7 @@ def read(source: LabelSource, scene: Scene, window: Window) -> np.ndarray:
     from sattile import raster, shapes
 
     if source.shapes is not None:
-        drawn = shapes.rasterize(list(source.shapes), source.crs, scene, window)
+        drawn = shapes.rasterize(source.shapes, source.crs, scene, window)
         return drawn if source.background is None else np.where(drawn == IGNORE, np.uint8(source.background), drawn)
     labels = raster.read_labels(source.url, scene, window, ignore=source.ignore)
     if source.ids is not None:
