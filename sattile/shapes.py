@@ -146,7 +146,8 @@ def _lay(shapes: Sequence[tuple[bytes, int]] | bytes, crs: str | None, scene: On
         return _Drawing(at, ring, owner, values, scene)
 
     def project(at: np.ndarray) -> np.ndarray:
-        there = transformer.transform(at[:, 0], at[:, 1])
+        # An array of one point is a scalar to pyproj.
+        there = np.array(transformer.transform(*(at if len(at) > 1 else at.repeat(2, axis=0)).T))[:, : len(at)]
         if not np.isfinite(there).all():
             raise Refused("a shape reaches beyond where the scene's CRS is defined; cut it to the scene first")
         return np.column_stack(geography.apply(inverse, *there))

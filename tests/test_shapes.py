@@ -158,6 +158,14 @@ def test_a_long_side_is_the_curve_that_it_is_on_the_grid(crs, metres):
     assert not drawn.all()
 
 
+def test_a_shape_may_need_one_more_point():
+    """pyproj takes an array of one point for a scalar, and warns."""
+    grid = replace(GRID, transform=(3000, 0, 500_000, 0, -3000, 5_000_000))
+    spike = shapely.Polygon([(33, 10), (43, 10), (38.2, 13)])
+    drawn = shapes.aoi_mask(shapely.to_wkb(on_ground(spike, grid, "EPSG:4326")), "EPSG:4326", grid, WHOLE)
+    assert drawn.sum(axis=1)[9:14].tolist() == [0, 8, 5, 2, 0]
+
+
 def test_lines_and_points_hold_no_pixel():
     square = shapely.MultiPolygon([shapely.box(5, 7, 9, 9)])
     mixed = shapely.GeometryCollection([shapely.LineString([(0, 0), (60, 40)]), shapely.Point(3.5, 3.5), square])
