@@ -83,7 +83,8 @@ def test_a_file_of_keras_2_gives_the_scores_of_keras_2(name: str, tmp_path: Path
 def test_a_file_is_known_by_what_it_holds(tmp_path: Path) -> None:
     for name, other in (("net.keras", "net.h5"), ("net.h5", "network")):
         (tmp_path / other).write_bytes((OLD / name).read_bytes())
-        assert load_keras(str(tmp_path / other)).name == "old"
+        found = load_keras(str(tmp_path / other))
+        assert (found.name, found.output_shape) == ("old", (None, None, None, 3))
     network(L.ReLU()).save_weights(tmp_path / "net.weights.h5")
     with pytest.raises(UsageError, match=r"holds weights without the network .*\.load_weights\('net\.weights"):
         load_keras(str(tmp_path / "net.weights.h5"))
