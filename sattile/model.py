@@ -469,7 +469,7 @@ def bundle(
             with run.stage("bundle"):
                 loaded, kept = load_keras(local), foreign.is_of_today(local)
                 if not kept:
-                    log.info("bundle: %s is of an earlier Keras; model.keras in the bundle is of this one", keras)
+                    log.info("bundle: %s is written anew, as Keras 3 does: model.keras in the bundle", keras)
                 chosen = foreign.choose_output(loaded, output)
                 _check_signature(chosen, names, named)
                 foreign.run_once(chosen)
@@ -522,7 +522,10 @@ def _check_signature(network: Any, bands: Sequence[str], classes: Sequence[Segme
                 f"last{hint}"
             )
     if taken[3] != len(bands):
-        planes = "; is it channels first? sattile gives it (batch, height, width, bands)" * (taken[1] == len(bands))
+        planes = (
+            "; is it channels first? sattile gives it (batch, height, width, bands): build it channels last, or with "
+            "keras.layers.Permute((3, 1, 2)) in front and Permute((2, 3, 1)) behind" * (taken[1] == len(bands))
+        )
         raise UsageError(
             f"the model takes {taken[3] or 'any number of'} bands and {len(bands)} are named ({', '.join(bands)}); "
             f"name those that it was trained on, in its order{planes}"
