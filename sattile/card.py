@@ -23,7 +23,7 @@ EXTENSIONS = [f"{stac.EXTENSION}/mlm/v1.5.2/schema.json", f"{stac.EXTENSION}/fil
 RARE = 0.01
 """Share of the labelled training pixels below which a class is said to be rare."""
 
-OWN = ("parameters", "best_epoch", "arch", "source")
+OWN = ("parameters", "best_epoch", "arch", "source", "activation", "unbounded")
 """What the bundle says of a network beside the settings that it was trained with."""
 
 

@@ -416,6 +416,8 @@ def predict(
     # their grids. Elsewhere a name might be given to the wrong band.
     wanted = asked or ([*bundle.bands, *also] if pattern else None)
     out = storage.absolute(out)
+    for note in bundle.notes:
+        log.warning("predict: %s", note)
     if dry_run:
         resolved = resolve(spark, list(scenes), bands=wanted, pattern=pattern, nodata=nodata)
         found, refused = fit(resolved.scenes)
@@ -429,6 +431,8 @@ def predict(
 
     with Run("predict", out, settings, overwrite, max_failed_fraction) as run:
         run.extra["model"] = bundle.url  # which version it was
+        if bundle.notes:
+            run.extra["notes"] = bundle.notes
         with run.stage("list scenes"):
             resolved = resolve(spark, list(scenes), bands=wanted, pattern=pattern, nodata=nodata)
         run.given = resolved.given

@@ -274,7 +274,7 @@ def test_the_same_bundle_says_the_same(kind: str) -> None:
 def test_the_command_of_the_card_runs(spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keras = pytest.importorskip("keras")
     values = keras.Input((None, None, 2))
-    network = keras.Model(values, keras.layers.Conv2D(2, 1)(values))
+    network = keras.Model(values, keras.layers.Conv2D(2, 1, activation="softmax")(values))
     network.set_weights([np.eye(2)[None, None], np.zeros(2)])
     network.save(tmp_path / "net.keras")
     out = bundle(str(tmp_path / "net.keras"), bands="blue,near infrared", classes="a,b", out=str(tmp_path / "model"))

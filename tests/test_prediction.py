@@ -387,7 +387,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, network in networks.items():
         network.save(folder / f"{name}.keras")
-        bundle(str(folder / f"{name}.keras"), bands="x,y", classes="land=0,water=7", fill="3,5", out=str(folder / name))
+        described = {"bands": "x,y", "classes": "land=0,water=7", "fill": "3,5", "activation": "none"}
+        bundle(str(folder / f"{name}.keras"), **described, out=str(folder / name))
     return folder
 
 
@@ -493,10 +494,11 @@ def test_several_models_are_averaged_and_turns_taken(spark: Any, models: Path, a
 def test_models_that_do_not_agree_are_not_averaged(models: Path, tmp_path: Path) -> None:
     from sattile.model import bundle
 
-    bundle(str(models / "pooling.keras"), bands="x,z", classes="land=0,water=7", out=str(tmp_path / "other"))
+    described = {"classes": "land=0,water=7", "activation": "none"}
+    bundle(str(models / "pooling.keras"), bands="x,z", **described, out=str(tmp_path / "other"))
     with pytest.raises(UsageError, match="bands of"):
         load_models(f"{models / 'pooling'},{tmp_path / 'other'}")
-    bundle(str(models / "pooling.keras"), bands="x,y", classes="land=0,water=7", out=str(tmp_path / "zero"))
+    bundle(str(models / "pooling.keras"), bands="x,y", **described, out=str(tmp_path / "zero"))
     mixed = load_models(f"{models / 'pooling'},{tmp_path / 'zero'}")
     with pytest.raises(UsageError, match="--fill"):  # 3,5 and 0
         inference.prepare(mixed)

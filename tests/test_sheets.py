@@ -571,7 +571,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(inputs)
     x = keras.layers.UpSampling2D()(keras.layers.MaxPooling2D()(x))
     keras.Model(inputs, keras.layers.Conv2D(2, 3, padding="same")(x)).save(folder / "net.keras")
-    bundle(keras=str(folder / "net.keras"), bands="x,y", classes="land=0,water=7", out=str(folder / "model"))
+    described = {"bands": "x,y", "classes": "land=0,water=7", "activation": "none"}
+    bundle(keras=str(folder / "net.keras"), **described, out=str(folder / "model"))
     return str(folder / "model")
 
 
