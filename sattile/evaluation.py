@@ -21,7 +21,7 @@ from sattile import labels as label_module
 from sattile.comparison import BLOCKS
 from sattile.dataset import decode, owners, read_dataset
 from sattile.drift import Sights
-from sattile.errors import UsageError
+from sattile.errors import UsageError, refusal
 from sattile.grid import Geometry, Window, ceil_to
 from sattile.inference import BlockRead, Inference, Labelled, Piece
 from sattile.memory import peak_mb
@@ -127,6 +127,7 @@ def evaluate(
         UsageError: before anything is computed: also if bands or classes of model and dataset or labels differ.
         TooManyRefused: see max_failed_fraction.
     """
+    engines.check(spark)
     if (dataset is None) == (scenes is None or labels is None) or (dataset is not None and (scenes or labels)):
         raise UsageError("give either --dataset, or --scenes and --labels")
     bundle = load_models(model)
@@ -273,7 +274,8 @@ def _on_scenes(
         run.skipped = len(found)
         return
     matched = label_module.survey(spark, matched, ignore, model=True)
-    todo = prediction.plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark))
+    todo = prediction.plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark), stage="evaluate")
+    run.refuse(todo.refused)
     pieces = [replace(piece, truth=matched.sources[piece.scene.scene_id]) for piece in todo.pieces]
     urls = {scene.scene_id: scene.url for scene in found}
     dealt = strata.strata_of(found, regions)
@@ -290,7 +292,7 @@ def _on_scenes(
         rows = [row for row in rows if row.scene_id not in bad]
         stage.pixels = sum(row.height * row.width for row in rows)
     run.refuse([Refusal(urls[key], "evaluate", reason) for key, reason in sorted(bad.items())])
-    run.done = len(found) - len(bad)
+    run.done = len(found) - len(bad) - len(todo.refused)
     _tell(run, job, rows, urls)
     shown = [_sample_window(by_id(found)[row.scene_id], row) for row in _telling(rows, samples)]
     with run.stage("pictures"), engines.few_rows_a_batch(spark):
@@ -351,8 +353,11 @@ def count_blocks(
 
     numbers = (int(number) for frame in frames for number in frame["id"])
     for done in inference.label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
-        parts = strata.parts(done.piece.scene, done.piece.block, dealt)
-        yield pd.DataFrame([_count(done, job, parts)], columns=COLUMNS)
+        try:
+            row = _count(done, job, strata.parts(done.piece.scene, done.piece.block, dealt))
+        except Exception as error:
+            row = _count(replace(done, labels=None, reason=refusal(error).reason), job, ())
+        yield pd.DataFrame([row], columns=COLUMNS)
 
 
 def _count(done: Labelled, job: Inference, parts: Iterable[tuple[Window, Stratum]]) -> tuple[Any, ...]:

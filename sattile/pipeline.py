@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sattile import engine, storage
 from sattile import record as records
-from sattile import storage
 from sattile.errors import TooManyRefused, UsageError
 from sattile.record import Run
 
@@ -104,6 +104,7 @@ def _chain(
     from sattile.labels import read_pairs
 
     steps = _checked("run", settings)
+    engine.check(spark)
     arguments = [row["scene"] for row in read_pairs(pairs)] if pairs else scenes
 
     with Run("run", out, {"steps": steps, **reading, "classes": classes}, shared["overwrite"], 1.0) as record:
@@ -174,6 +175,7 @@ def reprocess(
     from sattile.sheets import parse_weights
 
     steps = _checked("reprocess", settings or {})
+    engine.check(spark)
     bundle = load_models(model)
     reading = {"bands": bands, "pattern": pattern, "nodata": nodata}
     # The same from whatever folder it is called.

@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,10 +34,10 @@ from sattile.dataset import (
     unseen_classes,
     wild_bands,
 )
-from sattile.errors import Refused, UsageError
+from sattile.errors import Refused, UsageError, about, refusal
 from sattile.grid import Window
 from sattile.labels import LabelSource
-from sattile.record import QUARANTINE, Run
+from sattile.record import QUARANTINE, Run, why
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
 from sattile.split import SPLITS, SplitRule
 from sattile.stac import utc, whole_span
@@ -46,6 +46,8 @@ from sattile.statistics import BandStatistics
 if TYPE_CHECKING:
     import pandas
     from pyspark.sql import SparkSession
+
+T = TypeVar("T")
 
 log = logging.getLogger("sattile")
 
@@ -136,6 +138,7 @@ def tile(
     """
     from sattile.scenes import called_otherwise, plain, resolve
 
+    engine.check(spark)
     stride = size if stride is None else stride
     if size < 1 or stride < 1:
         raise UsageError(f"size {size}, stride {stride}: both must be at least 1 pixel")
@@ -222,7 +225,7 @@ def tile(
             return out
         if not found:
             run.finish()
-            raise UsageError(f"no scene is left to tile; {storage.join(out, QUARANTINE)} has the reasons")
+            raise UsageError(_none_left(run))
 
         with run.stage("look through labels"):
             matched = label_module.survey(spark, matched, ignored)
@@ -260,9 +263,12 @@ def tile(
                     "state": state,
                     "refused": [asdict(one) for one in cut_refusals],
                 }
+                blind = _blind(found, good)
+                for url, names in blind.items():
+                    log.warning("tile: %s: %s", url, _without_valid(names))
                 if not description["splits"]["train"]["tiles"]:
                     run.finish()
-                    raise UsageError(_why_empty(description, rule, size))
+                    raise UsageError(_why_empty(description, rule, size, blind) if good else _none_left(run))
                 run.check_held()
                 _publish(out, work, description)
         finally:
@@ -605,6 +611,7 @@ class Piece:
         tiles, class_pixels, valid_pixels: per split.
         dropped: tiles left out, by reason.
         read, undeclared: pixels of labels read, and those that are 255 though nobody says what that means.
+        seen: bands of which a valid pixel was seen; of a piece without a valid pixel, else all.
         digest: sum of the rows' sha256, modulo 2**256: the same whatever the order.
         statistics: of the training tiles, per band.
     """
@@ -618,6 +625,7 @@ class Piece:
     dropped: Counter[str] = field(default_factory=Counter)
     read: int = 0
     undeclared: int = 0
+    seen: set[str] | None = None
     digest: int = 0
     statistics: list[BandStatistics] = field(default_factory=list)
     peak_memory: float = 0.0
@@ -661,7 +669,7 @@ class _Cutter:
         key = f"{len(self.pieces):05d}" if chunk.alone else "shared"
         rows: list[tuple[str, dict[str, Any]]] = []
         try:
-            for part, row in self._tiles(chunk, piece):
+            for part, row in _refusing(self._tiles(chunk, piece)):
                 if chunk.alone:
                     self._part(part, key).add(row)
                 else:
@@ -715,14 +723,16 @@ class _Cutter:
         how: dict[str, Any] = {"nodata": self.nodata, "scaled": self.scaled, "aoi": chunk.aoi}
 
         def call(strip: _Strip) -> Callable[[], Any]:
-            return partial(read_labelled, scene, strip.window, chunk.source, **how)
+            look = len(piece.seen or ()) < self.bands  # for bands without a valid pixel
+            return partial(read_labelled, scene, strip.window, chunk.source, look=look, **how)
 
         for strip, read in read_ahead(self._strips(chunk, piece), call, lambda _: scene.scene_id):
             if isinstance(read, Refused):
                 raise read
-            data, valid, labelled, undeclared = read
-            piece.read += labelled.size
-            piece.undeclared += undeclared
+            piece.read += read.labels.size
+            piece.undeclared += read.undeclared
+            piece.seen = {*(piece.seen or ()), *read.seen}
+            data, valid, labelled = read.data, read.valid, read.labels
             data = data.astype(self.dtype, copy=False)
             labelled = np.where(valid, labelled, np.uint8(IGNORE))
             for window, part, cell in strip.tiles:
@@ -795,6 +805,9 @@ class _Cutter:
         pixels = self.size * self.size
         counts = np.bincount(labelled.ravel(), minlength=256)
         known = pixels - int(counts[IGNORE])
+        if not known and not valid.any():
+            piece.dropped["without a valid pixel"] += 1
+            return None
         if not known or known < self.min_labelled * pixels:
             piece.dropped["too few labelled pixels"] += 1
             return None
@@ -823,10 +836,37 @@ class _Cutter:
         return {"tile_id": tile_id, **arrays}
 
 
+def _refusing(items: Iterator[T]) -> Iterator[T]:
+    """Turns what the items' own making raises into a refusal; what is done with them stays outside."""
+    try:
+        yield from items
+    except Exception as error:
+        raise refusal(error) from None
+
+
 @dataclass(frozen=True)
 class _Strip:
     window: Window
     tiles: list[tuple[Window, str, str]]
+
+
+class LabelledWindow(NamedTuple):
+    """A window of a scene with its labels.
+
+    Attributes:
+        data: (height, width, bands), a plane for each band in memory.
+        valid: (height, width) bool.
+        labels: (height, width) uint8.
+        undeclared: how many labels are 255 though nobody says what that means.
+        seen: names of the bands that have a valid pixel, where no pixel is valid in all; if they were looked for, else
+            all names.
+    """
+
+    data: np.ndarray
+    valid: np.ndarray
+    labels: np.ndarray
+    undeclared: int
+    seen: list[str]
 
 
 def read_labelled(
@@ -837,19 +877,24 @@ def read_labelled(
     nodata: float | None = None,
     scaled: bool = False,
     aoi: tuple[bytes, str] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Image (h, w, bands) with a plane for each band in memory, valid (h, w) bool and labels (h, w) uint8 of a window,
-    and how many labels are 255 though nobody says what that means.
+    look: bool = False,
+) -> LabelledWindow:
+    """Read a window of a scene with its labels. Runs in the decoder's process.
 
-    Runs in the decoder's process.
+    Args:
+        look: for the bands that have a valid pixel, where no pixel is valid in all.
     """
     from sattile import raster, shapes
 
     data, valid = raster.read(scene, window, nodata=nodata, scaled=scaled, by_band=True)
-    labelled, undeclared = label_module.read(source, scene, window)
+    seen = list(scene.band_names)
+    if look and not valid.any():  # rare, and GDAL has the window's blocks still: which band is it?
+        seen = [name for name in seen if raster.read(scene.select([name]), window, nodata=nodata)[1].any()]
+    with about(f"labels {source.url}"):
+        labelled, undeclared = label_module.read(source, scene, window)
     if aoi is not None:
         labelled = np.where(shapes.aoi_mask(aoi[0], aoi[1], scene, window), labelled, np.uint8(IGNORE))
-    return data, valid, labelled, undeclared
+    return LabelledWindow(data, valid, labelled, undeclared, seen)
 
 
 def _outlines(scene: Scene, windows: Sequence[Window], pad: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -986,9 +1031,38 @@ def _whereabouts(scenes: Sequence[Scene]) -> dict[str, Any]:
     }
 
 
-def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int) -> str:
-    if not description["sources"]:
-        return "no scene is left to tile: each was refused while it was cut; the warnings above say why"
+def _none_left(run: Run) -> str:
+    table = storage.join(run.out, QUARANTINE)
+    return f"no scene is left to tile; {table} has the reasons" + (f"; {why(run.refused)}" if run.refused else "")
+
+
+def _blind(scenes: Sequence[Scene], pieces: Sequence[Piece]) -> dict[str, list[str]]:
+    """{URL: bands without one valid pixel in all that was read} of scenes that have such bands."""
+    seen: dict[str, set[str]] = {}
+    for piece in pieces:
+        if piece.seen is not None:
+            seen.setdefault(piece.scene_id, set()).update(piece.seen)
+    read = [one for one in scenes if one.scene_id in seen]
+    missing = {one.url: [name for name in one.band_names if name not in seen[one.scene_id]] for one in read}
+    return {url: names for url, names in missing.items() if names}
+
+
+def _without_valid(names: Sequence[str]) -> str:
+    return (
+        f"band {', '.join(names)} has no valid pixel (missing values or NaN everywhere), so no pixel of the scene "
+        f"counts; leave it out with --bands, or replace the file"
+    )
+
+
+def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int, blind: Mapping[str, Sequence[str]]) -> str:
+    every = len(description["sources"])
+    told = ""
+    if blind:
+        url = min(blind)
+        told = f"{url}: {_without_valid(blind[url])}"
+        told += f" ({len(blind)} of {every} scenes are so)" if every > 1 else ""
+    if len(blind) == every:
+        return f"no training tile is left: {told}"
     counts = ", ".join(f"{number} {reason}" for reason, number in description["dropped"].items()) or "none was cut"
     remedy = (
         f"ground blocks are {rule.cell:.0f} m wide and a buffer of {rule.buffer} px is kept: give a smaller --size, "
@@ -996,7 +1070,9 @@ def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int) -> st
         if rule.by == "block"
         else "give more scenes, a smaller --buffer, or --split block"
     )
-    return f"no training tile is left (tiles of {size} px left out: {counts}); {remedy}"
+    return f"no training tile is left (tiles of {size} px left out: {counts}); {remedy}" + (
+        f"; and {told}" if told else ""
+    )
 
 
 def _publish(out: str, work: str, description: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from hypothesis import settings
 settings.register_profile("sattile", deadline=None)
 settings.load_profile("sattile")
 
+# What nobody foresaw is raised instead of refusing its scene: our own faults must not pass for bad files.
+os.environ.setdefault("SATTILE_RAISE_UNFORESEEN", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # A scorer fixes TensorFlow's threads before it starts; tests that load it themselves must agree.
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
@@ -22,6 +24,12 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 def all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings of this test take all cores, as a user's do."""
     monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+
+
+@pytest.fixture
+def as_in_production(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody foresaw refuses its scene, as for users."""
+    monkeypatch.setenv("SATTILE_RAISE_UNFORESEEN", "0")
 
 
 @pytest.fixture(scope="session")

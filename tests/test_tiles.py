@@ -583,3 +583,53 @@ def test_a_scene_that_no_line_of_the_pairs_names_is_said(spark, tmp_path):
     (row,) = pq.read_table(tmp_path / "out" / "_quarantine.parquet").to_pylist()
     assert row["url"].endswith("s1.tif")
     assert "no line of the pairs file names" in row["reason"]
+
+
+def test_a_band_without_a_valid_pixel_is_named_with_its_scene(spark, tmp_path, caplog):
+    given = archive(tmp_path, count=3, height=97, width=130, nodata=None)
+    names = ("B02", "B03", "B11")
+
+    def without(*numbers: int) -> None:
+        for number in numbers:
+            image = position_image(97, 130, 3, col0=1000 * number).astype(np.float32)
+            image[2] = np.nan
+            image[0, :50] = np.nan
+            write_scene(tmp_path / "scenes" / f"s{number}.tif", image, names=names, west=600_000 + 5_000 * number)
+
+    for number in range(3):
+        image = position_image(97, 130, 3, col0=1000 * number).astype(np.float32)
+        write_scene(tmp_path / "scenes" / f"s{number}.tif", image, names=names, west=600_000 + 5_000 * number)
+    without(1)
+    caplog.set_level("WARNING", "sattile")
+    options = {"size": 32, "classes": "even,odd", "split": "scene", "fractions": "1,0,0", "buffer": 0}
+    out = tile(spark, **given, **options, out=str(tmp_path / "out"))
+    assert set(rows_of(out)["scene_id"]) == {"s0", "s2"}
+    (told,) = [record.getMessage() for record in caplog.records if "no valid pixel" in record.getMessage()]
+    assert told.startswith(f"tile: {tmp_path}/scenes/s1.tif: band B11 has no valid pixel")
+    assert read_dataset(out)["dropped"]["without a valid pixel"] > 0
+    without(0, 2)
+    says = r"no training tile is left: \S*s0\.tif: band B11 has no valid pixel .*--bands.*\(3 of 3 scenes are so\)"
+    with pytest.raises(UsageError, match=says):
+        tile(spark, **given, **options, out=str(tmp_path / "none"))
+    tile(spark, **given, **options, bands="B02,B03", out=str(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("l.kml", b"<?xml version='1.0'?><kml/>", "is neither GeoTIFF, COG nor JPEG 2000; it is text; shapes (KML"),
+        ("l.zip", b"PK\3\4and more of it", "is neither GeoTIFF, COG nor JPEG 2000; it is a ZIP archive: unpack it"),
+        ("l.tif", b"", "the file is empty"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_blamed_themselves(spark, tmp_path, name, content, says):
+    url = write_scene(tmp_path / "s.tif", position_image(50, 70, 2))
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "pairs.csv").write_text(f"scene,labels\n{url},{name}\n")
+    with pytest.raises(TooManyRefused, match="1 of 1"):
+        tile(
+            spark, pairs=str(tmp_path / "pairs.csv"), out=str(tmp_path / "out"), size=32, split="scene",
+            fractions="1,0,0", buffer=0,
+        )  # fmt: skip
+    (row,) = pq.read_table(tmp_path / "out" / "_quarantine.parquet").to_pylist()
+    assert row["reason"].startswith(f"labels {tmp_path}/{name}: {says}")

@@ -128,6 +128,7 @@ def train(
         UsageError: for settings that cannot be, before anything runs.
         SattileError: if the training fails; it says why.
     """
+    engine.check(spark)
     described = load_dataset(dataset)
     settings = make_settings(
         described,
