@@ -239,6 +239,13 @@ def test_probabilities_are_taken_and_the_file_is_kept(
     assert "activation" not in load_bundle(url).network
 
 
+def test_a_softmax_over_other_channels_does_not_make_them_sum_to_1(tmp_path: Path) -> None:
+    made = network(lambda x: L.Reshape((8, 8, 3))(L.Conv2D(12, 1, strides=2, activation="softmax")(x)), size=(8, 8))
+    seen, each, _ = record(bundled(tmp_path, made))["notes"]
+    assert SEEN in seen
+    assert EACH in each
+
+
 NUMBERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "one channel": (
         lambda x: L.Conv2D(1, 1, name="last")(x),
