@@ -129,7 +129,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     given = keras.Input((None, None, 2))
     keras.Model(given, keras.layers.Activation("linear")(given)).save(folder / "identity.keras")
-    return bundle(str(folder / "identity.keras"), bands="x,y", classes="even,odd", out=str(folder / "bundle"))
+    return bundle(str(folder / "identity.keras"), bands="x,y", classes="even,odd", out=str(folder / "bundle"),
+                  activation="none")  # fmt: skip
 
 
 def edited(archive: Path, out: Path, *names: str) -> str:
