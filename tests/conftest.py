@@ -68,6 +68,33 @@ def spark() -> Iterator[object]:
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundles of small Keras networks, random and untrained: `identity`, `constant`, `convolutions`, `pooling`."""
+    import keras
+
+    from sattile.model import bundle
+
+    folder = tmp_path_factory.mktemp("models")
+    keras.utils.set_random_seed(1)
+    given = keras.Input((None, None, 2))
+    conv = keras.layers.Conv2D(6, 3, padding="same", activation="relu")(given)
+    pooled = keras.layers.Conv2D(6, 3, padding="same", activation="relu")(keras.layers.MaxPooling2D(2)(conv))
+    back = keras.layers.Concatenate()([keras.layers.UpSampling2D(2)(pooled), conv])
+    networks = {
+        "identity": keras.Model(given, keras.layers.Activation("linear")(given)),
+        "constant": keras.Model(
+            given, keras.layers.Conv2D(2, 1, kernel_initializer="zeros", bias_initializer="ones")(given)
+        ),
+        "convolutions": keras.Model(given, keras.layers.Conv2D(2, 3, padding="same")(conv)),
+        "pooling": keras.Model(given, keras.layers.Conv2D(2, 1)(back)),
+    }
+    for name, network in networks.items():
+        network.save(folder / f"{name}.keras")
+        bundle(str(folder / f"{name}.keras"), bands="x,y", classes="land=0,water=7", fill="3,5", out=str(folder / name))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real imagery, which is not part of the project."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"

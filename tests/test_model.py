@@ -14,6 +14,7 @@ from typing import Any
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,6 @@ from sattile.model import bundle, load_bundle, load_scorer
 from sattile.receptive import OVERHEAD, measure
 from sattile.training import networks
 
-keras = pytest.importorskip("keras")
 L = keras.layers
 
 
