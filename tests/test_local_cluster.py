@@ -23,6 +23,8 @@ from tiles_for_tests import write_splits
 
 from sattile import engine
 
+pytestmark = pytest.mark.cluster
+
 HOW = {"epochs": 3, "batch_size": 12}
 
 SCRIPT = """
