@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import rasterio
 from rio_cogeo import cog_validate
 
@@ -32,6 +33,7 @@ def pixels(dataset: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(values).astype(np.float32), np.concatenate(labels)
 
 
+@pytest.mark.real
 def test_a_unet_beats_a_per_pixel_classifier_on_water(spark, shared_data, all_cores, tmp_path):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -91,6 +93,7 @@ def other_provider(image: Path, truth: Path, scenes: Path, labels: Path) -> None
     write(labels / "S2A.tif", marks, 3, nodata=255)
 
 
+@pytest.mark.real
 def test_beaufort_as_band_files_to_a_cog_whose_collar_is_nodata(spark, shared_data, tmp_path):
     scene, bands = shared_data / "beaufort", "B02,B03,B04,B08"
     reading = {"bands": bands, "pattern": PATTERN, "nodata": 255}

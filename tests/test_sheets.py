@@ -24,11 +24,11 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from maps_for_tests import maps_of, record_of, validate
+from networks_for_tests import bundle_of, pooling_network, whole, window_network
 from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from scenes_for_tests import write_scene
-from test_mosaic import validate
-from test_prediction import bundle_of, maps_of, pooling_network, record_of, whole, window_network
 
 from sattile import inference, mosaic, raster, sheets
 from sattile.errors import TooManyRefused, UsageError
