@@ -130,6 +130,15 @@ def _near(
     return shapely.union_all(parts[shapely.get_dimensions(parts) == shapely.get_dimensions(shape)])
 
 
+def in_pixels(wkb: bytes, crs: str | None, scene: OnGrid) -> BaseGeometry:
+    """A shape in (col, row) of a scene, as it is drawn there; empty where the scene is far.
+
+    Raises:
+        Refused: if it can't be laid over the scene.
+    """
+    return _in_pixels(wkb, crs, scene.crs, scene.transform, (scene.height, scene.width))
+
+
 def aoi_mask(geometry: bytes, crs: str | None, scene: OnGrid, window: Window) -> np.ndarray:
     """Which pixels of a window have their centre in an area of interest: (height, width) bool.
 
