@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from sattile import engine, grid, legend, schema, storage
+from sattile import engine, geography, grid, legend, schema, shape_windows, storage
 from sattile import labels as label_module  # `labels` and `split` are options of `tile`, by contract
 from sattile import split as split_module
 from sattile.dataset import (
@@ -31,6 +32,7 @@ from sattile.dataset import (
     npy,
     petastorm_metadata,
     read_description,
+    unmeasured_classes,
     unseen_classes,
     wild_bands,
 )
@@ -39,6 +41,7 @@ from sattile.grid import Window
 from sattile.labels import LabelSource
 from sattile.record import QUARANTINE, Run, why
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
+from sattile.shape_windows import ShapeWindows
 from sattile.split import SPLITS, SplitRule
 from sattile.stac import utc, whole_span
 from sattile.statistics import BandStatistics
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 log = logging.getLogger("sattile")
+
+SIZE = 256
+"""Edge of a tile of the grid, in pixels."""
 
 STRIP_BYTES = 48 << 20
 """Most that one read brings into memory; a strip of tiles is cut where it would be more."""
@@ -71,8 +77,9 @@ def tile(
     scenes: Sequence[str] | None = None,
     labels: str | None = None,
     pairs: str | None = None,
-    size: int = 256,
+    size: int | None = None,
     stride: int | None = None,
+    windows: str = "auto",
     bands: str | Sequence[str] | None = None,
     pattern: str | None = None,
     nodata: float | None = None,
@@ -102,8 +109,11 @@ def tile(
         labels: one file, matched by location, or a folder with a file named after each scene_id; rasters or vectors.
             A layer or a band stands behind a colon: FILE.gpkg:LAYER, FILE.tif:2, FOLDER:2.
         pairs: instead of both, a CSV with columns scene, labels and, if wanted, split (train, val, test).
-        size: edge of a tile in pixels.
+        size: edge of a tile in pixels; if not given 256, or, around shapes, the largest that lets them lie apart.
         stride: distance between tiles in pixels; size if not given.
+        windows: grid, over whole scenes; shapes, around the polygons of vector labels, those within buffer of each
+            other in one split; or auto: shapes where they are few and cover little (see docs/training.md), unless
+            background, stride or split are given, or fractions leave nothing out of training.
         bands: names to take, in this order; all if not given. 'blue=B02,...' gives them other names.
         pattern: how band files are named, such as '{scene}, {band}.tiff'.
         nodata: missing value, whatever the files declare.
@@ -139,6 +149,8 @@ def tile(
     from sattile.scenes import called_otherwise, plain, resolve
 
     engine.check(spark)
+    asked_size, asked_buffer, asked_stride = size, buffer, stride
+    size = SIZE if size is None else size
     stride = size if stride is None else stride
     if size < 1 or stride < 1:
         raise UsageError(f"size {size}, stride {stride}: both must be at least 1 pixel")
@@ -149,6 +161,8 @@ def tile(
         raise UsageError(f"values {values!r}: use raw or scaled")
     if split not in ("auto", "scene", "block"):
         raise UsageError(f"split {split!r}: use scene, block or auto")
+    if windows not in ("auto", "grid", "shapes"):
+        raise UsageError(f"windows {windows!r}: use grid, shapes or auto")
     shares = split_module.parse_fractions(fractions)
     buffer = size if buffer is None else buffer
     if cell < 1 or buffer < 0:
@@ -168,6 +182,8 @@ def tile(
         "split": split, "fractions": shares, "cell": cell, "buffer": buffer, "min_valid": min_valid,
         "min_labelled": min_labelled, "keep_background": keep_background, "seed": seed,
     }  # fmt: skip
+    if windows != "auto":
+        settings["windows"] = windows
     settings = json.loads(json.dumps(settings))
     listed = label_module.read_pairs(pairs) if pairs else []
     arguments = [row["scene"] for row in listed] if pairs else list(scenes or ())
@@ -209,10 +225,25 @@ def tile(
             for scene in found
             for url, version in {**scene.identity, **matched.sources[scene.scene_id].identity()}.items()
         ]
-        before = read_description(out)
-        state = storage.digest([sources, fixed, _shapes_text(area)])
+        before = read_description(out) if run.finished_before else None
+        of_grid: list[Any] = [sources, fixed, _shapes_text(area)]
+        of_shapes = storage.digest([*of_grid, "shapes", asked_size, asked_buffer])
+        planned: ShapeWindows | None = None
+        aoi_shape = _whole_area(area)
+        if before is None or before.get("state") != of_shapes:
+            against = _not_around_shapes(matched.sources, asked_stride, split, fixed)
+            if windows == "shapes" and against and found:
+                run.finish()
+                raise UsageError(f"windows around shapes: {against}")
+            # Where nothing is left out of training, there is nothing to lay apart.
+            if found and not against and (windows == "shapes" or (windows == "auto" and any(shares[1:]))):
+                planned = _around_shapes(
+                    found, matched.sources, aoi_shape, size=size, must=windows == "shapes",
+                    asked={"size": asked_size, "buffer": asked_buffer, "fractions": shares, "seed": seed},
+                )  # fmt: skip
+        state = of_shapes if planned or (before or {}).get("state") == of_shapes else storage.digest(of_grid)
         if (
-            run.finished_before and before is not None and before.get("state") == state
+            before is not None and before.get("state") == state
             and (
                 before.get("label_rules") == label_module.RULES
                 or label_module.as_before(spark, matched, ignored, {one["scene_id"] for one in before["sources"]})
@@ -229,8 +260,17 @@ def tile(
 
         with run.stage("look through labels"):
             matched = label_module.survey(spark, matched, ignored)
-        rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
-        pixels = sum(scene.height * scene.width for scene in found)
+        if planned:
+            size = stride = planned.size
+            rule = SplitRule("shapes", shares, seed, 0, planned.buffer, dict(planned.dealt))
+            pixels = size * size * sum(map(len, planned.placed.values()))
+            log.info(
+                "tile: windows of %d px around %d shapes in %d groups that lie apart, buffer %d px "
+                "(--windows grid cuts whole scenes)", size, planned.shapes, len(planned.dealt), planned.buffer,
+            )  # fmt: skip
+        else:
+            rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
+            pixels = sum(scene.height * scene.width for scene in found)
         for entry in storage.list_folder(out):
             if storage.name(entry.url).startswith(".work-"):  # of a killed run: the lease is ours
                 storage.remove(entry.url)
@@ -243,7 +283,11 @@ def tile(
             keep_background=keep_background, bands=len(found[0].bands),
         )  # fmt: skip
         try:
-            chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area, engine.slots(spark), work)
+            slots = engine.slots(spark)
+            if planned:
+                chunks = _plan_around(found, matched.sources, planned, aoi_shape, slots, work)
+            else:
+                chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, aoi_shape, slots, work)
             with run.stage("cut tiles", pixels), engine.progress(spark, "tile"):
                 frame = engine.partitioned(spark, chunks, "chunk binary")
                 pieces = [
@@ -257,12 +301,14 @@ def tile(
             run.peak_memory = max((piece.peak_memory for piece in pieces), default=0.0)
             good = [piece for piece in pieces if piece.scene_id not in bad]
             with run.stage("publish"):
-                description = _describe(found, sources, good, matched.classes, rule, settings, values)
+                description = _describe(found, sources, good, matched.classes, rule, size, stride, settings, values)
                 description |= {
                     "label_rules": label_module.RULES,
                     "state": state,
                     "refused": [asdict(one) for one in cut_refusals],
                 }
+                if planned:
+                    description["windows"] = planned.to_dict()
                 blind = _blind(found, good)
                 for url, names in blind.items():
                     log.warning("tile: %s: %s", url, _without_valid(names))
@@ -286,6 +332,8 @@ def tile(
             log.info("tile: %s: %d tiles, %d scenes", name, part["tiles"], part["scenes"])
         if not description["splits"]["val"]["tiles"]:
             log.warning("tile: no validation tiles: training will have to validate on its own tiles")
+        for sentence in unmeasured_classes(description):
+            log.warning("tile: %s", sentence)
         if unseen := unseen_classes(description):
             log.warning("tile: no training tile shows %s: a network can't learn it from these", ", ".join(unseen))
         for band, words in wild_bands(description).items():
@@ -426,6 +474,45 @@ def _rule(
     return split_module.fill_empty(rule, areas)
 
 
+def _not_around_shapes(
+    sources: Mapping[str, LabelSource],
+    stride: int | None,
+    split: str,
+    fixed: Mapping[str, str],
+) -> str | None:
+    """Why windows can't be laid around shapes; None if nothing speaks against it."""
+    if any(source.shapes is None for source in sources.values()):
+        return "the labels are rasters; give vectors, or --windows grid"
+    if any(source.background is not None for source in sources.values()):
+        return "--background labels whole scenes; leave it out, or give --windows grid"
+    if stride is not None:
+        return f"--stride {stride} is for a grid; leave it out, or give --windows grid"
+    if split != "auto" or fixed:
+        said = f"--split {split} deals ground or scenes" if split != "auto" else "the pairs file says a scene's split"
+        return f"{said}, and these are dealt by groups of shapes; leave it out, or give --windows grid"
+    return None
+
+
+def _around_shapes(
+    scenes: Sequence[Scene],
+    sources: Mapping[str, LabelSource],
+    aoi: tuple[bytes, str] | None,
+    *,
+    size: int,
+    must: bool,
+    asked: Mapping[str, Any],
+) -> ShapeWindows | None:
+    """Windows around shapes; None where a grid of this size is better, see `shape_windows.are_few`."""
+    drawn = shape_windows.draw(scenes, sources, aoi, only_few=not must)
+    if not drawn:
+        if must:
+            raise UsageError("windows around shapes: no shape holds the centre of a pixel of a scene")
+        return None
+    if not must and not shape_windows.are_few(drawn, scenes, size):
+        return None
+    return shape_windows.plan(drawn, scenes, **asked)
+
+
 def _touching(shapes: Sequence[Any], share: float) -> Iterator[tuple[int, int]]:
     """Pairs of footprints that share more than this part of the smaller one."""
     import shapely
@@ -481,6 +568,7 @@ class Chunk:
         alone: whether its tiles get part files of their own (pieces of large scenes).
         held: WKB in EPSG:4326 of ground that this scene's tiles must not touch (`scene` rule).
         aoi: WKB and its CRS, or None.
+        placed: instead of rows, windows around shapes with their splits and groups, in (row, col) order.
     """
 
     scene: Scene
@@ -490,6 +578,7 @@ class Chunk:
     split: str | None
     held: bytes | None
     aoi: tuple[bytes, str] | None
+    placed: tuple[tuple[Window, str, str], ...] = ()
 
 
 def _plan(
@@ -499,7 +588,7 @@ def _plan(
     as_given: bool,
     size: int,
     stride: int,
-    area: Any,
+    aoi: tuple[bytes, str] | None,
     slots: int,
     work: str = "",
 ) -> list[list[tuple[bytes]]]:
@@ -509,11 +598,6 @@ def _plan(
     Args:
         work: folder for what is too large to be in each chunk (`FILED_FROM`).
     """
-    import shapely
-
-    aoi = None
-    if area is not None:
-        aoi = (shapely.to_wkb(shapely.union_all(shapely.from_wkb(list(area.wkb)))), area.crs)
     held = {} if as_given or rule.by != "scene" else _held(scenes, rule)
     filed: dict[bytes, str] = {}
     tasks: list[list[tuple[bytes]]] = []
@@ -579,6 +663,30 @@ class _Unpacker(pickle.Unpickler):
 @lru_cache(maxsize=4)
 def _read_large(url: str) -> bytes:
     return storage.read_bytes(url)
+
+
+def _plan_around(
+    scenes: Sequence[Scene],
+    sources: Mapping[str, LabelSource],
+    planned: ShapeWindows,
+    aoi: tuple[bytes, str] | None,
+    slots: int,
+    work: str,
+) -> list[list[tuple[bytes]]]:
+    """Chunks of windows around shapes, a scene each, grouped into tasks of about as many windows; `work` as above."""
+    enough = max(sum(map(len, planned.placed.values())) / (3 * slots), 1)
+    tasks: list[list[tuple[bytes]]] = [[]]
+    filed: dict[bytes, str] = {}
+    count = 0
+    for scene in scenes:
+        placed = planned.placed.get(scene.scene_id, ())
+        if count >= enough:
+            tasks.append([])
+            count = 0
+        chunk = Chunk(scene, sources[scene.scene_id], (), False, None, None, aoi, placed)
+        tasks[-1].append((_pack(chunk, work, filed),))
+        count += len(placed)
+    return tasks
 
 
 def _held(scenes: Sequence[Scene], rule: SplitRule) -> dict[str, bytes]:
@@ -745,29 +853,33 @@ class _Cutter:
 
     def _strips(self, chunk: Chunk, piece: Piece) -> Iterator[_Strip]:
         """Runs of kept tiles side by side, each read in one go."""
-        scene, size = chunk.scene, self.size
-        pixel_bytes = self.bands * np.dtype(self.dtype).itemsize + 2
-        widest = max(STRIP_BYTES // (size * pixel_bytes), size)
-        stride_cols = grid.starts(scene.width, size, self.stride)
-        for row in chunk.rows:
-            windows = [Window(row, col, size, size) for col in stride_cols]
-            dealt = self._deal(chunk, windows)
-            left_out = sum(part is None for part, _ in dealt)
-            if left_out:
-                piece.dropped["across a border between splits, or outside the aoi"] += left_out
-            kept = [(window, part, cell) for window, (part, cell) in zip(windows, dealt, strict=True) if part]
+        for row, kept in self._kept_by_row(chunk, piece):
+            pixel_bytes = self.bands * np.dtype(self.dtype).itemsize + 2
+            widest = max(STRIP_BYTES // (self.size * pixel_bytes), self.size)
             while kept:
                 run = [kept.pop(0)]
                 while kept and kept[0][0].col <= run[-1][0].stop_col and kept[0][0].stop_col - run[0][0].col <= widest:
                     run.append(kept.pop(0))
                 first, last = run[0][0], run[-1][0]
-                yield _Strip(Window(row, first.col, size, last.stop_col - first.col), run)
+                yield _Strip(Window(row, first.col, self.size, last.stop_col - first.col), run)
+
+    def _kept_by_row(self, chunk: Chunk, piece: Piece) -> Iterator[tuple[int, list[tuple[Window, str, str]]]]:
+        """(first pixel row, tiles with their splits and ground cells) of each row of tiles."""
+        if chunk.placed:
+            for row, run in itertools.groupby(chunk.placed, key=lambda one: one[0].row):
+                yield row, list(run)
+        stride_cols = grid.starts(chunk.scene.width, self.size, self.stride)
+        for row in chunk.rows:
+            windows = [Window(row, col, self.size, self.size) for col in stride_cols]
+            dealt = self._deal(chunk, windows)
+            left_out = sum(part is None for part, _ in dealt)
+            if left_out:
+                piece.dropped["across a border between splits, or outside the aoi"] += left_out
+            yield row, [(window, part, cell) for window, (part, cell) in zip(windows, dealt, strict=True) if part]
 
     def _deal(self, chunk: Chunk, windows: Sequence[Window]) -> list[tuple[str | None, str]]:
         """(split, ground cell) of each tile; split None leaves it out."""
         import shapely
-
-        from sattile import geography
 
         scene = chunk.scene
         if scene.footprint is None:
@@ -897,24 +1009,18 @@ def read_labelled(
     return LabelledWindow(data, valid, labelled, undeclared, seen)
 
 
-def _outlines(scene: Scene, windows: Sequence[Window], pad: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Longitudes and latitudes along the outline of each window, 5 points a side."""
-    from pyproj import Transformer
-
-    steps = np.linspace(0, 1, 5)
-    around = np.concatenate(
-        [
-            np.column_stack([np.zeros(4), steps[:-1]]), np.column_stack([steps[:-1], np.ones(4)]),
-            np.column_stack([np.ones(4), steps[:0:-1]]), np.column_stack([steps[:0:-1], np.zeros(4)]),
-        ]
-    )  # fmt: skip
+def _outlines(scene: Scene, windows: Sequence[Window], pad: int) -> list[split_module.Outline]:
+    """Longitudes and latitudes along the outline of each window with so many pixels around it."""
     wide = [window.pad(pad) for window in windows]
-    rows = np.array([[window.row + around[:, 0] * window.height] for window in wide])[:, 0]
-    cols = np.array([[window.col + around[:, 1] * window.width] for window in wide])[:, 0]
-    a, b, c, d, e, f = scene.transform
-    transformer = Transformer.from_crs(scene.crs, 4326, always_xy=True)
-    lon, lat = transformer.transform(a * cols + b * rows + c, d * cols + e * rows + f)
-    return list(zip(lon, lat, strict=True))
+    sides = np.array([[one.row, one.col, one.stop_row, one.stop_col] for one in wide])
+    return geography.outlines(str(scene.crs), scene.transform, sides)
+
+
+def _whole_area(area: label_module.Features | None) -> tuple[bytes, str] | None:
+    """The area of interest as one shape: WKB and its CRS."""
+    import shapely
+
+    return None if area is None else (shapely.to_wkb(shapely.union_all(shapely.from_wkb(list(area.wkb)))), area.crs)
 
 
 @lru_cache(maxsize=1)
@@ -939,6 +1045,8 @@ def _describe(
     pieces: Sequence[Piece],
     classes: tuple[SegmentClass, ...] | None,
     rule: SplitRule,
+    size: int,
+    stride: int,
     settings: Mapping[str, Any],
     values: str,
 ) -> dict[str, Any]:
@@ -981,8 +1089,8 @@ def _describe(
         "bands": list(scenes[0].band_names),
         "dtype": dtype,
         "values": values,
-        "size": settings["size"],
-        "stride": settings["stride"],
+        "size": size,
+        "stride": stride,
         "gsd": float(np.median(gsds)) if gsds else None,
         **_whereabouts([one for one in scenes if one.scene_id in trained]),
         "classes": schema.describe_classes(classes),
@@ -1064,6 +1172,11 @@ def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int, blind
     if len(blind) == every:
         return f"no training tile is left: {told}"
     counts = ", ".join(f"{number} {reason}" for reason, number in description["dropped"].items()) or "none was cut"
+    if rule.by == "shapes":
+        return (
+            f"no training tile is left (windows of {size} px around shapes left out: {counts}): no shape holds a valid "
+            f"pixel; look at --nodata, and whether labels and scenes state the right CRS"
+        )
     remedy = (
         f"ground blocks are {rule.cell:.0f} m wide and a buffer of {rule.buffer} px is kept: give a smaller --size, "
         f"--cell or --buffer, or more scenes"

@@ -20,7 +20,7 @@ LAYERS = [
     {"tiles", "training", "prediction"},
     {"sheets"},
     {"mapreduce"},
-    {"inference", "strata", "reporting"},
+    {"inference", "strata", "reporting", "shape_windows"},
     {"warp", "scenes", "labels", "model", "mosaic", "vectors", "pictures", "comparison", "demo", "doctor"},
     {"versions", "card", "shapes", "sidecars", "foreign"},
     {

@@ -56,6 +56,29 @@ def test_it_learns(undisturbed: Any) -> None:
     assert any((work / "tensorboard").iterdir())
 
 
+def test_the_last_epoch_is_kept_if_asked_for(dataset: str, tmp_path: Path) -> None:
+    import keras
+
+    how = replace(SMALL, keep="last")
+    result, weights = weights_of(dataset, tmp_path, how)
+    with np.load(tmp_path / loop.CHECKPOINT) as saved:
+        now = [saved[f"now{number}"] for number in range(len(weights))]
+    assert result["best"] == 3
+    assert result["metrics"]["miou"] == result["history"][-1]["val_miou"]
+    assert all((one == other).all() for one, other in zip(weights, now, strict=True))
+    # Also where an earlier one was better.
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    for last, kept in ((True, 2), (False, 1)):
+        state = loop._State()
+        for epoch, score in enumerate((0.9, 0.4), 1):
+            state.add({"epoch": epoch, "val_miou": score}, {"miou": score}, network, last=last)
+        assert (state.best, state.metrics["miou"]) == (kept, (0.9, 0.4)[kept - 1])
+    # Trainings of before had no such setting: theirs are the same.
+    assert "keep" not in SMALL.to_dict()
+    assert how.to_dict()["keep"] == "last"
+    assert Settings.from_dict(how.to_dict()) == how
+
+
 def test_a_killed_training_goes_on_to_the_same_weights(dataset: str, undisturbed: Any, tmp_path: Path) -> None:
     weights_of(dataset, tmp_path, stop_after=1)
     result, weights = weights_of(dataset, tmp_path)
@@ -394,6 +417,8 @@ def test_a_missing_value_that_nobody_declared_is_said(spark: Any, tmp_path: Path
         ({"learning_rate": float("nan")}, "learning_rate nan"),
         ({"weight_decay": -1.0}, "or 0"),
         ({"patience": -3}, "patience"),
+        ({"keep": "first"}, "best or last"),
+        ({"keep": "last", "patience": 2}, "leave one of them out"),
         ({"dataset": "/nowhere/tiles"}, "no tiles dataset"),
     ],
 )
