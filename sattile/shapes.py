@@ -6,6 +6,7 @@ import math
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Protocol
 
 import numpy as np
@@ -150,8 +151,7 @@ def in_pixels(shape: BaseGeometry, crs: str | None, scene: OnGrid) -> BaseGeomet
         return shapely.Polygon()
     rings = shapely.linearrings(at[whole], indices=np.unique(ring[whole], return_inverse=True)[1])
     # A point is inside if it is so by an odd number of rings: holes, and holes of what lies in holes.
-    found: BaseGeometry = shapely.symmetric_difference_all(shapely.make_valid(shapely.polygons(rings)))
-    return found
+    return reduce(shapely.symmetric_difference, shapely.make_valid(shapely.polygons(rings)))
 
 
 def _lay(shapes: Sequence[tuple[bytes, int]] | bytes, crs: str | None, scene: OnGrid) -> _Drawing:
