@@ -382,11 +382,10 @@ class Features:
 
     @cached_property
     def tree(self) -> shapely.STRtree:
-        """An index of the shapes in EPSG:4326."""
-        import geopandas
+        """An index of the shapes in their own CRS."""
         import shapely
 
-        return shapely.STRtree(geopandas.GeoSeries.from_wkb(list(self.wkb), crs=self.crs).to_crs(4326).values)
+        return shapely.STRtree(shapely.from_wkb(list(self.wkb)))
 
 
 def is_vector(url: str) -> bool:
@@ -493,15 +492,22 @@ def _suspicion(features: Features, scene: Scene) -> str:
     import geopandas
     import shapely
 
-    shapes = shapely.from_wkb(list(features.wkb))
+    bounds = shapely.bounds(features.tree.geometries)
     footprint = shapely.from_wkb(scene.footprint)
-    # Boxes do: this is a guess.
-    boxes = geopandas.GeoSeries(shapely.box(*shapely.bounds(shapes).T), crs=features.crs)
-    swapped = geopandas.GeoSeries(shapely.box(*shapely.bounds(shapes).T[[1, 0, 3, 2]]), crs=features.crs)
-    if shapely.intersects(swapped.to_crs(4326).values, footprint).any():
+
+    def on_earth(boxes: np.ndarray) -> np.ndarray:
+        # Boxes do: this is a guess. Of some a corner lies nowhere on Earth.
+        found = geopandas.GeoSeries(shapely.segmentize(boxes, np.ptp(bounds) / 16), crs=features.crs)
+        found = found.to_crs(4326).to_numpy()
+        return found[np.isfinite(shapely.bounds(found)).all(axis=1) & shapely.is_valid(found)]
+
+    if shapely.intersects(on_earth(shapely.box(*bounds.T[[1, 0, 3, 2]])), footprint).any():
         return "; with x and y swapped they would: are its axes in the order that its CRS states?"
+    found = on_earth(shapely.box(*bounds.T))
+    if not len(found):
+        return "; is the CRS that the file states the right one?"
     lie, around = (
-        ", ".join(f"{one:.6g}" for one in bounds) for bounds in (boxes.to_crs(4326).total_bounds, footprint.bounds)
+        ", ".join(f"{one:.6g}" for one in bounds) for bounds in (shapely.total_bounds(found), footprint.bounds)
     )
     return (
         f": they lie in {lie} (west, south, east, north in degrees), the scene in {around}; is the CRS that the file "
@@ -567,10 +573,10 @@ def background_id(background: str | None, classes: Sequence[SegmentClass]) -> in
 
 def _touching(features: Features, scene: Scene, ids: Mapping[Value, int], default: int) -> list[tuple[bytes, int]]:
     """The shapes that touch a scene, with their class ids, in the order of the file."""
-    import shapely
+    from sattile import shapes
 
     found = []
-    for index in sorted(features.tree.query(shapely.from_wkb(scene.footprint), predicate="intersects").tolist()):
+    for index in shapes.near(features.tree, features.crs, scene).tolist():
         value = legend.value_of(features.values[index])
         found.append((features.wkb[index], default if value is None else ids[value]))
     return found

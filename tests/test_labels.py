@@ -272,3 +272,27 @@ def test_names_in_composed_and_decomposed_unicode_are_the_same(tmp_path, form, o
     label = tmp_path / "labels" / unicodedata.normalize(other, "é/Zürich.tif")
     write_scene(label, np.ones((1, 40, 60), np.uint8))
     assert [one.url for one in labels.match(str(tmp_path / "labels"), [scene]).sources.values()] == [str(label)]
+
+
+@pytest.mark.parametrize(
+    ("crs", "west", "north", "shape"),
+    [
+        ("EPSG:32601", 180_000, -1_810_000, shapely.box(138_000, -1_840_000, 199_000, -1_780_000)),
+        ("EPSG:3035", 4.3e6, 5.395e6, shapely.box(2.6e6, 1.5e6, 6e6, 5.4e6)),
+        ("EPSG:3413", 90_000, 4000, shapely.Point(0, 0).buffer(1e6)),
+    ],
+)
+def test_shapes_are_laid_over_a_scene_as_they_are_drawn(tmp_path, crs, west, north, shape):
+    """Across the antimeridian, with long sides, around a pole: their corners in degrees say nothing."""
+    scene = scene_of(tmp_path / "s.tif", west=west, north=north, crs=crs)
+    low = shapely.box(west, north - 400, west + 600, north - 300)
+    url = write_shapes(tmp_path / "v.gpkg", [low, shape, low], crs, kind=[2, 1, 2])
+    matched = labels.match(url, [scene], attribute="kind")
+    expected = np.full((40, 60), 1)
+    expected[30:] = 2
+    assert np.array_equal(drawn(matched.sources["s"], scene), expected)
+    far = scene_of(tmp_path / "far.tif", west=west, north=north - 2_500_000, crs=crs)
+    if crs != "EPSG:3035":
+        (refused,) = labels.match(url, [far], attribute="kind").refused
+        assert "no shape of" in refused.reason
+        assert "is the CRS that the file states the right one?" in refused.reason
