@@ -61,6 +61,7 @@ class LabelSource:
         crs: of the shapes.
         background: class of pixels outside all shapes; None leaves them unlabelled.
         mended: whether the first rules read this file otherwise.
+        beside: of a raster: (url, version) of what lies beside it, see `raster.beside`.
     """
 
     url: str
@@ -70,13 +71,20 @@ class LabelSource:
     crs: str | None = None
     background: int | None = None
     mended: bool = False
+    beside: tuple[tuple[str, tuple[int, int]], ...] = ()
 
     def identity(self) -> dict[str, list[int]]:
-        """{url: [size, mtime in ns]} of the file, as it is now; of a shapefile, also of those beside it."""
+        """{url: [size, mtime in ns]} of the file, as it is now; also of what lies beside it: parts of a shapefile, and
+        what says how a raster is read, as it was when it was matched."""
         stem, suffix = os.path.splitext(self.url)
-        beside = [stem + one for one in (".dbf", ".prj", ".cpg")] if suffix.lower() == ".shp" else []
-        entries = {url: storage.stat(url) for url in (self.url, *beside)}
+        entries = {self.url: storage.stat(self.url)}
+        for one in (".dbf", ".prj", ".cpg") if suffix.lower() == ".shp" else ():
+            for name in (stem + one, stem + one.upper()):  # in capitals only if the other is not there
+                entries[name] = storage.stat(name)
+                if entries[name]:
+                    break
         found = {url: [entry.size, entry.mtime] for url, entry in entries.items() if entry} or {self.url: [0, 0]}
+        found |= {url: [*version] for url, version in self.beside}
         return {url if self.part is None else f"{url}:{self.part}": version for url, version in found.items()}
 
 
@@ -236,6 +244,7 @@ def match_pairs(
     encoding: str = "index",
 ) -> Matched:
     """The labels of scenes whose label files are known: {scene_id: url}. See `match`."""
+    from sattile.raster import beside
     from sattile.shapes import pack
 
     sources: dict[str, LabelSource] = {}
@@ -244,6 +253,7 @@ def match_pairs(
     parts = {url: split_part(url) for url in sorted({*urls.values()})}
     features: dict[str, Features] = {}
     unread: dict[str, str] = {}
+    lies_beside: dict[str, tuple[tuple[str, tuple[int, int]], ...]] = {}
     for url, (file, _) in parts.items():
         try:
             if is_vector(file):
@@ -272,7 +282,10 @@ def match_pairs(
             if url in unread or not storage.exists(file):
                 raise Refused(unread.get(url) or f"its labels {file} do not exist")
             if url not in features:
-                sources[scene_id] = LabelSource(file, part, Legend(encoding, classes, tuple(ignore)))
+                if file not in lies_beside:
+                    lies_beside[file] = tuple(beside(file).items())
+                read_as = Legend(encoding, classes, tuple(ignore))
+                sources[scene_id] = LabelSource(file, part, read_as, beside=lies_beside[file])
                 continue
             if scene.crs is None or scene.footprint is None:
                 raise Refused(f"the scene has no CRS, so {url} cannot be laid over it")
@@ -370,7 +383,7 @@ class Features:
     """Shapes of a vector file with the text of their class attribute, and their numbers in the file, from 1.
 
     Attributes:
-        left_out: how many shapes or parts of shapes have no area.
+        left_out: from how many shapes something was left out that has no area, or was not, as parts of them overlap.
     """
 
     url: str
@@ -436,7 +449,13 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
     except Exception as error:
         raise UsageError(f"{url} cannot be read as a vector file: {error}") from error
     if frame.crs is None:
-        raise UsageError(f"{url} states no CRS: add its .prj, or write it again with one")
+        name = storage.name(url)
+        remedy = f"state it: ogr2ogr -a_srs EPSG:N OUT.gpkg {name}"
+        if suffix == ".shp":
+            remedy = "add its .prj, or write it again with one"
+        elif suffix == ".parquet":
+            remedy = f"state it: geopandas.read_parquet({name!r}).set_crs('EPSG:N').to_parquet('OUT.parquet')"
+        raise UsageError(f"{url} states no CRS; {remedy}")
     _check_degrees(url, frame)
     names = [name for name in frame.columns if name != frame.geometry.name]
     if attribute is not None and attribute not in names:
@@ -479,12 +498,20 @@ def _check_degrees(url: str, frame: geopandas.GeoDataFrame) -> None:
     if max(-west, east) <= 91 and max(-south, north) <= 181:
         raise UsageError(
             f"{url}: its coordinates look swapped ({seen}): longitude comes first; write it again: "
-            f"ogr2ogr -swapxy OUT {storage.name(url)}"
+            + _in_python(url, "frame.geometry = frame.geometry.transform(lambda at: at[:, ::-1]); ")
         )
     raise UsageError(
         f"{url}: its coordinates are no degrees ({seen}), though its CRS is {frame.crs.to_string()} (that of GeoJSON, "
         f"where it states none); say which one they are in: ogr2ogr -a_srs EPSG:N OUT.gpkg {storage.name(url)}"
     )
+
+
+def _in_python(url: str, change: str) -> str:
+    """A command that writes a vector file anew, with a change to its `frame`; a GDAL that can do it is rare."""
+    read, write, out = ("read_parquet", "to_parquet", "parquet") if url.lower().endswith(".parquet") else (
+        "read_file", "to_file", "gpkg")  # fmt: skip
+    code = f"import geopandas; frame = geopandas.{read}({storage.name(url)!r}); {change}frame.{write}('OUT.{out}')"
+    return f'python -c "{code}"'
 
 
 def _suspicion(features: Features, scene: Scene) -> str:
@@ -516,10 +543,11 @@ def _suspicion(features: Features, scene: Scene) -> str:
 
 
 def _polygons(url: str, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """The polygons among the shapes of a file, valid, which of all they are, (n,) bool, and from how many shapes
-    something was left out.
+    """The polygons among the shapes of a file, valid, which of all they are, (n,) bool, and how many shapes the first
+    rules read otherwise.
 
     Others hold no pixel; they are told. What make_valid finds beside a polygon, such as a spike as a line, is dropped.
+    A shape holds what any of its parts does.
 
     Raises:
         UsageError: if no polygon is left.
@@ -531,6 +559,17 @@ def _polygons(url: str, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray, int
     for index in mixed:
         parts = shapely.get_parts(valid[index])
         valid[index] = shapely.union_all(parts[shapely.area(parts) > 0])
+    several = np.isin(
+        shapely.get_type_id(shapes), (shapely.GeometryType.MULTIPOLYGON, shapely.GeometryType.GEOMETRYCOLLECTION)
+    )
+    overlapping = []
+    for index in np.flatnonzero(several & ~shapely.is_valid(shapes)):
+        # make_valid takes away where two parts of a shape overlap, as if one were the other's hole.
+        parts = shapely.get_parts(shapely.make_valid(shapely.get_parts(shapely.get_parts(shapes[index]))))
+        whole = shapely.union_all(parts[shapely.area(parts) > 0])
+        if shapely.area(whole) > shapely.area(valid[index]) * (1 + 1e-9):
+            valid[index] = whole
+            overlapping.append(index)
     kept = shapely.area(valid) > 0
     if not kept.all():
         kinds = (("point", "points"), ("line", "lines"), ("polygon without area", "polygons without area"))
@@ -539,7 +578,7 @@ def _polygons(url: str, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray, int
         if not kept.any():
             raise UsageError(f"{url} holds no polygon: {told}; draw areas, or give lines and points a width (a buffer)")
         log.warning("%s: %d of %d shapes left out, as only areas hold pixels: %s", url, (~kept).sum(), len(kept), told)
-    return valid[kept], kept, int((~kept).sum()) + len(mixed)
+    return valid[kept], kept, int((~kept).sum()) + len({*mixed, *overlapping})
 
 
 def _text(value: object) -> str:
@@ -608,7 +647,7 @@ def read(source: LabelSource, scene: Scene, window: Window) -> tuple[np.ndarray,
         return ids
 
     bands = source.part if source.legend.encoding == "index" else "all"
-    return raster.read_labels(source.url, scene, window, to_ids, bands=bands), undeclared
+    return raster.read_labels(source.url, scene, window, to_ids, bands=bands, masks=source.beside), undeclared
 
 
 # --- what label rasters hold, where that decides what they mean ------------------------------------------------------
@@ -626,7 +665,7 @@ def as_before(spark: SparkSession, matched: Matched, ignore: Sequence[Value], ta
     sources = [matched.sources[key] for key in taken if key in matched.sources]
     if any(one.mended for one in sources):
         return False
-    rasters = {(one.url, one.part) for one in sources if one.shapes is None}
+    rasters = {(one.url, one.part, one.beside) for one in sources if one.shapes is None}
     found = _look(spark, sorted(rasters, key=str), {one for one in ignore if not isinstance(one, str)}, every=False)
     seen = {value for values in found.values() for value in values or ()}
     if any(values is None for values in found.values()):
@@ -653,7 +692,9 @@ def survey(spark: SparkSession, matched: Matched, ignore: Sequence[Value], *, mo
     """
     classes = matched.classes
     rasters = {
-        (one.url, one.part) for one in matched.sources.values() if one.shapes is None and one.legend.encoding == "index"
+        (one.url, one.part, one.beside)
+        for one in matched.sources.values()
+        if one.shapes is None and one.legend.encoding == "index"
     }
     said = IGNORE in ignore or (classes is not None and IGNORE in legend.lookup(classes))
     if not rasters or (classes is not None and said):
@@ -686,7 +727,7 @@ def survey(spark: SparkSession, matched: Matched, ignore: Sequence[Value], *, mo
 
 
 def _look(
-    spark: SparkSession, files: Sequence[tuple[str, str | None]], ignored: Collection[Value], *, every: bool
+    spark: SparkSession, files: Sequence[tuple[str, str | None, object]], ignored: Collection[Value], *, every: bool
 ) -> dict[tuple[str, str | None], set[Value] | None]:
     """Values by file and band; None for files that are refused."""
     from sattile import engine
@@ -703,15 +744,17 @@ def _look(
 
 
 def _values_of_files(
-    files: Iterable[tuple[str, str | None]], *, ignored: Collection[Value], every: bool
+    files: Iterable[tuple[str, str | None, object]], *, ignored: Collection[Value], every: bool
 ) -> Iterator[tuple[str, str | None, list[Value] | None]]:
     """In a Spark task: the values of each file; None for those that can't be read, which the cut refuses."""
     from sattile import raster
     from sattile.decoder import decoder
 
-    for url, part in files:
+    for url, part, masks in files:
         try:
-            values = decoder().call(raster.label_values, url, part, most=MOST_VALUES, every=every, ignored=ignored)
+            values = decoder().call(
+                raster.label_values, url, part, masks, most=MOST_VALUES, every=every, ignored=ignored
+            )
             yield url, part, [value for value in map(legend.value_of, values) if value is not None]
         except Exception as error:
             refusal(error)  # which lets outages pass

@@ -318,8 +318,10 @@ NEAR = {
         [shapely.box(*one) for one in ((-60, 89.9, -30, 89.99), (-150, 89.9, -120, 89.97), (120, 89.9, 150, 89.99))],
         ("EPSG:3413", 100, -1000, 1200),
     ),
-    "a world in metres": ("EPSG:3857", [shapely.box(-2.0037e7, 1.8e7, 2.0037e7, 2e7), shapely.box(-2e7, -2e7, 2e7, 1.8e7)],
-                          ("EPSG:3413", 100, -478_000, 478_000)),
+    "a world in metres": (
+        "EPSG:3857", [shapely.box(-2.0037e7, y, 2.0037e7, 2e7) for y in (1.8e7, 1.99e7)],
+        ("EPSG:3413", 100, -478_000, 478_000),
+    ),
     "a long edge of another CRS": ("EPSG:4326", [shapely.box(-170, -60, 170, 45)], ("EPSG:32632", 10, 6e5, 4.98e6)),
     "where the shapes' CRS is not": ("EPSG:32633", [shapely.box(3e5, 5e6, 7e5, 5.5e6)],
                                      ("EPSG:32753", 10, 480_000, 5_200_000)),
