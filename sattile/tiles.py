@@ -271,12 +271,13 @@ def tile(
         work = storage.join(out, f".work-{uuid.uuid4().hex[:8]}")
         planned: ShapeWindows | None = None
         seen: list[Drawn] = []
+        bands_seen: list[tuple[str, set[str] | None]] = []
         bad: dict[str, str | None] = {}
         try:
             slots = engine.slots(spark)
             if drawn:
                 with run.stage("look at shapes"):
-                    seen, bad = _look_at_shapes(
+                    seen, bad, bands_seen = _look_at_shapes(
                         spark, found, matched.sources, drawn, aoi_shape, work, nodata=nodata, scaled=values == "scaled"
                     )
                 # Without any, all are cut, which finds out why.
@@ -332,7 +333,11 @@ def tile(
                     and not _not_around_shapes(matched.sources, None, split, fixed)
                 ):
                     description["by_hand"] = {"stride": asked_stride}  # without, there may be windows around shapes
-                blind = _blind(found, good)
+                blind = _blind(found, bands_seen or [(piece.scene_id, piece.seen) for piece in good])
+                if (
+                    drawn
+                ):  # nothing was seen but what lies around shapes: there, scenes are blank at the edge of a swath
+                    blind = {url: names for url, names in blind.items() if len(names) < len(found[0].bands)}
                 for url, names in blind.items():
                     log.warning("tile: %s: %s", url, _without_valid(names))
                 if not description["splits"]["train"]["tiles"]:
@@ -557,8 +562,9 @@ def _look_at_shapes(
     *,
     nodata: float | None,
     scaled: bool,
-) -> tuple[list[Drawn], dict[str, str | None]]:
-    """The shapes that show a valid pixel, with how many they show; and scenes that can't be read, with reasons.
+) -> tuple[list[Drawn], dict[str, str | None], list[tuple[str, set[str] | None]]]:
+    """The shapes that show a valid pixel, with how many they show; scenes that can't be read, with reasons; and, by
+    scene id, bands of which a valid pixel was seen.
 
     Outlines alone don't say it: at the edge of a swath shapes lie on nothing, and later shapes hide earlier ones.
     """
@@ -579,10 +585,12 @@ def _look_at_shapes(
     rows = spark.sparkContext.parallelize(looks, max(min(len(looks), 4 * engine.slots(spark)), 1))
     pixels: Counter[int] = Counter()
     bad: dict[str, str | None] = {}
-    for scene_id, found_there, reason in rows.mapPartitions(
+    bands_seen: list[tuple[str, set[str] | None]] = []
+    for scene_id, found_there, bands, reason in rows.mapPartitions(
         engine.on_worker(partial(_shown, nodata=nodata, scaled=scaled))
     ).collect():
         pixels.update(found_there)
+        bands_seen.append((scene_id, bands))
         if reason:
             bad[scene_id] = min(reason, bad.get(scene_id) or reason)
     seen = [
@@ -596,7 +604,7 @@ def _look_at_shapes(
             "tile: %d of %d shapes show no valid pixel (missing values, or other shapes drawn over them): they count "
             "for nothing", every - left, every,
         )  # fmt: skip
-    return seen, bad
+    return seen, bad, [(scene_id, bands) for scene_id, bands in bands_seen if scene_id not in bad]
 
 
 def _touching(shapes: Sequence[Any], share: float) -> Iterator[tuple[int, int]]:
@@ -810,25 +818,27 @@ class _Look:
     windows: list[tuple[Window, list[tuple[int, Drawn]]]]
 
 
-def _shown(looks: Iterable[bytes], **how: Any) -> Iterator[tuple[str, dict[int, int], str | None]]:
-    """In a Spark task: (scene id, {number of a shape: valid pixels that it shows}, why the scene can't be read)."""
+def _shown(looks: Iterable[bytes], **how: Any) -> Iterator[tuple[str, dict[int, int], set[str], str | None]]:
+    """In a Spark task: (scene id, {number of a shape: valid pixels that it shows}, bands of which a valid pixel was
+    seen, why the scene can't be read)."""
     from sattile.decoder import read_ahead
 
     for packed in looks:
         look: _Look = _Unpacker(io.BytesIO(packed)).load()
-        scene_id, pixels, reason = look.scene.scene_id, Counter[int](), None
+        pixels, bands, reason = Counter[int](), set[str](), None
 
         def call(one: tuple[Window, Any], look: _Look = look) -> Callable[[], Any]:
-            return partial(read_labelled, look.scene, one[0], look.source, aoi=look.aoi, **how)
+            return partial(read_labelled, look.scene, one[0], look.source, aoi=look.aoi, look=True, **how)
 
         for (window, drawn), read in read_ahead(look.windows, call, lambda _: "the scene"):
             if isinstance(read, Refused):
                 reason = read.reason
                 continue
+            bands.update(read.seen)
             labels = np.where(read.valid, read.labels, np.uint8(IGNORE))
             counts = shape_windows.shown(labels, window, [one for _, one in drawn])
             pixels.update({number: count for (number, _), count in zip(drawn, counts, strict=True)})
-        yield scene_id, dict(pixels), reason
+        yield look.scene.scene_id, dict(pixels), bands, reason
 
 
 @dataclass
@@ -1265,12 +1275,16 @@ def _none_left(run: Run) -> str:
     return f"no scene is left to tile; {table} has the reasons" + (f"; {why(run.refused)}" if run.refused else "")
 
 
-def _blind(scenes: Sequence[Scene], pieces: Sequence[Piece]) -> dict[str, list[str]]:
-    """{URL: bands without one valid pixel in all that was read} of scenes that have such bands."""
+def _blind(scenes: Sequence[Scene], bands_seen: Iterable[tuple[str, set[str] | None]]) -> dict[str, list[str]]:
+    """{URL: bands without one valid pixel in all that was read} of scenes that have such bands.
+
+    Args:
+        bands_seen: by scene id; None where nothing was read.
+    """
     seen: dict[str, set[str]] = {}
-    for piece in pieces:
-        if piece.seen is not None:
-            seen.setdefault(piece.scene_id, set()).update(piece.seen)
+    for scene_id, names in bands_seen:
+        if names is not None:
+            seen.setdefault(scene_id, set()).update(names)
     read = [one for one in scenes if one.scene_id in seen]
     missing = {one.url: [name for name in one.band_names if name not in seen[one.scene_id]] for one in read}
     return {url: names for url, names in missing.items() if names}

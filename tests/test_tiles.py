@@ -891,3 +891,12 @@ def test_what_left_no_window_is_named(spark, tmp_path, options, missing, says):
         geopandas.read_file(given["labels"])[:12].to_file(given["labels"])
     with pytest.raises(UsageError, match=says):
         tile(spark, **given, out=str(tmp_path / "out"), windows="shapes", **options)
+
+
+def test_a_band_that_is_missing_where_shapes_lie_is_named(spark, tmp_path, caplog):
+    given = few_shapes(tmp_path)
+    image = position_image(220, 190, 2)
+    image[1] = 0
+    write_scene(tmp_path / "scenes" / "b.tif", image, names=("x", "y"), west=600_930, north=4_999_510, nodata=0)
+    tile(spark, **given, out=str(tmp_path / "out"))
+    assert "b.tif: band y has no valid pixel" in caplog.text
