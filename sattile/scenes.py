@@ -172,15 +172,23 @@ def find(
 
 def _writable(candidate: Candidate) -> Candidate:
     """Names that are no text (bytes of an old encoding) can't be written down: not in a table, not in JSON."""
-    try:
-        "".join([candidate.url, candidate.scene_id, *(one.url for one in candidate.sources)]).encode()
-    except UnicodeEncodeError:
-        url, scene_id = (
-            one.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            for one in (candidate.url, candidate.scene_id)
-        )
-        return Candidate(scene_id, url, reason="its name is not UTF-8; rename it")
+    files = [candidate.url, *(one.url for one in candidate.sources)]
+    bands = [name for source in candidate.sources for hint in source.hints for name in hint.names]
+    for what, texts in (("name", files), ("id", [candidate.scene_id]), ("band", bands)):
+        strange = next((text for text in texts if _shown(text) != text), None)
+        if strange is not None:
+            of = "" if what == "name" else f" {_shown(strange)}"
+            reason = f"its {what}{of} is not UTF-8; rename it"
+            return Candidate(_shown(candidate.scene_id), _shown(candidate.url), reason=reason)
+    if candidate.reason is not None:
+        return replace(candidate, reason=_shown(candidate.reason))
     return candidate
+
+
+def _shown(text: str) -> str:
+    """A text as it can be written down: with codes for what is none, which are bytes of names or halves of pairs."""
+    halves = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return halves.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _add(found: dict[str, Candidate], candidates: Iterable[Candidate]) -> None:

@@ -802,3 +802,19 @@ def test_odd_json_costs_itself(tmp_path, as_in_production, content):
     )
     good, _ = described(f"{tmp_path}/all.json")
     assert [scene.scene_id for scene in good] == ["a"]
+
+
+@pytest.mark.parametrize(("text", "shown"), [("\ud800", "\\ud800"), ("a\udce9", "a\\xe9")])
+def test_an_item_whose_id_or_asset_is_no_text_costs_itself(spark, tmp_path, text, shown):
+    tiff(tmp_path / "a.tif")
+    good = item(tmp_path / "good.json", {"data": {"href": "a.tif", "type": TIFF_TYPE}})
+    bad = item(tmp_path / "bad.json", {"data": {"href": "a.tif", "type": TIFF_TYPE}})
+    Path(bad).write_text(json.dumps(json.loads(Path(bad).read_text()) | {"id": text}))
+    asset = item(tmp_path / "asset.json", {text: {"href": "a.tif", "type": TIFF_TYPE}})
+    out = tmp_path / "out"
+    url = scenes.index(spark, [good, bad, asset], out=str(out), max_failed_fraction=0.9)
+    assert [one.scene_id for one in scenes.read_catalog(url)] == ["good"]
+    rows = {one.url: one.reason for one in record.read_quarantine(str(out))}
+    assert set(rows) == {bad, asset}
+    assert f"its id {shown} is not UTF-8" in rows[bad]
+    assert f"its band {shown} is not UTF-8" in rows[asset]
