@@ -959,8 +959,17 @@ def read_catalog(url: str) -> list[Scene]:
     """Scenes of a catalogue (its folder or `scenes.parquet`), as they were indexed.
 
     Raises:
-        UsageError: if there is none, or it is none of sattile's.
+        UsageError: if there is none, it is none of sattile's, or one of its rows is no scene (any more).
     """
+    file, rows = _rows_of(url)
+    for number, (_, scene) in enumerate(rows, 1):
+        if isinstance(scene, ValueError):
+            raise UsageError(f"{file}: row {number} is no scene: {scene}; make the catalogue again: sattile index")
+    return [scene for _, scene in rows if isinstance(scene, Scene)]
+
+
+def _rows_of(url: str) -> tuple[str, list[tuple[str, Scene | ValueError]]]:
+    """The file of a catalogue, and of each row the URL and the scene, or why it is none."""
     import io
 
     import pyarrow.parquet as pq
@@ -970,14 +979,34 @@ def read_catalog(url: str) -> list[Scene]:
     if not storage.exists(file):
         raise UsageError(f"{file} does not exist; `sattile index` makes a catalogue")
     try:
-        texts = pq.read_table(io.BytesIO(storage.read_bytes(file)), columns=["scene"]).column("scene").to_pylist()
-        return [Scene.from_json(text) for text in texts]
+        parquet = pq.ParquetFile(io.BytesIO(storage.read_bytes(file)))
+        table = parquet.read([name for name in ("scene", "url") if name in parquet.schema_arrow.names])
+        texts = table.column("scene").to_pylist()
+        if not all(isinstance(text, str | None) for text in texts):
+            raise ValueError("its column scene holds no text")
+        named = table.column("url").to_pylist() if "url" in table.column_names else [None] * len(texts)
     except Exception as error:
         raise UsageError(f"{file} is no catalogue of `sattile index`: {error}") from error
+    rows: list[tuple[str, Scene | ValueError]] = []
+    for number, (text, name) in enumerate(zip(texts, named, strict=True), 1):
+        try:
+            scene = Scene.from_json(text)
+            rows.append((scene.url, scene))
+        except ValueError as error:
+            rows.append((name if name and isinstance(name, str) else f"{file}#{number}", error))
+    return file, rows
 
 
 def _read_rows(url: str) -> list[Candidate]:
-    return [Candidate(scene.scene_id, scene.url, known=scene.to_json()) for scene in read_catalog(url)]
+    _, rows = _rows_of(url)
+    return [
+        Candidate(_clean(scene.scene_id), scene.url, known=scene.to_json())
+        if isinstance(scene, Scene)
+        else Candidate(
+            _clean(_stem(name)), name, reason=f"its row of the catalogue {url} is no scene: {scene}; index it again"
+        )
+        for name, scene in rows
+    ]
 
 
 def _listable(resolved: Resolved) -> Resolved:

@@ -7,12 +7,14 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rasterio
@@ -818,3 +820,91 @@ def test_an_item_whose_id_or_asset_is_no_text_costs_itself(spark, tmp_path, text
     assert set(rows) == {bad, asset}
     assert f"its id {shown} is not UTF-8" in rows[bad]
     assert f"its band {shown} is not UTF-8" in rows[asset]
+
+
+def edited(catalogue: str, edit) -> None:
+    """Writes a catalogue again with the text of its first row's scene edited."""
+    table = pq.read_table(catalogue)
+    texts = table.column("scene").to_pylist()
+    texts[0] = edit(texts[0])
+    at = table.column_names.index("scene")
+    pq.write_table(table.set_column(at, "scene", pa.array(texts, pa.string())), catalogue)
+
+
+def with_fields(**fields):
+    return lambda text: json.dumps(json.loads(text) | fields)
+
+
+def with_band(**fields):
+    return lambda text: json.dumps(json.loads(text) | {"bands": [json.loads(text)["bands"][0] | fields]})
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda _: "{", "JSON"),
+        (lambda _: None, "JSON"),
+        (lambda _: "{}", "scene_id"),
+        (lambda _: "7", "JSON"),
+        (with_fields(footprint="xyz"), "footprint"),
+        (with_fields(footprint="00"), "footprint"),
+        (with_fields(footprint=7), "footprint"),
+        (with_fields(width=None), "width None"),
+        (with_fields(height=-5), "height -5"),
+        (with_fields(height=True), "height True"),
+        (with_fields(url=None), "url None"),
+        (with_fields(scene_id=3), "scene_id 3"),
+        (with_fields(bands=[]), "bands"),
+        (with_fields(bands=None), "bands"),
+        (with_fields(bands=[None]), "bands"),
+        (with_band(index=0), "index 0"),
+        (with_band(dtype="much"), "dtype 'much'"),
+        (with_band(nodata="x"), "nodata 'x'"),
+        (with_band(colour="red"), "colour"),
+        (with_fields(crs=3), "crs 3"),
+        (with_fields(transform=[10, 0, 5, 0]), "transform"),
+        (with_fields(transform=[10, 0, 5, 0, 0, 5]), "transform"),
+        (with_fields(gsd=0), "gsd 0"),
+        (with_fields(datetime="May"), "datetime 'May'"),
+        (with_fields(interval=["2020-01-01T00:00:00Z"]), "interval"),
+        (with_fields(identity=None), "identity None"),
+        (with_fields(identity={"a": [1, None]}), "identity"),
+        (with_fields(more=1), "more"),
+    ],
+)
+def test_a_bad_row_of_a_catalogue_costs_itself(spark_indexed, tmp_path, edit, told):
+    catalogue = shutil.copy(spark_indexed / "out" / "scenes.parquet", tmp_path)
+    edited(catalogue, edit)
+    good, bad = described(catalogue)
+    assert [scene.scene_id for scene in good] == ["b"]
+    ((url, reason),) = bad.items()
+    assert url == f"{spark_indexed}/in/a.tif"
+    assert told in reason
+    with pytest.raises(UsageError, match=r"row 1 .*" + re.escape(told)):
+        scenes.read_catalog(catalogue)
+    table = pq.read_table(catalogue)
+    pq.write_table(table.select(["scene"]), catalogue)
+    assert set(described(catalogue)[1]) == {f"{catalogue}#1"}
+
+
+@pytest.fixture(scope="module")
+def spark_indexed(spark, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("indexed")
+    for name in "ab":
+        tiff(folder / "in" / f"{name}.tif", count=2)
+    scenes.index(spark, str(folder / "in"), out=str(folder / "out"))
+    return folder
+
+
+def test_what_is_no_catalogue_at_all_is_wrong_usage(tmp_path):
+    path = tmp_path / "c.parquet"
+    for table in (pa.table({"other": ["a"]}), pa.table({"scene": [1, 2]}), None):
+        pq.write_table(table, path) if table else path.write_bytes(b"PAR1 no")
+        with pytest.raises(UsageError, match="is no catalogue of `sattile index`"):
+            scenes.find(str(path))
+
+
+def test_a_catalogue_s_hostile_id_does_not_leave_the_folder(spark_indexed, tmp_path):
+    catalogue = shutil.copy(spark_indexed / "out" / "scenes.parquet", tmp_path)
+    edited(catalogue, with_fields(scene_id="../../etc"))
+    assert [scene.scene_id for scene in described(catalogue)[0]] == [".._.._etc", "b"]
