@@ -287,8 +287,11 @@ def match_pairs(
     for scene_id, url in urls.items():
         scene, (file, part) = by_id[scene_id], parts[url]
         try:
-            if url in unread or not storage.exists(file):
-                raise Refused(unread.get(url) or f"its labels {file} do not exist")
+            if url in unread:
+                raise Refused(unread[url])
+            if (entry := storage.stat(file)) is None or entry.problem:
+                why = f"cannot be read: {entry.problem}" if entry else "do not exist"
+                raise Refused(f"its labels {file} {why}")
             if url not in features:
                 sources[scene_id] = LabelSource(file, part, Legend(encoding, classes, tuple(ignore), of_model))
                 continue
@@ -443,10 +446,13 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
     import shapely
 
     url, layer = split_part(named)
-    entry = storage.stat(url)
-    if entry is None:
+    if not storage.exists(url):
         raise UsageError(f"{url} does not exist")
-    suffix = os.path.splitext(url)[1].lower()
+    stem, suffix = os.path.splitext(url)
+    suffix = suffix.lower()
+    for file in (url, *(stem + one for one in (".shx", ".dbf", ".prj", ".cpg") if suffix == ".shp")):
+        if (entry := storage.stat(file)) and entry.problem:  # who reads a pipe waits for its writer
+            raise UsageError(f"{file} cannot be read as a vector file: {entry.problem}")
     if suffix not in _BEGINNINGS:
         raise UsageError(f"{url} is no vector file that sattile reads ({', '.join(VECTORS)})")
     with storage.open_file(url) as file:

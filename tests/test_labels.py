@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import shapely
 from scenes_for_tests import write_scene
 
-from sattile import geography, labels, legend, raster, schema
+from sattile import geography, labels, legend, prediction, raster, schema, strata
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
 from sattile.scenes import describe, find
@@ -272,3 +273,27 @@ def test_names_in_composed_and_decomposed_unicode_are_the_same(tmp_path, form, o
     label = tmp_path / "labels" / unicodedata.normalize(other, "é/Zürich.tif")
     write_scene(label, np.ones((1, 40, 60), np.uint8))
     assert [one.url for one in labels.match(str(tmp_path / "labels"), [scene]).sources.values()] == [str(label)]
+
+
+def test_a_pipe_is_no_label_and_is_not_waited_for(tmp_path):
+    one, two, three = (scene_of(tmp_path / name) for name in ("one.tif", "two.tif", "three.tif"))
+    good = write_shapes(tmp_path / "good.geojson", [pixels(0, 0, 9, 9)], kind=["a"])
+    for name in ("pipe.geojson", "pipe_2.tif"):
+        os.mkfifo(tmp_path / name)
+    urls = {"one": good, "two": str(tmp_path / "pipe.geojson"), "three": str(tmp_path / "pipe_2.tif")}
+    matched = labels.match_pairs(urls, [one, two, three], attribute="kind")
+    assert list(matched.sources) == ["one"]
+    reasons = {Path(refusal.url).stem: refusal.reason for refusal in matched.refused}
+    assert "pipe.geojson" in reasons["two"] and "it is no file, but a pipe" in reasons["two"]
+    assert "pipe_2.tif" in reasons["three"] and "it is no file, but a pipe" in reasons["three"]
+    for read in (prediction.read_aoi, lambda url: strata.read_regions(url, None)):
+        with pytest.raises(UsageError, match="but a pipe"):
+            read(str(tmp_path / "pipe.geojson"))
+
+
+def test_a_pipe_beside_a_shapefile_is_not_waited_for(tmp_path):
+    path = write_shapes(tmp_path / "s.shp", [pixels(0, 0, 9, 9)], kind=["a"])
+    (tmp_path / "s.dbf").unlink()
+    os.mkfifo(tmp_path / "s.dbf")
+    with pytest.raises(UsageError, match=r"s\.dbf .*but a pipe"):
+        labels.read_vector(path)
