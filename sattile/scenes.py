@@ -86,6 +86,7 @@ class Candidate:
         datetime, interval: as a STAC item states them.
         known: `Scene.to_json` of a catalogue's row.
         reason: why it is refused already.
+        notes: what is to be told of it if it is taken.
     """
 
     scene_id: str
@@ -95,6 +96,7 @@ class Candidate:
     known: str | None = None
     reason: str | None = None
     interval: tuple[str, str] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -429,36 +431,64 @@ def _read_item(url: str, value: dict[str, Any], bands: Sequence[str] | None) -> 
     import pystac
 
     stem = _clean(str(value.get("id") or _stem(url)))
+    said = value.get("properties")
+    said = said if isinstance(said, dict) else {}
+    when, interval, notes = _times(said)
     try:
-        item = pystac.Item.from_dict(_with_a_time(value), href=storage.absolute(url), migrate=False, preserve_dict=True)
+        item = pystac.Item.from_dict(
+            _with_a_time(value, when), href=storage.absolute(url), migrate=False, preserve_dict=True
+        )
     except Exception as error:  # pystac raises KeyError, TypeError, ValueError, ... for what is no item
         if is_outage(error):
             raise
         what = f"is no valid STAC item: {type(error).__name__}: {error}"
         return Candidate(stem, url, reason=UNLISTED + what)
     try:
-        stated = item.datetime.isoformat() if item.datetime else None
-        sources, interval = _item_sources(url, item, bands), _interval(item.properties)
+        sources = _item_sources(url, item, bands)
     except Refused as error:
         return Candidate(stem, url, reason=error.reason)
     except Exception as error:
         return Candidate(stem, url, reason=f"{UNLISTED}{refusal(error)}")
-    return Candidate(stem, url, tuple(sources), stated, interval=interval)
+    return Candidate(stem, url, tuple(sources), when, interval=interval, notes=notes)
 
 
-def _with_a_time(item: dict[str, Any]) -> dict[str, Any]:
-    """The item as pystac takes it: one that states no time, with the placeholders that STAC wants."""
+def _with_a_time(item: dict[str, Any], when: str | None) -> dict[str, Any]:
+    """The item as pystac takes it: one without a time that can be used, with the placeholders that STAC wants."""
     said = item.get("properties")
-    if not isinstance(said, dict) or said.get("datetime") or {"start_datetime", "end_datetime"} <= said.keys():
+    if not isinstance(said, dict):
         return item
-    return item | {"properties": said | time_properties(None, None)}
+    return item | {"properties": said | {"datetime": when} | ({} if when else time_properties(None, None))}
 
 
-def _interval(properties: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The interval that an item states, in UTC; None for placeholders, and where it can't be."""
-    times = stated_times(properties)
-    first, last = (_in_utc(times.get(name)) for name in ("start_datetime", "end_datetime"))
-    return (first, last) if first and last and moment(first) <= moment(last) else None
+def _times(properties: Mapping[str, Any]) -> tuple[str | None, tuple[str, str] | None, tuple[str, ...]]:
+    """The date and the interval that an item states, in UTC, and what is to be told of those that can't be used.
+
+    Placeholders count for nothing.
+    """
+    stated = stated_times(properties)
+    when, first, last = map(_read_time, map(stated.get, ("datetime", "start_datetime", "end_datetime")))
+    interval = (first, last) if first and last and moment(first) <= moment(last) else None
+    why = "can't be used and is left out: no"
+    notes = []
+    if "datetime" in stated and when is None:
+        notes.append(f"its date {properties['datetime']!r} {why} time of years 1 to 9999 in UTC")
+    if interval is None and {"start_datetime", "end_datetime"} & stated.keys():
+        ends = " to ".join(repr(properties.get(name)) for name in ("start_datetime", "end_datetime"))
+        notes.append(f"its interval {ends} {why} two times of years 1 to 9999 in UTC, the earlier one first")
+    return when, interval, tuple(notes)
+
+
+def _read_time(text: str | None) -> str | None:
+    """ISO 8601 in all of its forms -> that in UTC; None for what is none."""
+    from pystac.utils import str_to_datetime
+
+    found = _in_utc(text)
+    if text and found is None:
+        try:
+            found = _in_utc(str_to_datetime(text).isoformat())
+        except (ValueError, OverflowError):
+            return None
+    return found
 
 
 def _item_sources(url: str, item: Any, bands: Sequence[str] | None) -> list[Source]:
@@ -636,9 +666,8 @@ def _resolve(
         try:
             scene = Scene.from_json(text)
             scenes.append(scene if called is None else scene.select_as(called))
-            if (said := candidates[at].datetime) and scene.datetime is None:
-                log.warning("%s: its date %r can't be used and is left out: no time of years 1 to 9999 in UTC",
-                            candidates[at].url, said)  # fmt: skip
+            for note in candidates[at].notes:
+                log.warning("%s: %s", candidates[at].url, note)
         except Exception as error:
             refused.append(Refusal(candidates[at].url, STAGE, refusal(error).reason))
     if striped:

@@ -908,3 +908,62 @@ def test_a_catalogue_s_hostile_id_does_not_leave_the_folder(spark_indexed, tmp_p
     catalogue = shutil.copy(spark_indexed / "out" / "scenes.parquet", tmp_path)
     edited(catalogue, with_fields(scene_id="../../etc"))
     assert [scene.scene_id for scene in described(catalogue)[0]] == [".._.._etc", "b"]
+
+
+UNUSED = "can't be used and is left out"
+
+
+def noted(spark, caplog, tmp_path, **stated) -> tuple[Scene, list[str]]:
+    tiff(tmp_path / "image.tif")
+    url = item(tmp_path / "one.json", {"image": {"href": "image.tif", "type": TIFF_TYPE}}, **stated)
+    caplog.clear()
+    caplog.set_level("WARNING", "sattile")
+    (scene,) = scenes.resolve(spark, url).scenes
+    return scene, [one.getMessage() for one in caplog.records if UNUSED in one.getMessage()]
+
+
+@pytest.mark.parametrize("said", ["garbage", "2020-02-30T00:00:00Z", "\ud800", 7, ["2020"], {}])
+def test_a_date_that_is_none_is_left_out_and_told(spark, tmp_path, caplog, said):
+    scene, told = noted(spark, caplog, tmp_path, datetime=said)
+    assert (scene.datetime, scene.span) == (None, None)
+    assert [line.partition(": ")[0] for line in told] == [f"{tmp_path}/one.json"] * bool(said)
+    assert all(repr(said) in line for line in told)
+    whole = {"start_datetime": FIRST, "end_datetime": LAST}
+    assert noted(spark, caplog, tmp_path, datetime=said, **whole)[0].span == (FIRST, LAST)
+
+
+def test_a_file_s_own_date_stands_in_for_one_that_is_none(spark, tmp_path, caplog):
+    noted(spark, caplog, tmp_path, datetime="garbage")
+    with rasterio.open(tmp_path / "image.tif", "r+") as file:
+        file.update_tags(TIFFTAG_DATETIME="2023:05:06 07:08:09")
+    caplog.clear()
+    (scene,) = scenes.resolve(spark, str(tmp_path / "one.json")).scenes
+    assert scene.datetime == "2023-05-06T07:08:09Z"
+    assert UNUSED in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("2020-01-01T00:00:60Z", "2020-01-01T00:01:00Z"),
+        ("2016-12-31T23:59:60.5Z", "2017-01-01T00:00:00.500Z"),
+        ("2020-05", "2020-05-01T00:00:00Z"),
+    ],
+)
+def test_a_leap_second_is_the_next_one(spark, tmp_path, caplog, said, read):
+    scene, told = noted(spark, caplog, tmp_path, datetime=said)
+    assert (scene.datetime, told) == (read, [])
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [(LAST, FIRST), ("0001-01-01T00:00:00+02:00", LAST), (FIRST, "9999-12-31T23:00:00-03:00"), ("x", LAST), (FIRST, None),
+     (FIRST, 7)],
+)  # fmt: skip
+def test_an_interval_that_cannot_be_is_left_out_and_told(spark, tmp_path, caplog, first, last):
+    for datetime in (NOMINAL, None):
+        scene, told = noted(spark, caplog, tmp_path, datetime=datetime, start_datetime=first, end_datetime=last)
+        assert (scene.datetime, scene.interval) == (datetime, None)
+        (line,) = told
+        assert line.startswith(f"{tmp_path}/one.json: its interval")
+        assert repr(first) in line and repr(last) in line
