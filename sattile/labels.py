@@ -363,13 +363,22 @@ def read_pairs(url: str) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     lines: dict[str, int] = {}
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        number = reader.line_num
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UsageError(f"{url}, line {reader.line_num}: is no CSV: {error}") from None
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    for number, row in rows:
         values = {(key or "").strip(): (value or "").strip() for key, value in row.items() if isinstance(value, str)}
         if not any(values.values()):
             continue
-        if not values.get("scene") or not values.get("labels"):
-            raise UsageError(f"{url}, line {number}: needs columns scene and labels; has {', '.join(values) or 'none'}")
+        if not {"scene", "labels"} <= {*columns}:
+            raise UsageError(f"{url}, line {number}: needs columns scene and labels; has {', '.join(columns)}")
+        for column in ("scene", "labels"):
+            if not values.get(column):
+                raise UsageError(f"{url}, line {number}: {column} is empty; name a file")
+            if "\0" in values[column]:
+                raise UsageError(f"{url}, line {number}: {column} {values[column]!r} holds a NUL; no file is named so")
         if values.get("split", "") not in ("", "train", "val", "test"):
             raise UsageError(f"{url}, line {number}: split {values['split']!r} is none of train, val, test")
         for column in ("scene", "labels"):

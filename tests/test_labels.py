@@ -56,6 +56,13 @@ def test_pairs_as_spreadsheets_write_them(tmp_path):
     [
         (b"scene,labels\na.tif,\xe9.tif\n", "not UTF-8"),
         (b"scene;labels\na.tif;b.tif\n", "needs columns scene and labels"),
+        (b"scene,labels\na.tif,b.tif\nb.tif,b\0.tif\n", "line 3: labels .*NUL"),
+        (b"scene,labels\nb\0.tif,b.tif\n", "line 2: scene .*NUL"),
+        (b"scene,labels\na.tif," + 200_000 * b"b" + b"\n", "line 2: .*field limit"),
+        (b"scene,labels\na.tif,b.tif\nb.tif,\n", "line 3: labels is empty"),
+        (b"scene,labels\n,b.tif\n", "line 2: scene is empty"),
+        (b"labels,scene\nb.tif\n", "line 2: scene is empty"),
+        (b"scene,label\na.tif,b.tif\n", "needs columns scene and labels; has scene, label$"),
         (b"scene,labels,split\na.tif,b.tif,train\nx/../a.tif,c.tif,val\n", "line 3: .*a.tif is on line 2 already"),
     ],
 )
