@@ -366,7 +366,7 @@ def read_pairs(url: str) -> list[dict[str, str]]:
     try:
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise UsageError(f"{url}, line {reader.line_num}: is no CSV: {error}") from None
+        raise UsageError(f"{url}, line {reader.line_num + 1}: is no CSV: {error}") from None
     columns = [name.strip() for name in reader.fieldnames or ()]
     for number, row in rows:
         values = {(key or "").strip(): (value or "").strip() for key, value in row.items() if isinstance(value, str)}

@@ -405,8 +405,11 @@ def _resolve_href(base: str, href: str) -> str:
     """An href of a STAC file, relative ones to where it lies.
 
     Raises:
-        Refused: if it leads to the network.
+        Refused: if it leads to the network, or can be no file's name.
     """
+    strange = Refused(f"{href!r} can be no file's name")
+    if "\0" in href or re.search("[\ud800-\udc7f\udd00-\udfff]", href):
+        raise strange
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", href)
     if scheme and scheme.group(1).lower() not in (storage.scheme_of(base), "file"):
         raise Refused(
@@ -424,7 +427,10 @@ def _resolve_href(base: str, href: str) -> str:
         prefix, path = match.groups()
     path = prefix + posixpath.normpath(path)
     # Hrefs may be encoded; a file that really has a % in its name wins.
-    return path if "%" not in path or storage.exists(path) else unquote(path)
+    path = path if "%" not in path or storage.exists(path) else unquote(path)
+    if "\0" in path:
+        raise strange
+    return path
 
 
 def _read_item(url: str, value: dict[str, Any], bands: Sequence[str] | None) -> Candidate:
@@ -493,6 +499,8 @@ def _read_time(text: str | None) -> str | None:
 
 def _item_sources(url: str, item: Any, bands: Sequence[str] | None) -> list[Source]:
     """The files of an item that hold the bands asked for, else its data assets."""
+    for key, asset in item.assets.items():
+        _check_asset(key, asset)
     images = {key: asset for key, asset in item.assets.items() if _is_image(asset)}
     if not images:
         raise Refused(f"has no asset that is a GeoTIFF or JPEG 2000; it has {', '.join(item.assets) or 'none'}")
@@ -538,6 +546,22 @@ def _item_sources(url: str, item: Any, bands: Sequence[str] | None) -> list[Sour
                 have = sorted({hint.names[0] for key in images for hint in hinted[key]})
                 raise Refused(f"has no asset with band {', '.join(missing)}; it has {', '.join(have) or 'none named'}")
     return [_source(_resolve_href(url, images[key].href), hints) for key, hints in picked.items()]
+
+
+def _check_asset(key: str, asset: Any) -> None:
+    """Whether what is read of an asset is of the kinds that STAC says.
+
+    Raises:
+        Refused: if not.
+    """
+    if not isinstance(asset.media_type, str | None):
+        raise Refused(f"asset {key}: type must be text, and is {asset.media_type!r:.60}")
+    if not isinstance(asset.roles, list | str | None):
+        raise Refused(f"asset {key}: roles must be a list, and is {asset.roles!r:.60}")
+    for name in ("bands", "eo:bands", "raster:bands"):
+        said = asset.extra_fields.get(name)
+        if said and not (isinstance(said, list) and all(isinstance(one, dict) for one in said)):
+            raise Refused(f"asset {key}: {name} must be a list of objects, and is {said!r:.60}")
 
 
 def _is_image(asset: Any) -> bool:
@@ -587,7 +611,10 @@ def _asset_hints(key: str, asset: Any) -> list[Hint]:
 def _number(value: Any) -> float | None:
     if isinstance(value, str) and value.lower() in ("nan", "inf", "-inf"):
         return float(value)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
 
 
 # ---------------------------------------------------------------- from headers to scenes

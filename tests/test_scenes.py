@@ -957,8 +957,8 @@ def test_a_leap_second_is_the_next_one(spark, tmp_path, caplog, said, read):
 
 @pytest.mark.parametrize(
     ("first", "last"),
-    [(LAST, FIRST), ("0001-01-01T00:00:00+02:00", LAST), (FIRST, "9999-12-31T23:00:00-03:00"), ("x", LAST), (FIRST, None),
-     (FIRST, 7)],
+    [(LAST, FIRST), ("0001-01-01T00:00:00+02:00", LAST), (FIRST, "9999-12-31T23:00:00-03:00"), ("x", LAST),
+     (FIRST, None), (FIRST, 7)],
 )  # fmt: skip
 def test_an_interval_that_cannot_be_is_left_out_and_told(spark, tmp_path, caplog, first, last):
     for datetime in (NOMINAL, None):
@@ -966,4 +966,45 @@ def test_an_interval_that_cannot_be_is_left_out_and_told(spark, tmp_path, caplog
         assert (scene.datetime, scene.interval) == (datetime, None)
         (line,) = told
         assert line.startswith(f"{tmp_path}/one.json: its interval")
-        assert repr(first) in line and repr(last) in line
+        assert f"{first!r} to {last!r}" in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"type": 7}, "asset data: type must be text"),
+        ({"roles": 5}, "asset data: roles must be a list"),
+        ({"roles": [None]}, None),
+        ({"roles": "data"}, None),
+        ({"bands": "red"}, "asset data: bands must be a list of objects"),
+        ({"eo:bands": 5}, "asset data: eo:bands must be a list of objects"),
+        ({"eo:bands": [None]}, "asset data: eo:bands must be a list of objects"),
+        ({"raster:bands": [7]}, "asset data: raster:bands must be a list of objects"),
+        ({"href": "a\0.tif"}, "'a\\x00.tif' can be no file's name"),
+        ({"href": "%00.tif"}, "'%00.tif' can be no file's name"),
+        ({"href": "%\ud800.tif"}, "'%\\ud800.tif' can be no file's name"),
+        ({"href": 7}, "no valid STAC item"),
+        ({"nodata": 10**400}, None),
+    ],
+)  # fmt: skip
+def test_odd_fields_of_an_item_are_its_own_fault(tmp_path, as_in_production, fields, told):
+    tiff(tmp_path / "a.tif")
+    url = item(tmp_path / "one.json", {"data": {"href": "a.tif", "type": TIFF_TYPE} | fields})
+    _, bad = described(url)
+    if told is None:
+        assert not bad
+    else:
+        assert told in bad[url]
+        assert "unexpected" not in bad[url]
+
+
+def test_a_link_that_can_be_no_file_costs_itself(tmp_path, as_in_production):
+    tiff(tmp_path / "a.tif")
+    item(tmp_path / "a.json", {"data": {"href": "a.tif", "type": TIFF_TYPE}})
+    links = [{"rel": "item", "href": href} for href in ("b\0.json", "\ud800.json", "a.json")]
+    (tmp_path / "all.json").write_text(json.dumps({"type": "Catalog", "links": links}))
+    good, bad = described(f"{tmp_path}/all.json")
+    assert [scene.scene_id for scene in good] == ["a"]
+    assert bad == {
+        "b\0.json": "not listed: 'b\\x00.json' can be no file's name", "\\ud800.json": "its name is not UTF-8; rename it",
+    }  # fmt: skip
