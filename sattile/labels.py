@@ -404,6 +404,7 @@ class Features:
 
     Attributes:
         left_out: how many shapes or parts of shapes have no area.
+        without: how many shapes are left out as they have no value of the attribute.
     """
 
     url: str
@@ -412,6 +413,7 @@ class Features:
     values: tuple[str, ...]
     numbers: tuple[int, ...]
     left_out: int = 0
+    without: int = 0
 
     @cached_property
     def tree(self) -> shapely.STRtree:
@@ -477,7 +479,8 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{url} cannot be read as a vector file: {error}") from error
+        words = re.sub(r"[;\s]*It might help to specify the correct driver.*", "", str(error), flags=re.DOTALL)
+        raise UsageError(f"{url} cannot be read as a vector file: {words}") from error
     if frame.crs is None:
         raise UsageError(f"{url} states no CRS: add its .prj, or write it again with one")
     _check_degrees(url, frame)
@@ -486,15 +489,18 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
         raise UsageError(f"{url} has no attribute {attribute!r}; it has {', '.join(names) or 'none'}")
     frame.index = range(1, len(frame) + 1)
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
+    unsaid = 0
     if attribute is not None:
         without = frame[attribute].isna() | (frame[attribute].astype(str).str.strip() == "")
-        if without.any():
-            log.warning("%s: %d of %d shapes have no %s and are left out", url, without.sum(), len(frame), attribute)
+        unsaid = int(without.sum())
+        if unsaid:
+            log.warning("%s: %d of %d shapes have no %s and are left out", url, unsaid, len(frame), attribute)
             frame = frame[~without]
     shapes, kept, trimmed = _polygons(url, frame.geometry.to_numpy())
     frame = frame[kept]
     values = frame[attribute].map(_text) if attribute else [""] * len(frame)
-    return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values), tuple(frame.index), trimmed)
+    wkb = tuple(shapely.to_wkb(shapes))
+    return Features(url, frame.crs.to_wkt(), wkb, tuple(values), tuple(frame.index), trimmed, unsaid)
 
 
 def _layer(path: str, url: str, wanted: str | None) -> str | None:
@@ -537,6 +543,9 @@ def _suspicion(features: Features, scene: Scene) -> str:
     import geopandas
     import shapely
 
+    if not features.wkb:
+        none = f"none of its {features.without} shapes has a value of the attribute"
+        return f": {none if features.without else 'the file holds no shapes'}"
     shapes = shapely.from_wkb(list(features.wkb))
     footprint = shapely.from_wkb(scene.footprint)
     # Boxes do: this is a guess.

@@ -291,8 +291,10 @@ def test_a_pipe_is_no_label_and_is_not_waited_for(tmp_path):
     matched = labels.match_pairs(urls, [one, two, three], attribute="kind")
     assert list(matched.sources) == ["one"]
     reasons = {Path(refusal.url).stem: refusal.reason for refusal in matched.refused}
-    assert "pipe.geojson" in reasons["two"] and "it is no file, but a pipe" in reasons["two"]
-    assert "pipe_2.tif" in reasons["three"] and "it is no file, but a pipe" in reasons["three"]
+    assert "pipe.geojson cannot be read" in reasons["two"]
+    assert "it is no file, but a pipe" in reasons["two"]
+    assert "pipe_2.tif cannot be read" in reasons["three"]
+    assert "it is no file, but a pipe" in reasons["three"]
     for read in (prediction.read_aoi, lambda url: strata.read_regions(url, None)):
         with pytest.raises(UsageError, match="but a pipe"):
             read(str(tmp_path / "pipe.geojson"))
@@ -304,3 +306,26 @@ def test_a_pipe_beside_a_shapefile_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "s.dbf")
     with pytest.raises(UsageError, match=r"s\.dbf .*but a pipe"):
         labels.read_vector(path)
+
+
+def test_what_holds_no_shapes_is_not_told_to_lie_elsewhere(tmp_path):
+    scene, other = scene_of(tmp_path / "one.tif"), scene_of(tmp_path / "two.tif")
+    good = write_shapes(tmp_path / "good.gpkg", [pixels(0, 0, 9, 9)], kind=["a"])
+    empty = write_shapes(tmp_path / "empty.gpkg", [pixels(0, 0, 9, 9)][:0], kind=np.array([], str))
+    without = write_shapes(tmp_path / "without.gpkg", [pixels(0, 0, 9, 9)] * 2, kind=[None, ""])
+    for url, told in (
+        (empty, "the file holds no shapes"),
+        (without, "none of its 2 shapes has a value of the attribute"),
+    ):
+        matched = labels.match_pairs({"one": url, "two": good}, [scene, other], attribute="kind")
+        assert list(matched.sources) == ["two"]
+        (refusal,) = matched.refused
+        assert refusal.reason == f"no shape of {url} touches the scene: {told}"
+
+
+def test_broken_geojson_is_told_without_a_way_out_that_is_none_here(tmp_path):
+    (tmp_path / "bad.geojson").write_text('{"type": "garbage"}')
+    with pytest.raises(UsageError, match="cannot be read as a vector file") as told:
+        labels.read_vector(str(tmp_path / "bad.geojson"))
+    assert "DRIVER" not in str(told.value)
+    assert "specify" not in str(told.value)

@@ -1006,5 +1006,6 @@ def test_a_link_that_can_be_no_file_costs_itself(tmp_path, as_in_production):
     good, bad = described(f"{tmp_path}/all.json")
     assert [scene.scene_id for scene in good] == ["a"]
     assert bad == {
-        "b\0.json": "not listed: 'b\\x00.json' can be no file's name", "\\ud800.json": "its name is not UTF-8; rename it",
-    }  # fmt: skip
+        "b\0.json": "not listed: 'b\\x00.json' can be no file's name",
+        "\\ud800.json": "its name is not UTF-8; rename it",
+    }
