@@ -461,9 +461,10 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
         raise UsageError(f"{url} does not exist")
     stem, suffix = os.path.splitext(url)
     suffix = suffix.lower()
-    for file in (url, *(stem + one for one in (".shx", ".dbf", ".prj", ".cpg") if suffix == ".shp")):
-        if (entry := storage.stat(file)) and entry.problem:  # who reads a pipe waits for its writer
-            raise UsageError(f"{file} cannot be read as a vector file: {entry.problem}")
+    beside = [stem + one for one in (".shx", ".dbf", ".prj", ".cpg")] if suffix == ".shp" else []
+    for part in (url, *beside):
+        if (entry := storage.stat(part)) and entry.problem:  # who reads a pipe waits for its writer
+            raise UsageError(f"{part} cannot be read as a vector file: {entry.problem}")
     if suffix not in _BEGINNINGS:
         raise UsageError(f"{url} is no vector file that sattile reads ({', '.join(VECTORS)})")
     with storage.open_file(url) as file:
