@@ -297,8 +297,11 @@ def match_pairs(
     for scene_id, url in urls.items():
         scene, (file, part) = by_id[scene_id], parts[url]
         try:
-            if url in unread or not storage.exists(file):
-                raise Refused(unread.get(url) or f"its labels {file} do not exist")
+            if url in unread:
+                raise Refused(unread[url])
+            if (entry := storage.stat(file)) is None or entry.problem:
+                why = f"cannot be read: {entry.problem}" if entry else "do not exist"
+                raise Refused(f"its labels {file} {why}")
             if url not in features:
                 if file not in lies_beside:
                     lies_beside[file] = tuple(beside(file).items())
@@ -373,13 +376,22 @@ def read_pairs(url: str) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     lines: dict[str, int] = {}
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        number = reader.line_num
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UsageError(f"{url}, line {reader.line_num + 1}: is no CSV: {error}") from None
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    for number, row in rows:
         values = {(key or "").strip(): (value or "").strip() for key, value in row.items() if isinstance(value, str)}
         if not any(values.values()):
             continue
-        if not values.get("scene") or not values.get("labels"):
-            raise UsageError(f"{url}, line {number}: needs columns scene and labels; has {', '.join(values) or 'none'}")
+        if not {"scene", "labels"} <= {*columns}:
+            raise UsageError(f"{url}, line {number}: needs columns scene and labels; has {', '.join(columns)}")
+        for column in ("scene", "labels"):
+            if not values.get(column):
+                raise UsageError(f"{url}, line {number}: {column} is empty; name a file")
+            if "\0" in values[column]:
+                raise UsageError(f"{url}, line {number}: {column} {values[column]!r} holds a NUL; no file is named so")
         if values.get("split", "") not in ("", "train", "val", "test"):
             raise UsageError(f"{url}, line {number}: split {values['split']!r} is none of train, val, test")
         for column in ("scene", "labels"):
@@ -405,6 +417,7 @@ class Features:
 
     Attributes:
         left_out: from how many shapes something was left out that has no area, or was not, as parts of them overlap.
+        without: how many shapes are left out as they have no value of the attribute.
     """
 
     url: str
@@ -413,6 +426,7 @@ class Features:
     values: tuple[str, ...]
     numbers: tuple[int, ...]
     left_out: int = 0
+    without: int = 0
 
     @cached_property
     def tree(self) -> shapely.STRtree:
@@ -455,10 +469,14 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
     import shapely
 
     url, layer = split_part(named)
-    entry = storage.stat(url)
-    if entry is None:
+    if not storage.exists(url):
         raise UsageError(f"{url} does not exist")
-    suffix = os.path.splitext(url)[1].lower()
+    stem, suffix = os.path.splitext(url)
+    suffix = suffix.lower()
+    beside = [stem + one for one in (".shx", ".dbf", ".prj", ".cpg")] if suffix == ".shp" else []
+    for part in (url, *beside):
+        if (entry := storage.stat(part)) and entry.problem:  # who reads a pipe waits for its writer
+            raise UsageError(f"{part} cannot be read as a vector file: {entry.problem}")
     if suffix not in _BEGINNINGS:
         raise UsageError(f"{url} is no vector file that sattile reads ({', '.join(VECTORS)})")
     with storage.open_file(url) as file:
@@ -474,7 +492,8 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{url} cannot be read as a vector file: {error}") from error
+        words = re.sub(r"[;\s]*It might help to specify the correct driver.*", "", str(error), flags=re.DOTALL)
+        raise UsageError(f"{url} cannot be read as a vector file: {words}") from error
     if frame.crs is None:
         name = storage.name(url)
         remedy = f"state it: ogr2ogr -a_srs EPSG:N OUT.gpkg {name}"
@@ -489,15 +508,18 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
         raise UsageError(f"{url} has no attribute {attribute!r}; it has {', '.join(names) or 'none'}")
     frame.index = range(1, len(frame) + 1)
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
+    unsaid = 0
     if attribute is not None:
         without = frame[attribute].isna() | (frame[attribute].astype(str).str.strip() == "")
-        if without.any():
-            log.warning("%s: %d of %d shapes have no %s and are left out", url, without.sum(), len(frame), attribute)
+        unsaid = int(without.sum())
+        if unsaid:
+            log.warning("%s: %d of %d shapes have no %s and are left out", url, unsaid, len(frame), attribute)
             frame = frame[~without]
     shapes, kept, trimmed = _polygons(url, frame.geometry.to_numpy())
     frame = frame[kept]
     values = frame[attribute].map(_text) if attribute else [""] * len(frame)
-    return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values), tuple(frame.index), trimmed)
+    wkb = tuple(shapely.to_wkb(shapes))
+    return Features(url, frame.crs.to_wkt(), wkb, tuple(values), tuple(frame.index), trimmed, unsaid)
 
 
 def _layer(path: str, url: str, wanted: str | None) -> str | None:
@@ -548,6 +570,9 @@ def _suspicion(features: Features, scene: Scene) -> str:
     import geopandas
     import shapely
 
+    if not features.wkb:
+        none = f"none of its {features.without} shapes has a value of the attribute"
+        return f": {none if features.without else 'the file holds no shapes'}"
     bounds = shapely.bounds(features.tree.geometries)
     footprint = shapely.from_wkb(scene.footprint)
 

@@ -19,7 +19,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -394,14 +394,15 @@ def _datetime(source: rasterio.DatasetReader) -> str | None:
 def iso_datetime(text: str | None) -> str | None:
     """`2020:05:17 10:11:12` (TIFF) or ISO 8601, with UTC if it names no zone -> ISO 8601 in UTC; None if neither.
 
-    None, too, for what lies outside the years 1 to 9999 in UTC.
+    None, too, for what lies outside the years 1 to 9999 in UTC. A leap second, :60, is the next one.
     """
     if not text:
         return None
+    text, leaps = re.subn(r"(:\d\d):60(?!\d)", r"\1:59", text)
     tiff = re.fullmatch(r"(\d{4}):(\d\d):(\d\d) (\d\d:\d\d:\d\d)\0?", text.strip())
     try:
         when = datetime.fromisoformat("{}-{}-{}T{}".format(*tiff.groups()) if tiff else text.strip())
-        when = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+        when = (when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)) + timedelta(seconds=leaps)
     except (ValueError, OverflowError):  # year 1 of a zone east of Greenwich is year 0 in UTC
         return None
     return when.isoformat(timespec="milliseconds" if when.microsecond else "seconds").replace("+00:00", "Z")

@@ -331,8 +331,8 @@ class Run:
 def commonest(refused: Sequence[Refusal]) -> tuple[Refusal, int]:
     """An example of the commonest kind of reason, the first one by URL, and how many scenes were refused for it.
 
-    Reasons are of one kind if they differ in numbers and in the scene's own name alone; what nobody foresaw is of one
-    kind by its type and place.
+    Reasons are of one kind if they differ in numbers, in folders and in the scene's own name alone; what nobody foresaw
+    is of one kind by its type and place.
     """
     kinds: dict[str, dict[str, Refusal]] = {}
     for one in sorted(refused, key=lambda one: (one.url, one.reason)):
@@ -344,8 +344,13 @@ def commonest(refused: Sequence[Refusal]) -> tuple[Refusal, int]:
 def _kind(one: Refusal) -> str:
     if known := unforeseen(one.reason):
         return known
-    stem = storage.name(one.url).rpartition(".")[0] or storage.name(one.url)
-    return re.sub(r"\d+(?:\.\d+)?", "0", one.reason.replace(one.url, "URL").replace(stem, "NAME"))
+    own = storage.name(one.url).rpartition(".")[0] or storage.name(one.url)
+    stem = re.escape(own)
+    reason = re.sub(r"(?:[^\s/]*/)+", "", one.reason.replace(one.url, "URL").replace(f"/{own}/", "/"))
+    reason = re.sub(rf"(?<![\w.-]){stem}(?=\.[A-Za-z]\w)", "NAME", reason)  # of a file
+    if not re.fullmatch(r"[a-z]{1,3}|[\d.]+", own):  # a scene may be called `a`, or 4: so may be what is no name
+        reason = re.sub(rf"(?<![\w-]){stem}(?![\w-])", "NAME", reason)
+    return re.sub(r"\d+(?:\.\d+)?", "0", reason)
 
 
 def why(refused: Sequence[Refusal]) -> str:

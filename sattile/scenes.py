@@ -86,6 +86,7 @@ class Candidate:
         datetime, interval: as a STAC item states them.
         known: `Scene.to_json` of a catalogue's row.
         reason: why it is refused already.
+        notes: what is to be told of it if it is taken.
     """
 
     scene_id: str
@@ -95,6 +96,7 @@ class Candidate:
     known: str | None = None
     reason: str | None = None
     interval: tuple[str, str] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,15 +174,23 @@ def find(
 
 def _writable(candidate: Candidate) -> Candidate:
     """Names that are no text (bytes of an old encoding) can't be written down: not in a table, not in JSON."""
-    try:
-        "".join([candidate.url, candidate.scene_id, *(one.url for one in candidate.sources)]).encode()
-    except UnicodeEncodeError:
-        url, scene_id = (
-            one.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            for one in (candidate.url, candidate.scene_id)
-        )
-        return Candidate(scene_id, url, reason="its name is not UTF-8; rename it")
+    files = [candidate.url, *(one.url for one in candidate.sources)]
+    bands = [name for source in candidate.sources for hint in source.hints for name in hint.names]
+    for what, texts in (("name", files), ("id", [candidate.scene_id]), ("band", bands)):
+        strange = next((text for text in texts if _shown(text) != text), None)
+        if strange is not None:
+            of = "" if what == "name" else f" {_shown(strange)}"
+            reason = f"its {what}{of} is not UTF-8; rename it"
+            return Candidate(_shown(candidate.scene_id), _shown(candidate.url), reason=reason)
+    if candidate.reason is not None:
+        return replace(candidate, reason=_shown(candidate.reason))
     return candidate
+
+
+def _shown(text: str) -> str:
+    """A text as it can be written down: with codes for what is none, which are bytes of names or halves of pairs."""
+    halves = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return halves.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _add(found: dict[str, Candidate], candidates: Iterable[Candidate]) -> None:
@@ -395,8 +405,11 @@ def _resolve_href(base: str, href: str) -> str:
     """An href of a STAC file, relative ones to where it lies.
 
     Raises:
-        Refused: if it leads to the network.
+        Refused: if it leads to the network, or can be no file's name.
     """
+    strange = Refused(f"{href!r} can be no file's name")
+    if "\0" in href or re.search("[\ud800-\udc7f\udd00-\udfff]", href):
+        raise strange
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", href)
     if scheme and scheme.group(1).lower() not in (storage.scheme_of(base), "file"):
         raise Refused(
@@ -414,47 +427,80 @@ def _resolve_href(base: str, href: str) -> str:
         prefix, path = match.groups()
     path = prefix + posixpath.normpath(path)
     # Hrefs may be encoded; a file that really has a % in its name wins.
-    return path if "%" not in path or storage.exists(path) else unquote(path)
+    path = path if "%" not in path or storage.exists(path) else unquote(path)
+    if "\0" in path:
+        raise strange
+    return path
 
 
 def _read_item(url: str, value: dict[str, Any], bands: Sequence[str] | None) -> Candidate:
     import pystac
 
     stem = _clean(str(value.get("id") or _stem(url)))
+    said = value.get("properties")
+    said = said if isinstance(said, dict) else {}
+    when, interval, notes = _times(said)
     try:
-        item = pystac.Item.from_dict(_with_a_time(value), href=storage.absolute(url), migrate=False, preserve_dict=True)
+        item = pystac.Item.from_dict(
+            _with_a_time(value, when), href=storage.absolute(url), migrate=False, preserve_dict=True
+        )
     except Exception as error:  # pystac raises KeyError, TypeError, ValueError, ... for what is no item
         if is_outage(error):
             raise
         what = f"is no valid STAC item: {type(error).__name__}: {error}"
         return Candidate(stem, url, reason=UNLISTED + what)
     try:
-        stated = item.datetime.isoformat() if item.datetime else None
-        sources, interval = _item_sources(url, item, bands), _interval(item.properties)
+        sources = _item_sources(url, item, bands)
     except Refused as error:
         return Candidate(stem, url, reason=error.reason)
     except Exception as error:
         return Candidate(stem, url, reason=f"{UNLISTED}{refusal(error)}")
-    return Candidate(stem, url, tuple(sources), stated, interval=interval)
+    return Candidate(stem, url, tuple(sources), when, interval=interval, notes=notes)
 
 
-def _with_a_time(item: dict[str, Any]) -> dict[str, Any]:
-    """The item as pystac takes it: one that states no time, with the placeholders that STAC wants."""
+def _with_a_time(item: dict[str, Any], when: str | None) -> dict[str, Any]:
+    """The item as pystac takes it: one without a time that can be used, with the placeholders that STAC wants."""
     said = item.get("properties")
-    if not isinstance(said, dict) or said.get("datetime") or {"start_datetime", "end_datetime"} <= said.keys():
+    if not isinstance(said, dict):
         return item
-    return item | {"properties": said | time_properties(None, None)}
+    return item | {"properties": said | {"datetime": when} | ({} if when else time_properties(None, None))}
 
 
-def _interval(properties: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The interval that an item states, in UTC; None for placeholders, and where it can't be."""
-    times = stated_times(properties)
-    first, last = (_in_utc(times.get(name)) for name in ("start_datetime", "end_datetime"))
-    return (first, last) if first and last and moment(first) <= moment(last) else None
+def _times(properties: Mapping[str, Any]) -> tuple[str | None, tuple[str, str] | None, tuple[str, ...]]:
+    """The date and the interval that an item states, in UTC, and what is to be told of those that can't be used.
+
+    Placeholders count for nothing.
+    """
+    stated = stated_times(properties)
+    when, first, last = map(_read_time, map(stated.get, ("datetime", "start_datetime", "end_datetime")))
+    interval = (first, last) if first and last and moment(first) <= moment(last) else None
+    why = "can't be used and is left out: no"
+    notes = []
+    if "datetime" in stated and when is None:
+        notes.append(f"its date {properties['datetime']!r} {why} time of years 1 to 9999 in UTC")
+    if interval is None and {"start_datetime", "end_datetime"} & stated.keys():
+        ends = " to ".join(repr(properties.get(name)) for name in ("start_datetime", "end_datetime"))
+        notes.append(f"its interval {ends} {why} two times of years 1 to 9999 in UTC, the earlier one first")
+    return when, interval, tuple(notes)
+
+
+def _read_time(text: str | None) -> str | None:
+    """ISO 8601 in all of its forms -> that in UTC; None for what is none."""
+    from pystac.utils import str_to_datetime
+
+    found = _in_utc(text)
+    if text and found is None:
+        try:
+            found = _in_utc(str_to_datetime(text).isoformat())
+        except (ValueError, OverflowError):
+            return None
+    return found
 
 
 def _item_sources(url: str, item: Any, bands: Sequence[str] | None) -> list[Source]:
     """The files of an item that hold the bands asked for, else its data assets."""
+    for key, asset in item.assets.items():
+        _check_asset(key, asset)
     images = {key: asset for key, asset in item.assets.items() if _is_image(asset)}
     if not images:
         raise Refused(f"has no asset that is a GeoTIFF or JPEG 2000; it has {', '.join(item.assets) or 'none'}")
@@ -500,6 +546,22 @@ def _item_sources(url: str, item: Any, bands: Sequence[str] | None) -> list[Sour
                 have = sorted({hint.names[0] for key in images for hint in hinted[key]})
                 raise Refused(f"has no asset with band {', '.join(missing)}; it has {', '.join(have) or 'none named'}")
     return [_source(_resolve_href(url, images[key].href), hints) for key, hints in picked.items()]
+
+
+def _check_asset(key: str, asset: Any) -> None:
+    """Whether what is read of an asset is of the kinds that STAC says.
+
+    Raises:
+        Refused: if not.
+    """
+    if not isinstance(asset.media_type, str | None):
+        raise Refused(f"asset {key}: type must be text, and is {asset.media_type!r:.60}")
+    if not isinstance(asset.roles, list | str | None):
+        raise Refused(f"asset {key}: roles must be a list, and is {asset.roles!r:.60}")
+    for name in ("bands", "eo:bands", "raster:bands"):
+        said = asset.extra_fields.get(name)
+        if said and not (isinstance(said, list) and all(isinstance(one, dict) for one in said)):
+            raise Refused(f"asset {key}: {name} must be a list of objects, and is {said!r:.60}")
 
 
 def _is_image(asset: Any) -> bool:
@@ -549,7 +611,10 @@ def _asset_hints(key: str, asset: Any) -> list[Hint]:
 def _number(value: Any) -> float | None:
     if isinstance(value, str) and value.lower() in ("nan", "inf", "-inf"):
         return float(value)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
 
 
 # ---------------------------------------------------------------- from headers to scenes
@@ -628,9 +693,8 @@ def _resolve(
         try:
             scene = Scene.from_json(text)
             scenes.append(scene if called is None else scene.select_as(called))
-            if (said := candidates[at].datetime) and scene.datetime is None:
-                log.warning("%s: its date %r can't be used and is left out: no time of years 1 to 9999 in UTC",
-                            candidates[at].url, said)  # fmt: skip
+            for note in candidates[at].notes:
+                log.warning("%s: %s", candidates[at].url, note)
         except Exception as error:
             refused.append(Refusal(candidates[at].url, STAGE, refusal(error).reason))
     if striped:
@@ -951,8 +1015,17 @@ def read_catalog(url: str) -> list[Scene]:
     """Scenes of a catalogue (its folder or `scenes.parquet`), as they were indexed.
 
     Raises:
-        UsageError: if there is none, or it is none of sattile's.
+        UsageError: if there is none, it is none of sattile's, or one of its rows is no scene (any more).
     """
+    file, rows = _rows_of(url)
+    for number, (_, scene) in enumerate(rows, 1):
+        if isinstance(scene, ValueError):
+            raise UsageError(f"{file}: row {number} is no scene: {scene}; make the catalogue again: sattile index")
+    return [scene for _, scene in rows if isinstance(scene, Scene)]
+
+
+def _rows_of(url: str) -> tuple[str, list[tuple[str, Scene | ValueError]]]:
+    """The file of a catalogue, and of each row the URL and the scene, or why it is none."""
     import io
 
     import pyarrow.parquet as pq
@@ -962,14 +1035,34 @@ def read_catalog(url: str) -> list[Scene]:
     if not storage.exists(file):
         raise UsageError(f"{file} does not exist; `sattile index` makes a catalogue")
     try:
-        texts = pq.read_table(io.BytesIO(storage.read_bytes(file)), columns=["scene"]).column("scene").to_pylist()
-        return [Scene.from_json(text) for text in texts]
+        parquet = pq.ParquetFile(io.BytesIO(storage.read_bytes(file)))
+        table = parquet.read([name for name in ("scene", "url") if name in parquet.schema_arrow.names])
+        texts = table.column("scene").to_pylist()
+        if not all(isinstance(text, str | None) for text in texts):
+            raise ValueError("its column scene holds no text")
+        named = table.column("url").to_pylist() if "url" in table.column_names else [None] * len(texts)
     except Exception as error:
         raise UsageError(f"{file} is no catalogue of `sattile index`: {error}") from error
+    rows: list[tuple[str, Scene | ValueError]] = []
+    for number, (text, name) in enumerate(zip(texts, named, strict=True), 1):
+        try:
+            scene = Scene.from_json(text)
+            rows.append((scene.url, scene))
+        except ValueError as error:
+            rows.append((name if name and isinstance(name, str) else f"{file}#{number}", error))
+    return file, rows
 
 
 def _read_rows(url: str) -> list[Candidate]:
-    return [Candidate(scene.scene_id, scene.url, known=scene.to_json()) for scene in read_catalog(url)]
+    _, rows = _rows_of(url)
+    return [
+        Candidate(_clean(scene.scene_id), scene.url, known=scene.to_json())
+        if isinstance(scene, Scene)
+        else Candidate(
+            _clean(_stem(name)), name, reason=f"its row of the catalogue {url} is no scene: {scene}; index it again"
+        )
+        for name, scene in rows
+    ]
 
 
 def _listable(resolved: Resolved) -> Resolved:

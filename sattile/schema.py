@@ -5,10 +5,14 @@ from __future__ import annotations
 import colorsys
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 IGNORE = 255
@@ -107,13 +111,128 @@ class Scene:
 
     @classmethod
     def from_json(cls, text: str) -> Scene:
-        value = json.loads(text)
+        """Gives back what `to_json` wrote; whatever else a person or a broken disk made of it does not pass.
+
+        Raises:
+            ValueError: with the field that can't be, and its value.
+        """
+        try:
+            value = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"it is not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"it is JSON, but no scene: {value!r:.60}")
+        _check(value, Scene, _OF_SCENE)
+        for band in value["bands"]:
+            if not isinstance(band, dict):
+                raise ValueError(f"bands: {band!r:.60} is none")
+            _check(band, Band, _OF_BAND)
         value["bands"] = tuple(Band(**band) for band in value["bands"])
         value["transform"] = tuple(value["transform"])
         value["footprint"] = bytes.fromhex(value["footprint"]) if value["footprint"] else None
         if value.get("interval"):
             value["interval"] = tuple(value["interval"])
         return cls(**value)
+
+
+def _check(value: Mapping[str, Any], kind: type, rules: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
+    """Whether fields, as JSON has them, are what is relied on.
+
+    Raises:
+        ValueError: for one that is missing, unknown or not as its rule says.
+    """
+    known = {one.name: one.default is MISSING and one.default_factory is MISSING for one in fields(kind)}
+    wrong = [f"{name} is missing" for name, needed in known.items() if needed and name not in value]
+    wrong += [f"{name} is no field of it" for name in value if name not in known]
+    if wrong:
+        raise ValueError(wrong[0])
+    for name, (holds, what) in rules.items():
+        if name in value and not holds(value[name]):
+            raise ValueError(f"{name} {value[name]!r:.60} is not {what}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and not re.search("[\0\ud800-\udfff]", value)
+
+
+def _is_number(value: Any) -> bool:
+    """Also NaN, which may be a missing value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_transform(value: Any) -> bool:
+    if not (
+        isinstance(value, list) and len(value) == 6 and all(_is_number(one) and math.isfinite(one) for one in value)
+    ):
+        return False
+    a, b, _, d, e, _ = value
+    return bool(a * e - b * d)
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return bool(datetime.fromisoformat(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_outline(value: Any) -> bool:
+    import shapely
+
+    try:
+        return isinstance(value, str) and shapely.from_wkb(bytes.fromhex(value)) is not None
+    except (ValueError, shapely.errors.ShapelyError):
+        return False
+
+
+def _is_dtype(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and np.dtype(value).kind in "buifc"
+    except TypeError:
+        return False
+
+
+def _is_identity(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(one, list) and len(one) == 2 and all(type(part) is int for part in one) for one in value.values()
+    )
+
+
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+_OF_SCENE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "scene_id": (_is_text, "text"),
+    "url": (_is_text, "text"),
+    "height": (_is_count, "a whole number above 0"),
+    "width": (_is_count, "a whole number above 0"),
+    "bands": (lambda value: isinstance(value, list) and bool(value), "a list of bands"),
+    "crs": (_or_none(_is_text), "text"),
+    "transform": (_is_transform, "six numbers that make a grid"),
+    "gsd": (_or_none(lambda value: _is_number(value) and 0 < value < math.inf), "a number above 0"),
+    "datetime": (_or_none(_is_time), "a time"),
+    "footprint": (lambda value: value in (None, "") or _is_outline(value), "WKB in hexadecimal digits"),
+    "identity": (_is_identity, "sizes and times of files"),
+    "interval": (
+        _or_none(lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_time, value))), "two times",
+    ),
+}  # fmt: skip
+
+_OF_BAND: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_is_text, "text"),
+    "url": (_is_text, "text"),
+    "index": (_is_count, "a whole number above 0"),
+    "dtype": (_is_dtype, "a dtype of numpy"),
+    "nodata": (_or_none(_is_number), "a number"),
+    "scale": (_or_none(_is_number), "a number"),
+    "offset": (_or_none(_is_number), "a number"),
+    "forced": (lambda value: isinstance(value, bool), "true or false"),
+}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import rasterio
 import shapely
 from scenes_for_tests import write_scene
 
-from sattile import geography, labels, legend, raster, schema
+from sattile import geography, labels, legend, prediction, raster, schema, strata
 from sattile.errors import Refused, UsageError
 from sattile.grid import Window
 from sattile.scenes import describe, find
@@ -63,6 +63,13 @@ def test_pairs_as_spreadsheets_write_them(tmp_path):
     [
         (b"scene,labels\na.tif,\xe9.tif\n", "not UTF-8"),
         (b"scene;labels\na.tif;b.tif\n", "needs columns scene and labels"),
+        (b"scene,labels\na.tif,b.tif\nb.tif,b\0.tif\n", "line 3: labels .*NUL"),
+        (b"scene,labels\nb\0.tif,b.tif\n", "line 2: scene .*NUL"),
+        (b"scene,labels\na.tif," + 200_000 * b"b" + b"\n", "line 2: .*field limit"),
+        (b"scene,labels\na.tif,b.tif\nb.tif,\n", "line 3: labels is empty"),
+        (b"scene,labels\n,b.tif\n", "line 2: scene is empty"),
+        (b"labels,scene\nb.tif\n", "line 2: scene is empty"),
+        (b"scene,label\na.tif,b.tif\n", "needs columns scene and labels; has scene, label$"),
         (b"scene,labels,split\na.tif,b.tif,train\nx/../a.tif,c.tif,val\n", "line 3: .*a.tif is on line 2 already"),
     ],
 )
@@ -420,3 +427,52 @@ def test_a_file_without_a_crs_is_told_how_to_state_it(tmp_path, suffix, said):
         labels.read_vector(url)
     assert said in str(error.value)
     assert ("prj" in str(error.value)) == (suffix == "shp")
+
+
+def test_a_pipe_is_no_label_and_is_not_waited_for(tmp_path):
+    one, two, three = (scene_of(tmp_path / name) for name in ("one.tif", "two.tif", "three.tif"))
+    good = write_shapes(tmp_path / "good.geojson", [pixels(0, 0, 9, 9)], kind=["a"])
+    for name in ("pipe.geojson", "pipe_2.tif"):
+        os.mkfifo(tmp_path / name)
+    urls = {"one": good, "two": str(tmp_path / "pipe.geojson"), "three": str(tmp_path / "pipe_2.tif")}
+    matched = labels.match_pairs(urls, [one, two, three], attribute="kind")
+    assert list(matched.sources) == ["one"]
+    reasons = {Path(refusal.url).stem: refusal.reason for refusal in matched.refused}
+    assert "pipe.geojson cannot be read" in reasons["two"]
+    assert "it is no file, but a pipe" in reasons["two"]
+    assert "pipe_2.tif cannot be read" in reasons["three"]
+    assert "it is no file, but a pipe" in reasons["three"]
+    for read in (prediction.read_aoi, lambda url: strata.read_regions(url, None)):
+        with pytest.raises(UsageError, match="but a pipe"):
+            read(str(tmp_path / "pipe.geojson"))
+
+
+def test_a_pipe_beside_a_shapefile_is_not_waited_for(tmp_path):
+    path = write_shapes(tmp_path / "s.shp", [pixels(0, 0, 9, 9)], kind=["a"])
+    (tmp_path / "s.dbf").unlink()
+    os.mkfifo(tmp_path / "s.dbf")
+    with pytest.raises(UsageError, match=r"s\.dbf .*but a pipe"):
+        labels.read_vector(path)
+
+
+def test_what_holds_no_shapes_is_not_told_to_lie_elsewhere(tmp_path):
+    scene, other = scene_of(tmp_path / "one.tif"), scene_of(tmp_path / "two.tif")
+    good = write_shapes(tmp_path / "good.gpkg", [pixels(0, 0, 9, 9)], kind=["a"])
+    empty = write_shapes(tmp_path / "empty.gpkg", [pixels(0, 0, 9, 9)][:0], kind=np.array([], str))
+    without = write_shapes(tmp_path / "without.gpkg", [pixels(0, 0, 9, 9)] * 2, kind=[None, ""])
+    for url, told in (
+        (empty, "the file holds no shapes"),
+        (without, "none of its 2 shapes has a value of the attribute"),
+    ):
+        matched = labels.match_pairs({"one": url, "two": good}, [scene, other], attribute="kind")
+        assert list(matched.sources) == ["two"]
+        (refusal,) = matched.refused
+        assert refusal.reason == f"no shape of {url} touches the scene: {told}"
+
+
+def test_broken_geojson_is_told_without_a_way_out_that_is_none_here(tmp_path):
+    (tmp_path / "bad.geojson").write_text('{"type": "garbage"}')
+    with pytest.raises(UsageError, match="cannot be read as a vector file") as told:
+        labels.read_vector(str(tmp_path / "bad.geojson"))
+    assert "DRIVER" not in str(told.value)
+    assert "specify" not in str(told.value)

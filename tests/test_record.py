@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sattile.errors import SattileError, TooManyRefused, UsageError
-from sattile.record import Run
+from sattile.record import Run, commonest
 from sattile.schema import Refusal
 
 
@@ -214,6 +214,25 @@ def test_the_last_line_says_the_commonest_reason_with_an_example(tmp_path):
     )
     with pytest.raises(TooManyRefused, match=r"; the reason: /in/s1\.tif: s1\.tif has 1 bands"):
         refused_by(tmp_path / "out", refusals[:3])
+
+
+@pytest.mark.parametrize(
+    "names", [("a2", "b3", "c4"), ("1", "2", "37"), ("e", "f", "a"), ("a", "is", "of"), ("S2A_x", "S2B y", "S2-z")]
+)
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "{name}.tif has 1 bands, and 37 of a scene are wanted",
+        "no labels: /x/a2/labels has no file named {name}.tif (or .geojson, ...)",
+        "labels /x/a2/{name}/{name}.geojson: cannot be read: /x/e/{name}.geojson is not JSON",
+        "/x/a2/{name}.tif is a folder of 2.5 GB, e.g. of a VRT",
+    ],
+)
+def test_short_names_do_not_split_a_kind_of_reason(names, reason):
+    """They stand in folders, in words and in numbers, too."""
+    refusals = [Refusal(f"/x/a2/{name}.tif", "tile", reason.format(name=name)) for name in names]
+    refusals.append(Refusal("/x/a2/other.tif", "tile", "the file is empty"))
+    assert commonest(refusals)[1] == len(names)
 
 
 def test_one_error_that_nobody_foresaw_for_all_is_not_theirs(tmp_path):

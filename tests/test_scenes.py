@@ -7,12 +7,14 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rasterio
@@ -802,3 +804,208 @@ def test_odd_json_costs_itself(tmp_path, as_in_production, content):
     )
     good, _ = described(f"{tmp_path}/all.json")
     assert [scene.scene_id for scene in good] == ["a"]
+
+
+@pytest.mark.parametrize(("text", "shown"), [("\ud800", "\\ud800"), ("a\udce9", "a\\xe9")])
+def test_an_item_whose_id_or_asset_is_no_text_costs_itself(spark, tmp_path, text, shown):
+    tiff(tmp_path / "a.tif")
+    good = item(tmp_path / "good.json", {"data": {"href": "a.tif", "type": TIFF_TYPE}})
+    bad = item(tmp_path / "bad.json", {"data": {"href": "a.tif", "type": TIFF_TYPE}})
+    Path(bad).write_text(json.dumps(json.loads(Path(bad).read_text()) | {"id": text}))
+    asset = item(tmp_path / "asset.json", {text: {"href": "a.tif", "type": TIFF_TYPE}})
+    out = tmp_path / "out"
+    url = scenes.index(spark, [good, bad, asset], out=str(out), max_failed_fraction=0.9)
+    assert [one.scene_id for one in scenes.read_catalog(url)] == ["good"]
+    rows = {one.url: one.reason for one in record.read_quarantine(str(out))}
+    assert set(rows) == {bad, asset}
+    assert f"its id {shown} is not UTF-8" in rows[bad]
+    assert f"its band {shown} is not UTF-8" in rows[asset]
+
+
+def edited(catalogue: str, edit) -> None:
+    """Writes a catalogue again with the text of its first row's scene edited."""
+    table = pq.read_table(catalogue)
+    texts = table.column("scene").to_pylist()
+    texts[0] = edit(texts[0])
+    at = table.column_names.index("scene")
+    pq.write_table(table.set_column(at, "scene", pa.array(texts, pa.string())), catalogue)
+
+
+def with_fields(**fields):
+    return lambda text: json.dumps(json.loads(text) | fields)
+
+
+def with_band(**fields):
+    return lambda text: json.dumps(json.loads(text) | {"bands": [json.loads(text)["bands"][0] | fields]})
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda _: "{", "JSON"),
+        (lambda _: None, "JSON"),
+        (lambda _: "{}", "scene_id"),
+        (lambda _: "7", "JSON"),
+        (with_fields(footprint="xyz"), "footprint"),
+        (with_fields(footprint="00"), "footprint"),
+        (with_fields(footprint=7), "footprint"),
+        (with_fields(width=None), "width None"),
+        (with_fields(height=-5), "height -5"),
+        (with_fields(height=True), "height True"),
+        (with_fields(url=None), "url None"),
+        (with_fields(scene_id=3), "scene_id 3"),
+        (with_fields(bands=[]), "bands"),
+        (with_fields(bands=None), "bands"),
+        (with_fields(bands=[None]), "bands"),
+        (with_band(index=0), "index 0"),
+        (with_band(dtype="much"), "dtype 'much'"),
+        (with_band(nodata="x"), "nodata 'x'"),
+        (with_band(colour="red"), "colour"),
+        (with_fields(crs=3), "crs 3"),
+        (with_fields(transform=[10, 0, 5, 0]), "transform"),
+        (with_fields(transform=[10, 0, 5, 0, 0, 5]), "transform"),
+        (with_fields(gsd=0), "gsd 0"),
+        (with_fields(datetime="May"), "datetime 'May'"),
+        (with_fields(interval=["2020-01-01T00:00:00Z"]), "interval"),
+        (with_fields(identity=None), "identity None"),
+        (with_fields(identity={"a": [1, None]}), "identity"),
+        (with_fields(more=1), "more"),
+    ],
+)
+def test_a_bad_row_of_a_catalogue_costs_itself(spark_indexed, tmp_path, edit, told):
+    catalogue = shutil.copy(spark_indexed / "out" / "scenes.parquet", tmp_path)
+    edited(catalogue, edit)
+    good, bad = described(catalogue)
+    assert [scene.scene_id for scene in good] == ["b"]
+    ((url, reason),) = bad.items()
+    assert url == f"{spark_indexed}/in/a.tif"
+    assert told in reason
+    with pytest.raises(UsageError, match=r"row 1 .*" + re.escape(told)):
+        scenes.read_catalog(catalogue)
+    table = pq.read_table(catalogue)
+    pq.write_table(table.select(["scene"]), catalogue)
+    assert set(described(catalogue)[1]) == {f"{catalogue}#1"}
+
+
+@pytest.fixture(scope="module")
+def spark_indexed(spark, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("indexed")
+    for name in "ab":
+        tiff(folder / "in" / f"{name}.tif", count=2)
+    scenes.index(spark, str(folder / "in"), out=str(folder / "out"))
+    return folder
+
+
+def test_what_is_no_catalogue_at_all_is_wrong_usage(tmp_path):
+    path = tmp_path / "c.parquet"
+    for table in (pa.table({"other": ["a"]}), pa.table({"scene": [1, 2]}), None):
+        pq.write_table(table, path) if table else path.write_bytes(b"PAR1 no")
+        with pytest.raises(UsageError, match="is no catalogue of `sattile index`"):
+            scenes.find(str(path))
+
+
+def test_a_catalogue_s_hostile_id_does_not_leave_the_folder(spark_indexed, tmp_path):
+    catalogue = shutil.copy(spark_indexed / "out" / "scenes.parquet", tmp_path)
+    edited(catalogue, with_fields(scene_id="../../etc"))
+    assert [scene.scene_id for scene in described(catalogue)[0]] == [".._.._etc", "b"]
+
+
+UNUSED = "can't be used and is left out"
+
+
+def noted(spark, caplog, tmp_path, **stated) -> tuple[Scene, list[str]]:
+    tiff(tmp_path / "image.tif")
+    url = item(tmp_path / "one.json", {"image": {"href": "image.tif", "type": TIFF_TYPE}}, **stated)
+    caplog.clear()
+    caplog.set_level("WARNING", "sattile")
+    (scene,) = scenes.resolve(spark, url).scenes
+    return scene, [one.getMessage() for one in caplog.records if UNUSED in one.getMessage()]
+
+
+@pytest.mark.parametrize("said", ["garbage", "2020-02-30T00:00:00Z", "\ud800", 7, ["2020"], {}])
+def test_a_date_that_is_none_is_left_out_and_told(spark, tmp_path, caplog, said):
+    scene, told = noted(spark, caplog, tmp_path, datetime=said)
+    assert (scene.datetime, scene.span) == (None, None)
+    assert [line.partition(": ")[0] for line in told] == [f"{tmp_path}/one.json"] * bool(said)
+    assert all(repr(said) in line for line in told)
+    whole = {"start_datetime": FIRST, "end_datetime": LAST}
+    assert noted(spark, caplog, tmp_path, datetime=said, **whole)[0].span == (FIRST, LAST)
+
+
+def test_a_file_s_own_date_stands_in_for_one_that_is_none(spark, tmp_path, caplog):
+    noted(spark, caplog, tmp_path, datetime="garbage")
+    with rasterio.open(tmp_path / "image.tif", "r+") as file:
+        file.update_tags(TIFFTAG_DATETIME="2023:05:06 07:08:09")
+    caplog.clear()
+    (scene,) = scenes.resolve(spark, str(tmp_path / "one.json")).scenes
+    assert scene.datetime == "2023-05-06T07:08:09Z"
+    assert UNUSED in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("2020-01-01T00:00:60Z", "2020-01-01T00:01:00Z"),
+        ("2016-12-31T23:59:60.5Z", "2017-01-01T00:00:00.500Z"),
+        ("2020-05", "2020-05-01T00:00:00Z"),
+    ],
+)
+def test_a_leap_second_is_the_next_one(spark, tmp_path, caplog, said, read):
+    scene, told = noted(spark, caplog, tmp_path, datetime=said)
+    assert (scene.datetime, told) == (read, [])
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [(LAST, FIRST), ("0001-01-01T00:00:00+02:00", LAST), (FIRST, "9999-12-31T23:00:00-03:00"), ("x", LAST),
+     (FIRST, None), (FIRST, 7)],
+)  # fmt: skip
+def test_an_interval_that_cannot_be_is_left_out_and_told(spark, tmp_path, caplog, first, last):
+    for datetime in (NOMINAL, None):
+        scene, told = noted(spark, caplog, tmp_path, datetime=datetime, start_datetime=first, end_datetime=last)
+        assert (scene.datetime, scene.interval) == (datetime, None)
+        (line,) = told
+        assert line.startswith(f"{tmp_path}/one.json: its interval")
+        assert f"{first!r} to {last!r}" in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"type": 7}, "asset data: type must be text"),
+        ({"roles": 5}, "asset data: roles must be a list"),
+        ({"roles": [None]}, None),
+        ({"roles": "data"}, None),
+        ({"bands": "red"}, "asset data: bands must be a list of objects"),
+        ({"eo:bands": 5}, "asset data: eo:bands must be a list of objects"),
+        ({"eo:bands": [None]}, "asset data: eo:bands must be a list of objects"),
+        ({"raster:bands": [7]}, "asset data: raster:bands must be a list of objects"),
+        ({"href": "a\0.tif"}, "'a\\x00.tif' can be no file's name"),
+        ({"href": "%00.tif"}, "'%00.tif' can be no file's name"),
+        ({"href": "%\ud800.tif"}, "'%\\ud800.tif' can be no file's name"),
+        ({"href": 7}, "no valid STAC item"),
+        ({"nodata": 10**400}, None),
+    ],
+)  # fmt: skip
+def test_odd_fields_of_an_item_are_its_own_fault(tmp_path, as_in_production, fields, told):
+    tiff(tmp_path / "a.tif")
+    url = item(tmp_path / "one.json", {"data": {"href": "a.tif", "type": TIFF_TYPE} | fields})
+    _, bad = described(url)
+    if told is None:
+        assert not bad
+    else:
+        assert told in bad[url]
+        assert "unexpected" not in bad[url]
+
+
+def test_a_link_that_can_be_no_file_costs_itself(tmp_path, as_in_production):
+    tiff(tmp_path / "a.tif")
+    item(tmp_path / "a.json", {"data": {"href": "a.tif", "type": TIFF_TYPE}})
+    links = [{"rel": "item", "href": href} for href in ("b\0.json", "\ud800.json", "a.json")]
+    (tmp_path / "all.json").write_text(json.dumps({"type": "Catalog", "links": links}))
+    good, bad = described(f"{tmp_path}/all.json")
+    assert [scene.scene_id for scene in good] == ["a"]
+    assert bad == {
+        "b\0.json": "not listed: 'b\\x00.json' can be no file's name",
+        "\\ud800.json": "its name is not UTF-8; rename it",
+    }
