@@ -42,7 +42,7 @@ from sattile.mosaic import Part, Product, Target
 from sattile.schema import Refusal, Scene, SegmentClass, describe_classes
 from sattile.stac import moment, whole_span
 from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
-from sattile.warp import Cut, Grid, Warp, grid_like, parse_grid
+from sattile.warp import Cut, Grid, Warp, astray, grid_like, parse_grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -337,7 +337,8 @@ def plan_sheets(
 
 
 def unfit(scenes: Sequence[Scene], layout: Layout) -> dict[str, str]:
-    """{scene id: reason} of scenes for whose pixels the grid's resolution can't be meant, or that have no way onto it.
+    """{scene id: reason} of scenes for whose pixels the grid's resolution can't be meant, or that have no way onto it,
+    or no place on Earth.
 
     Raises:
         UsageError: if it is the resolution of all of them.
@@ -345,7 +346,9 @@ def unfit(scenes: Sequence[Scene], layout: Layout) -> dict[str, str]:
     found, elsewhere = {}, {}
     for scene in scenes:
         try:
-            if reason := Warp(layout.grid, scene).misfit():
+            if reason := astray(scene):
+                elsewhere[scene.scene_id] = reason
+            elif reason := Warp(layout.grid, scene).misfit():
                 found[scene.scene_id] = reason
         except Exception as error:
             elsewhere[scene.scene_id] = errors.refusal(error).reason
