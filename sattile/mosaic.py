@@ -32,7 +32,7 @@ import sattile
 from sattile import cog, sidecars, storage
 from sattile.grid import Window, hull
 from sattile.schema import Scene, SegmentClass
-from sattile.stac import EXTENSION, UNDATED, bbox, checksum, classes_of, stated_times, time_properties, utc
+from sattile.stac import EXTENSION, UNDATED, bbox, checksum, classes_of, moment, stated_times, time_properties, utc
 from sattile.stitch import NODATA
 
 ITEM = "item.json"
@@ -458,7 +458,7 @@ def write_collection(out: str, product: Product, *, empty: bool = True) -> None:
     boxes = [item["bbox"] for _, item in items if "bbox" in item]
     times = sorted(
         {one for _, item in items for one in stated_times(item["properties"]).values()},
-        key=utc,
+        key=moment,
     )
     collection = {
         "type": "Collection",

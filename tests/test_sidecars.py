@@ -322,3 +322,11 @@ def test_an_item_of_before_placeholders_were_flagged_is_left_as_it_is(tmp_path: 
     assert files_of(folder) == before
     mosaic.write_collection(str(tmp_path), PRODUCT)
     assert "1970" not in (tmp_path / "collection.json").read_text()
+
+
+def test_the_collection_runs_from_the_first_moment_to_the_last_however_times_are_written(tmp_path: Path) -> None:
+    for name, time in {"a": "2020-01-01T00:00:00.5Z", "b": "2020-01-01T00:00:00Z"}.items():
+        write_map(tmp_path, name, datetime=time)
+    mosaic.write_collection(str(tmp_path), PRODUCT)
+    collection = json.loads((tmp_path / "collection.json").read_text())
+    assert collection["extent"]["temporal"]["interval"] == [["2020-01-01T00:00:00Z", "2020-01-01T00:00:00.500000Z"]]
