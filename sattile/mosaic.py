@@ -325,7 +325,8 @@ def _sidecars(classes: Sequence[SegmentClass], times: Mapping[str, str]) -> dict
 def amend(out: str, name: str, item: dict[str, Any], target: Target | None = None) -> None:
     """Write anew what a finished map says of itself, as far as that is missing or no longer so; its pixels stay.
 
-    A sidecar into which another program has written (statistics, say) stays as long as it names the classes.
+    A sidecar into which another program has written (statistics, say) stays as long as it names the classes and has
+    their colours; a style as long as it is there.
 
     Args:
         item: the map's own.
@@ -346,10 +347,10 @@ def amend(out: str, name: str, item: dict[str, Any], target: Target | None = Non
     ]
     for file, data in _sidecars(classes, stated_times(item["properties"])).items():
         url = storage.join(folder, file)
-        entry = storage.stat(url)
-        # Of the size that it would have it is ours, and need not be read.
-        sound = entry is not None and (file == sidecars.STYLE or entry.size == len(data))
-        if not sound and not (entry and sidecars.names_classes(storage.read_bytes(url), classes)):
+        sound = storage.exists(url) and (
+            file == sidecars.STYLE or (found := storage.read_bytes(url)) == data or sidecars.same_classes(found, data)
+        )
+        if not sound:
             storage.write_bytes(url, data)
 
 
