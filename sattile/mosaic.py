@@ -546,13 +546,19 @@ def write_whole(out: str, product: Product, grid: Affine6, whole: Window | None 
     crs = sheets[0][1]["properties"].get("proj:code") or sheets[0][1]["properties"].get("proj:wkt2", "")
     for layer in product.layers():
         classes = product.classes if layer.name == "labels" else ()
-        vrt = _vrt(layer, classes, shown, windows, crs, transform)
-        changed = _write_changed(storage.join(out, f"{layer.name}.vrt"), vrt.encode())
+        url, vrt = storage.join(out, f"{layer.name}.vrt"), _vrt(layer, classes, shown, windows, crs, transform).encode()
+        before = storage.read_bytes(url) if storage.exists(url) else b""
         style = storage.join(out, sidecars.STYLE)
-        if classes and (changed or not storage.exists(style)):
+        # A reader that wrote its statistics into the VRT has not changed the mosaic, and a style of the user's stays.
+        same = sidecars.same_layout(before, vrt) and sidecars.same_classes(before, vrt)
+        if classes and not (same and storage.exists(style)):
             storage.write_bytes(style, sidecars.style(classes))
+        if before != vrt:
+            storage.write_bytes(url, vrt)
     colors = {one.id: cog.rgb(one.color) for one in product.classes}
-    _write_changed(storage.join(out, OVERVIEW), cog.encode_png(_overview(out, shown, windows), colors))
+    picture, url = cog.encode_png(_overview(out, shown, windows), colors), storage.join(out, OVERVIEW)
+    if not storage.exists(url) or storage.read_bytes(url) != picture:
+        storage.write_bytes(url, picture)
 
 
 def remove_whole(out: str) -> None:
@@ -608,11 +614,3 @@ def _overview(out: str, shown: Window, windows: dict[str, Window]) -> np.ndarray
         part = picture[rows.astype(int)][:, cols.astype(int)]
         paper[first[0] : first[0] + height, first[1] : first[1] + width] = part
     return paper
-
-
-def _write_changed(url: str, data: bytes) -> bool:
-    """Whether it had to be written."""
-    same = storage.exists(url) and storage.read_bytes(url) == data
-    if not same:
-        storage.write_bytes(url, data)
-    return not same

@@ -238,6 +238,36 @@ def test_a_sidecar_of_other_names_or_colours_is_written_again(
     assert path.read_bytes() == whole
 
 
+def test_a_style_for_the_whole_stays_until_the_mosaic_changes(tmp_path: Path, gdal: Any) -> None:
+    def write(product: Product = PRODUCT) -> None:
+        mosaic.write_whole(str(tmp_path), product, (10.0, 0.1, 5e5 + 1 / 3, 0.0, -10.0, 5e6))
+
+    folder, mine = write_map(tmp_path), b"<qgis><!-- mine --></qgis>"
+    write()
+    style, vrt = tmp_path / "labels.qml", tmp_path / "labels.vrt"
+    ours, written = style.read_bytes(), vrt.read_bytes()
+    style.write_bytes(mine)
+    write_statistics(gdal, vrt)
+    assert b"STATISTICS_MAXIMUM" in vrt.read_bytes()
+    write()
+    assert (style.read_bytes(), vrt.read_bytes()) == (mine, written)  # statistics may be of sheets of before
+
+    item = json.loads((folder / "item.json").read_text())
+    for place in ([0, 0, 40, 91], [0, 1, 40, 90], [0, 0, 40, 90]):
+        item["properties"][mosaic.WINDOW] = place
+        (folder / "item.json").write_text(json.dumps(item))
+        style.write_bytes(mine)
+        write()
+        assert style.read_bytes() == ours
+    style.write_bytes(mine)
+    write(Product((SegmentClass(0, "sand", "#ddcc77"), *CLASSES[1:]), PRODUCT.settings, on_grid=True))
+    assert b"sand" in style.read_bytes()
+    for damage in (b"", b"<VRTData", b"<VRTDataset/>"):
+        vrt.write_bytes(damage)
+        write()
+        assert (vrt.read_bytes(), style.read_bytes()) == (written, ours)
+
+
 def test_a_style_of_the_user_s_stays(tmp_path: Path) -> None:
     style = write_map(tmp_path) / "labels.qml"
     style.write_text("<qgis><!-- mine --></qgis>")
