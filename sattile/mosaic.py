@@ -12,7 +12,7 @@ pixel comes from) beside `coverage.tif`; `OUT/labels.vrt` (one for each raster) 
 The item is what makes a folder finished: it is written last, names every file's size and sha256, and carries the
 digests of the settings and of the input it was made from. A folder without a matching item is done again. The sidecars
 (`labels.tif.aux.xml`, `labels.qml`) are no part of that: GIS programs write into such files as they please. They are
-written again where they are missing.
+written again where they are missing, or name other classes or colours than the item does.
 """
 
 from __future__ import annotations
