@@ -911,6 +911,21 @@ def test_a_scene_with_no_way_onto_the_grid_costs_that_scene(spark: Any, model: s
     assert row["url"] == str(scenes / "drawn.tif")
 
 
+@pytest.mark.parametrize("odd", [{"sattile:refused": {"nobody": "gone"}}, {mosaic.WINDOW: None}])
+def test_a_sheet_whose_item_says_what_cannot_be_is_made_again(
+    spark: Any, model: str, tmp_path: Path, odd: dict[str, Any]
+) -> None:
+    scenes, out = write_archive(tmp_path / "scenes", ["a", "b"]), tmp_path / "out"
+    options = {"grid": SAME, "sheet": 1024}
+    go(spark, model, scenes, out, **options)
+    contents = maps_of(out)
+    item = min(out.glob("r*/item.json"))
+    whole = json.loads(item.read_text())
+    item.write_text(json.dumps(whole | {"properties": whole["properties"] | odd}))
+    assert go(spark, model, scenes, out, **options)["done"] == 1
+    assert maps_of(out) == contents
+
+
 def test_a_scene_with_an_absurd_position_costs_that_scene(spark: Any, model: str, tmp_path: Path) -> None:
     """In the grid's own CRS, where no projection says that there is no such place."""
     scenes, out = write_archive(tmp_path / "scenes", ["a", "b"]), tmp_path / "out"
