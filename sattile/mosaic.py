@@ -12,7 +12,7 @@ pixel comes from) beside `coverage.tif`; `OUT/labels.vrt` (one for each raster) 
 The item is what makes a folder finished: it is written last, names every file's size and sha256, and carries the
 digests of the settings and of the input it was made from. A folder without a matching item is done again. The sidecars
 (`labels.tif.aux.xml`, `labels.qml`) are no part of that: GIS programs write into such files as they please. They are
-written again where they are missing.
+written again where they are missing, or name other classes or colours than the item does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ import sattile
 from sattile import cog, sidecars, storage
 from sattile.grid import Window, hull
 from sattile.schema import Scene, SegmentClass
-from sattile.stac import EXTENSION, UNDATED, bbox, checksum, classes_of, stated_times, time_properties, utc
+from sattile.stac import EXTENSION, UNDATED, bbox, checksum, classes_of, moment, stated_times, time_properties, utc
 from sattile.stitch import NODATA
 
 ITEM = "item.json"
@@ -43,6 +44,11 @@ SETTINGS, SOURCE = "sattile:settings", "sattile:source"
 
 WINDOW = "sattile:window"
 """Of a sheet: row, column, height and width in its grid."""
+
+REFUSED = "sattile:refused"
+"""Of a sheet: {scene id: reason} of scenes that reach it and could not be read."""
+
+TIMES = ("datetime", "start_datetime", "end_datetime")
 
 Affine6 = tuple[float, float, float, float, float, float]
 
@@ -151,6 +157,8 @@ def done_item(out: str, name: str, source: str, product: Product) -> dict[str, A
     properties = item["properties"]
     if properties.get(SETTINGS) != product.settings or properties.get(SOURCE) != source:
         return None
+    if product.on_grid and properties.get(WINDOW) is None:
+        return None
     wanted = {layer.name for layer in product.layers()}
     whole = wanted <= set(item["assets"]) and all(
         (entry := storage.stat(storage.join(out, name, asset["href"].removeprefix("./")))) is not None
@@ -167,9 +175,46 @@ def read_item(out: str, scene_id: str) -> dict[str, Any] | None:
         return None
     try:
         item = json.loads(storage.read_bytes(url))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return item if isinstance(item, dict) and "properties" in item and "assets" in item else None
+    return item if _is_sound(item) else None
+
+
+def _is_sound(item: Any) -> bool:
+    """Whether an item has all that is relied on here and in the modules that ask for it, each of its own kind.
+
+    Anything can have written into a folder: an item of another shape is none, and its map is made again.
+    """
+    try:
+        properties, assets = item["properties"], item["assets"]
+        times = [properties[name] for name in TIMES if properties.get(name) is not None]
+        for time in times:
+            utc(time)
+        window, box = properties.get(WINDOW), item.get("bbox", [0, 0, 0, 0])
+        refused = properties.get(REFUSED, {})
+        classes = [one for one in assets["labels"]["classification:classes"] if not one.get("nodata")]
+        texts = [
+            *(properties[name] for name in (SETTINGS, SOURCE, "proj:code", "proj:wkt2") if name in properties),
+            *refused.keys(), *refused.values(),
+            *(asset["href"] for asset in assets.values()), assets["labels"]["file:checksum"],
+            *(link["href"] for link in item.get("links", ())),
+            *(one["title"] for one in classes),
+        ]  # fmt: skip
+        numbers = [*(asset["file:size"] for asset in assets.values()), *(one["value"] for one in classes)]
+        return (
+            all(isinstance(one, str) for one in texts)
+            and all(type(one) is int for one in numbers)
+            and all(0 <= one["value"] < NODATA and re.fullmatch("[0-9A-Fa-f]{6}", one["color_hint"]) for one in classes)
+            and (window is None or _is_window(window))
+            and len(box) == 4
+            and all(math.isfinite(one) for one in box)
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        return False
+
+
+def _is_window(value: Any) -> bool:
+    return len(value) == 4 and all(type(one) is int for one in value) and min(value[2:]) > 0
 
 
 def write_map(target: Target, parts: Iterable[Part], product: Product, staged: str, threads: int = 1) -> None:
@@ -277,13 +322,11 @@ def _sidecars(classes: Sequence[SegmentClass], times: Mapping[str, str]) -> dict
     return {sidecars.PAM: sidecars.pam(classes, times), sidecars.STYLE: sidecars.style(classes)}
 
 
-TIMES = ("datetime", "start_datetime", "end_datetime")
-
-
 def amend(out: str, name: str, item: dict[str, Any], target: Target | None = None) -> None:
     """Write anew what a finished map says of itself, as far as that is missing or no longer so; its pixels stay.
 
-    A sidecar into which another program has written (statistics, say) stays as long as it names the classes.
+    A sidecar into which another program has written (statistics, say) stays as long as it names the classes and has
+    their colours; a style as long as it is there.
 
     Args:
         item: the map's own.
@@ -299,15 +342,15 @@ def amend(out: str, name: str, item: dict[str, Any], target: Target | None = Non
             storage.write_json(storage.join(folder, ITEM), item)
     classes = [
         SegmentClass(one["value"], one["title"], f"#{one['color_hint'].lower()}")
-        for one in item["assets"].get("labels", {}).get("classification:classes", [])
+        for one in item["assets"]["labels"]["classification:classes"]
         if not one.get("nodata")
     ]
     for file, data in _sidecars(classes, stated_times(item["properties"])).items():
         url = storage.join(folder, file)
-        entry = storage.stat(url)
-        # Of the size that it would have it is ours, and need not be read.
-        sound = entry is not None and (file == sidecars.STYLE or entry.size == len(data))
-        if not sound and not (entry and sidecars.names_classes(storage.read_bytes(url), classes)):
+        sound = storage.exists(url) and (
+            file == sidecars.STYLE or (found := storage.read_bytes(url)) == data or sidecars.same_classes(found, data)
+        )
+        if not sound:
             storage.write_bytes(url, data)
 
 
@@ -397,6 +440,15 @@ def finished(out: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield name, item
 
 
+def sheets_of(out: str, product: Product) -> list[tuple[str, dict[str, Any], Window]]:
+    """Name, item and window of all finished sheets of `out` with this product's settings, by name."""
+    return [
+        (name, item, Window(*item["properties"][WINDOW]))
+        for name, item in finished(out)
+        if item["properties"][SETTINGS] == product.settings and item["properties"].get(WINDOW)
+    ]
+
+
 def write_collection(out: str, product: Product, *, empty: bool = True) -> None:
     """Write `collection.json` over all that lies finished in `out`; nothing is written if it would not change.
 
@@ -407,7 +459,7 @@ def write_collection(out: str, product: Product, *, empty: bool = True) -> None:
     boxes = [item["bbox"] for _, item in items if "bbox" in item]
     times = sorted(
         {one for _, item in items for one in stated_times(item["properties"]).values()},
-        key=utc,
+        key=moment,
     )
     collection = {
         "type": "Collection",
@@ -482,11 +534,11 @@ def write_whole(out: str, product: Product, grid: Affine6, whole: Window | None 
     for name in RASTERS:
         if name not in names and storage.exists(storage.join(out, f"{name}.vrt")):
             storage.remove(storage.join(out, f"{name}.vrt"))
-    sheets = [(name, item) for name, item in finished(out) if item["properties"][SETTINGS] == product.settings]
+    sheets = sheets_of(out, product)
     if not sheets:
         remove_whole(out)
         return
-    windows = {name: Window(*item["properties"][WINDOW]) for name, item in sheets}
+    windows = {name: window for name, _, window in sheets}
     shown = whole or hull(windows.values())
     row, col = shown.row, shown.col
     a, b, c, d, e, f = grid
@@ -494,13 +546,19 @@ def write_whole(out: str, product: Product, grid: Affine6, whole: Window | None 
     crs = sheets[0][1]["properties"].get("proj:code") or sheets[0][1]["properties"].get("proj:wkt2", "")
     for layer in product.layers():
         classes = product.classes if layer.name == "labels" else ()
-        vrt = _vrt(layer, classes, shown, windows, crs, transform)
-        changed = _write_changed(storage.join(out, f"{layer.name}.vrt"), vrt.encode())
+        url, vrt = storage.join(out, f"{layer.name}.vrt"), _vrt(layer, classes, shown, windows, crs, transform).encode()
+        before = storage.read_bytes(url) if storage.exists(url) else b""
         style = storage.join(out, sidecars.STYLE)
-        if classes and (changed or not storage.exists(style)):
+        # A reader that wrote its statistics into the VRT has not changed the mosaic, and a style of the user's stays.
+        same = sidecars.same_layout(before, vrt) and sidecars.same_classes(before, vrt)
+        if classes and not (same and storage.exists(style)):
             storage.write_bytes(style, sidecars.style(classes))
+        if before != vrt:
+            storage.write_bytes(url, vrt)
     colors = {one.id: cog.rgb(one.color) for one in product.classes}
-    _write_changed(storage.join(out, OVERVIEW), cog.encode_png(_overview(out, shown, windows), colors))
+    picture, url = cog.encode_png(_overview(out, shown, windows), colors), storage.join(out, OVERVIEW)
+    if not storage.exists(url) or storage.read_bytes(url) != picture:
+        storage.write_bytes(url, picture)
 
 
 def remove_whole(out: str) -> None:
@@ -556,11 +614,3 @@ def _overview(out: str, shown: Window, windows: dict[str, Window]) -> np.ndarray
         part = picture[rows.astype(int)][:, cols.astype(int)]
         paper[first[0] : first[0] + height, first[1] : first[1] + width] = part
     return paper
-
-
-def _write_changed(url: str, data: bytes) -> bool:
-    """Whether it had to be written."""
-    same = storage.exists(url) and storage.read_bytes(url) == data
-    if not same:
-        storage.write_bytes(url, data)
-    return not same

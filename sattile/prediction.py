@@ -562,9 +562,10 @@ def _on_grid(
         known: dict[str, dict[str, str]] = {}  # by sheet: what it was done without
         for sheet in every:
             item = mosaic.done_item(out, sheet.target.name, sheet.target.source, product)
-            if item is not None:
-                known[sheet.target.name] = item["properties"].get(sheets.REFUSED, {})
-                bad |= known[sheet.target.name]
+            without = item["properties"].get(mosaic.REFUSED, {}) if item else {}
+            if item is not None and without.keys() <= sheet.scenes:
+                known[sheet.target.name] = without
+                bad |= without
         # A sheet that was published with a scene before that one was refused elsewhere is not done.
         done = {one.target.name for one in every if known.get(one.target.name, {}).keys() == one.scenes & bad.keys()}
         done &= known.keys()

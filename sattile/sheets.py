@@ -42,7 +42,7 @@ from sattile.mosaic import Part, Product, Target
 from sattile.schema import Refusal, Scene, SegmentClass, describe_classes
 from sattile.stac import moment, whole_span
 from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
-from sattile.warp import Cut, Grid, Warp, grid_like, parse_grid
+from sattile.warp import Cut, Grid, Warp, astray, grid_like, parse_grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,9 +72,6 @@ WAVE_PIXELS = 1_000_000_000
 
 MOST_STRETCHED = 0.02
 """Share by which a pixel on the ground may differ from what the CRS says; 0.012 in the zones beside one of UTM."""
-
-REFUSED = "sattile:refused"
-"""Of a sheet: {scene id: reason} of scenes that reach it and could not be read."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +279,7 @@ class Sheet:
         works = tuple(replace(one, scenes=tuple(s for s in one.scenes if s not in mine)) for one in self.works)
         properties = dict(self.target.properties)
         if mine:
-            properties[REFUSED] = dict(sorted(mine.items()))
+            properties[mosaic.REFUSED] = dict(sorted(mine.items()))
         links = tuple(url for one, url in self.urls.items() if one not in mine)
         return Sheet(replace(self.target, properties=properties, links=links), self.window, works, self.urls, mine)
 
@@ -340,7 +337,8 @@ def plan_sheets(
 
 
 def unfit(scenes: Sequence[Scene], layout: Layout) -> dict[str, str]:
-    """{scene id: reason} of scenes for whose pixels the grid's resolution can't be meant, or that have no way onto it.
+    """{scene id: reason} of scenes for whose pixels the grid's resolution can't be meant, or that have no way onto it,
+    or no place on Earth.
 
     Raises:
         UsageError: if it is the resolution of all of them.
@@ -348,7 +346,9 @@ def unfit(scenes: Sequence[Scene], layout: Layout) -> dict[str, str]:
     found, elsewhere = {}, {}
     for scene in scenes:
         try:
-            if reason := Warp(layout.grid, scene).misfit():
+            if reason := astray(scene):
+                elsewhere[scene.scene_id] = reason
+            elif reason := Warp(layout.grid, scene).misfit():
                 found[scene.scene_id] = reason
         except Exception as error:
             elsewhere[scene.scene_id] = errors.refusal(error).reason
@@ -1051,10 +1051,10 @@ def write_vectors(
     if not classes and not storage.exists(url):
         return 0
     maps, made_of = [], []
-    for name, item in mosaic.finished(out):
-        if grid is not None and item["properties"][mosaic.SETTINGS] == product.settings:
-            maps.append(vectors.Map(name, storage.join(out, name, "labels.tif"), *item["properties"][mosaic.WINDOW]))
-            made_of.append([name, item["properties"][mosaic.WINDOW], item["assets"]["labels"]["file:checksum"]])
+    for name, item, window in mosaic.sheets_of(out, product) if grid is not None else ():
+        place = list(asdict(window).values())
+        maps.append(vectors.Map(name, storage.join(out, name, "labels.tif"), *place))
+        made_of.append([name, place, item["assets"]["labels"]["file:checksum"]])
     labels = storage.digest(made_of)
     source = storage.digest([labels, describe_classes(classes), sieve])
     before: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree as Xml
 
 from sattile.cog import rgb
@@ -20,6 +21,9 @@ STYLE = "labels.qml"
 
 INTEGER, STRING = "0", "2"
 """Types of columns of an attribute table: GFT_Integer, GFT_String."""
+
+TABLE = "GDALRasterAttributeTable"
+PLACE = ("xOff", "yOff", "xSize", "ySize")
 
 COLUMNS = (
     ("Value", INTEGER, "5"), ("Class", STRING, "2"),
@@ -42,7 +46,7 @@ def band_elements(classes: Sequence[SegmentClass]) -> list[Xml.Element]:
     for value in range(256):
         color = (*rgb(by_id[value].color), 255) if value in by_id else (0, 0, 0, 0)
         Xml.SubElement(colors, "Entry", {f"c{number}": str(part) for number, part in enumerate(color, start=1)})
-    table = Xml.Element("GDALRasterAttributeTable", tableType="thematic")
+    table = Xml.Element(TABLE, tableType="thematic")
     for number, column in enumerate(COLUMNS):
         definition = Xml.SubElement(table, "FieldDefn", index=str(number))
         for tag, text in zip(("Name", "Type", "Usage"), column, strict=True):
@@ -82,14 +86,49 @@ def style(classes: Sequence[SegmentClass]) -> bytes:
     return b"<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + _bytes(root)
 
 
-def names_classes(data: bytes, classes: Sequence[SegmentClass]) -> bool:
-    """Tells whether a sidecar, by whomever it was written last, has these classes' category names."""
+def same_classes(one: bytes, other: bytes) -> bool:
+    """Tells whether two sidecars, or two VRTs, by whomever they were written last, have the same classes: names,
+    attribute tables and colours of all bands. What else they hold (statistics, say) does not matter."""
+    legends = _legends(one)
+    return legends is not None and legends == _legends(other)
+
+
+def _legends(data: bytes) -> list[Any] | None:
+    """What each band says of its values; None for what is no XML."""
     try:
-        found = [one.text or "" for one in Xml.fromstring(data).iterfind("PAMRasterBand/CategoryNames/Category")]
+        root = Xml.fromstring(data)
     except Xml.ParseError:
-        return False
-    # Programs that write XML anew may trim and fold white space.
-    return all(one.id < len(found) and found[one.id].split() == _text(one.name).split() for one in classes)
+        return None
+    return [
+        [
+            # Programs that write XML anew may trim and fold white space.
+            [(text.text or "").split() for text in band.iterfind("CategoryNames/Category")],
+            [[(cell.text or "").split() for cell in row.iterfind("F")] for row in band.iterfind(f"{TABLE}/Row")],
+            [[entry.get(f"c{part}") for part in range(1, 5)] for entry in band.iterfind("ColorTable/Entry")],
+        ]
+        for band in (one for one in root if one.tag in ("PAMRasterBand", "VRTRasterBand"))
+    ]
+
+
+def same_layout(one: bytes, other: bytes) -> bool:
+    """Tells whether two VRTs, by whomever they were written last, show the same files in the same places."""
+    layout = _layout(one)
+    return layout is not None and layout == _layout(other)
+
+
+def _layout(data: bytes) -> list[Any] | None:
+    try:
+        root = Xml.fromstring(data)
+        size = [root.get("rasterXSize"), root.get("rasterYSize")]
+        corner = [float(one) for one in root.findtext("GeoTransform", "").split(",")]
+        sources = sorted(
+            (one.findtext("SourceFilename", ""), *(float(place.get(side, "nan")) for side in PLACE))
+            for one in root.iterfind("VRTRasterBand/SimpleSource")
+            for place in one.iterfind("DstRect")
+        )
+    except (Xml.ParseError, ValueError):
+        return None
+    return [size, corner, sources]
 
 
 def _text(name: str) -> str:

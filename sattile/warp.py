@@ -35,6 +35,9 @@ POINTS = 1 << 19
 MOST_POINTS, MOST_FINER = 512, 256
 """How much coarser and finer than a scene a grid may be, along one axis; beyond, its units are mistaken."""
 
+MOST_AROUND = 2
+"""How many times around the Earth a scene may lie from its CRS's origin: longitudes may be counted from 0 to 360."""
+
 WORLD = 360.0
 
 HALF_AROUND = 20_037_508.342789244
@@ -78,18 +81,50 @@ def _world(crs: str, transform: tuple[float, ...]) -> Window | None:
     a, b, west, d, e, north = transform
     if not definition.is_projected or definition.coordinate_operation is None or b or d:
         return None
-    origin = [0.0, 0.0]
-    for one in definition.coordinate_operation.params:
-        for axis, name in enumerate(("easting", "northing")):
-            if name in one.name.lower() and isinstance(one.value, float):
-                origin[axis] = one.value * one.unit_conversion_factor
-    unit = definition.axis_info[0].unit_conversion_factor
+    origin, unit = _origin(definition), definition.axis_info[0].unit_conversion_factor
     (left, right), (top, bottom) = (
         sorted(((middle + side) / unit - start) / step for side in (-HALF_AROUND, HALF_AROUND))
         for middle, start, step in zip(origin, (west, north), (a, e), strict=True)
     )
     row, col = math.floor(top + 1e-6), math.floor(left + 1e-6)
     return Window(row, col, math.ceil(bottom - 1e-6) - row, math.ceil(right - 1e-6) - col)
+
+
+def _origin(definition: pyproj.CRS) -> list[float]:
+    """False easting and northing in metres."""
+    origin = [0.0, 0.0]
+    for one in definition.coordinate_operation.params if definition.coordinate_operation else ():
+        for axis, name in enumerate(("easting", "northing")):
+            if name in one.name.lower() and isinstance(one.value, float):
+                origin[axis] = one.value * one.unit_conversion_factor
+    return origin
+
+
+@lru_cache(maxsize=64)
+def _reach(crs: str) -> tuple[tuple[float, float], float]:
+    """Origin of a CRS, in its units, and how far from it, along either axis, a scene may lie; for ever in a drawing."""
+    definition = pyproj.CRS.from_user_input(crs)
+    unit = definition.axis_info[0].unit_conversion_factor if definition.axis_info else 1.0
+    if definition.is_geographic:
+        return (0.0, 0.0), MOST_AROUND * 2 * math.pi / unit
+    if definition.is_projected:
+        x, y = _origin(definition)
+        return (x / unit, y / unit), MOST_AROUND * 2 * HALF_AROUND / unit
+    return (0.0, 0.0), math.inf
+
+
+def astray(scene: Scene) -> str | None:
+    """Why a scene can't lie where it says: farther from its CRS's origin than `MOST_AROUND`; None if it can."""
+    assert scene.crs is not None
+    origin, most = _reach(scene.crs)
+    for corner in ((0, 0), (scene.width, 0), (0, scene.height), (scene.width, scene.height)):
+        x, y = Affine(*scene.transform) * corner
+        if not (abs(x - origin[0]) <= most and abs(y - origin[1]) <= most):  # so for NaN, too
+            return (
+                f"a corner lies at {x:g}, {y:g} in {scene.crs.partition('[')[0]}, farther from its origin than "
+                f"{MOST_AROUND} times around the Earth; correct the file's transform, or its CRS"
+            )
+    return None
 
 
 def parse_grid(text: str) -> Grid:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import random
 from pathlib import Path
@@ -281,6 +282,89 @@ def test_a_scene_is_done_only_if_settings_input_and_files_are_as_they_were(tmp_p
     assert mosaic.is_done(out, Target.of(scene), PRODUCT)
     os.truncate(folder / "labels.tif", 100)
     assert not mosaic.is_done(out, Target.of(scene), PRODUCT)
+
+
+CLASS = {"value": 0, "name": "a", "title": "a", "color_hint": "DDCC77"}
+
+ODD: dict[str, tuple[tuple[str, ...], Any]] = {
+    "no properties": (("properties",), None),
+    "properties are a list": (("properties",), [1]),
+    "settings are a number": (("properties", mosaic.SETTINGS), 5),
+    "a time that is none": (("properties", "datetime"), "yesterday"),
+    "a time before all times": (("properties", "datetime"), "0001-01-01T00:00:00+14:00"),
+    "a time that is a number": (("properties", "start_datetime"), 2020),
+    "a window of text": (("properties", mosaic.WINDOW), "x"),
+    "a window of nothing": (("properties", mosaic.WINDOW), [0, 0, 0, 60]),
+    "refusals in a list": (("properties", "sattile:refused"), ["a"]),
+    "a CRS that is a number": (("properties", "proj:code"), 32633),
+    "no assets": (("assets",), None),
+    "assets are a list": (("assets",), []),
+    "no asset of labels": (("assets",), {}),
+    "an asset is text": (("assets", "quicklook"), "x"),
+    "an asset without a size": (("assets", "labels", "file:size"), ...),
+    "an asset without a place": (("assets", "quicklook", "href"), ...),
+    "an asset in no place": (("assets", "coverage", "href"), None),
+    "labels without a checksum": (("assets", "labels", "file:checksum"), ...),
+    "no classes": (("assets", "labels", "classification:classes"), None),
+    "a class is text": (("assets", "labels", "classification:classes"), ["a"]),
+    "a class without a title": (("assets", "labels", "classification:classes"), [{**CLASS, "title": None}]),
+    "a class beyond bytes": (("assets", "labels", "classification:classes"), [{**CLASS, "value": 10**9}]),
+    "a class in no colour": (("assets", "labels", "classification:classes"), [{**CLASS, "color_hint": "red"}]),
+    "a box of text": (("bbox",), "x"),
+    "a box of three": (("bbox",), [1.0, 2.0, 3.0]),
+    "a box without an end": (("bbox",), [1.0, 2.0, float("inf"), 3.0]),
+    "links are null": (("links",), None),
+    "a link is text": (("links",), ["x"]),
+    "a link to a list": (("links",), [{"rel": "derived_from", "href": []}]),
+}
+"""What may be wrong with an item: where, and what stands there (... for nothing)."""
+
+
+def spoil(item: Path, where: tuple[str, ...], what: Any) -> None:
+    whole = json.loads(item.read_text())
+    *outer, last = where
+    at = whole
+    for one in outer:
+        at = at[one]
+    if what is ...:
+        del at[last]
+    else:
+        at[last] = what
+    item.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_folder_with_an_odd_item_is_unfinished_and_hinders_no_other(odd: str, tmp_path: Path) -> None:
+    odd_scene, good = scene_of("odd", shape=(40, 60)), scene_of("good", shape=(60, 40))
+    for scene in (odd_scene, good):
+        publish(tmp_path, scene, PRODUCT)
+    out = str(tmp_path)
+    assert [name for name, _ in mosaic.finished(out)] == ["good", "odd"]
+    spoil(tmp_path / "odd" / ITEM, *ODD[odd])
+    before = files_of(tmp_path)
+    assert [name for name, _ in mosaic.finished(out)] == ["good"]
+    assert not mosaic.is_done(out, Target.of(odd_scene), PRODUCT)
+    assert mosaic.is_done(out, Target.of(good), PRODUCT)
+    for name, item in mosaic.finished(out):
+        mosaic.amend(out, name, item, Target.of(good))
+    mosaic.write_collection(out, PRODUCT)
+    collection = json.loads((tmp_path / "collection.json").read_text())
+    assert [link["href"] for link in collection["links"] if link["rel"] == "item"] == ["./good/item.json"]
+    now = files_of(tmp_path)
+    assert {name: now[name] for name in before} == before
+    publish(tmp_path, odd_scene, PRODUCT)
+    assert mosaic.is_done(out, Target.of(odd_scene), PRODUCT)
+
+
+def test_of_sheets_those_without_a_place_on_the_grid_are_not_done(tmp_path: Path) -> None:
+    """As a scene's own map needs none, an item without one is an item all the same."""
+    product = dataclasses.replace(PRODUCT, on_grid=True, coverage=False)
+    scene = scene_of(shape=(40, 60))
+    publish(tmp_path, scene, product)
+    assert [name for name, _ in mosaic.finished(str(tmp_path))] == [scene.scene_id]
+    assert not mosaic.is_done(str(tmp_path), Target.of(scene), product)
+    mosaic.write_whole(str(tmp_path), product, scene.transform)
+    assert not (tmp_path / "labels.vrt").exists()
 
 
 def test_digests_of_scenes_are_what_they_were_and_an_interval_is_not_in_them() -> None:

@@ -509,6 +509,27 @@ def test_a_second_run_writes_nothing_and_only_what_changed_is_done_again(
     assert [link["href"] for link in listed if link["rel"] == "item"] == ["./b/item.json"]
 
 
+def test_a_map_with_an_odd_item_is_made_again_and_stops_no_run(spark: Any, models: Path, tmp_path: Path) -> None:
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    for seed, name in enumerate(("a", "b")):
+        write_scene(scenes / f"{name}.tif", noise(seed, 50, 70), names=("x", "y"), nodata=0)
+
+    def go(**options: Any) -> dict[str, Any]:
+        predict(spark, model=str(models / "identity"), scenes=[str(scenes)], out=str(out), **options)
+        return record_of(out)
+
+    go()
+    contents = maps_of(out)
+    item = out / "a" / "item.json"
+    item.write_text(json.dumps(json.loads(item.read_text()) | {"assets": None, "links": None}))
+    found = go(stale="keep")
+    assert (found["done"], found["skipped"], maps_of(out)) == (1, 1, contents)
+    item.write_text(json.dumps(json.loads(item.read_text()) | {"properties": None}))
+    (scenes / "a.tif").unlink()
+    assert go(stale="remove")["skipped"] == 1
+    assert sorted(path.name for path in out.iterdir() if path.is_dir() and path.name[0] != "_") == ["a", "b"]
+
+
 def test_one_bad_scene_costs_that_scene(spark: Any, models: Path, tmp_path: Path) -> None:
     scenes, out = tmp_path / "scenes", tmp_path / "out"
     for seed, name in enumerate(("bad", "good", "other")):

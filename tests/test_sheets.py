@@ -911,6 +911,34 @@ def test_a_scene_with_no_way_onto_the_grid_costs_that_scene(spark: Any, model: s
     assert row["url"] == str(scenes / "drawn.tif")
 
 
+@pytest.mark.parametrize("odd", [{"sattile:refused": {"nobody": "gone"}}, {mosaic.WINDOW: None}])
+def test_a_sheet_whose_item_says_what_cannot_be_is_made_again(
+    spark: Any, model: str, tmp_path: Path, odd: dict[str, Any]
+) -> None:
+    scenes, out = write_archive(tmp_path / "scenes", ["a", "b"]), tmp_path / "out"
+    options = {"grid": SAME, "sheet": 1024}
+    go(spark, model, scenes, out, **options)
+    contents = maps_of(out)
+    item = min(out.glob("r*/item.json"))
+    whole = json.loads(item.read_text())
+    item.write_text(json.dumps(whole | {"properties": whole["properties"] | odd}))
+    assert go(spark, model, scenes, out, **options)["done"] == 1
+    assert maps_of(out) == contents
+
+
+def test_a_scene_with_an_absurd_position_costs_that_scene(spark: Any, model: str, tmp_path: Path) -> None:
+    """In the grid's own CRS, where no projection says that there is no such place."""
+    scenes, out = write_archive(tmp_path / "scenes", ["a", "b"]), tmp_path / "out"
+    write_scene(scenes / "far.tif", image_of("q", (70, 60)), west=1e12, north=1e12, names=("x", "y"))
+    with pytest.raises(TooManyRefused, match=r"1 of 3 scenes were refused.*far\.tif: a corner lies at 1e\+12, 1e\+12"):
+        go(spark, model, scenes, out, grid=SAME, vectors="all")
+    (row,) = pq.read_table(out / "_quarantine.parquet").to_pylist()
+    assert row["url"] == str(scenes / "far.tif")
+    assert record_of(out)["done"]
+    go(spark, model, [str(scenes / "a.tif"), str(scenes / "b.tif")], tmp_path / "without", grid=SAME, vectors="all")
+    assert maps_of(out) == maps_of(tmp_path / "without")
+
+
 @pytest.mark.parametrize("way", ["together", "apart", "by scene"])
 def test_a_scene_that_the_network_fails_on_costs_that_scene(
     tmp_path: Path, network: Any, as_in_production: None, way: str

@@ -213,6 +213,61 @@ def test_statistics_that_a_reader_writes_stay_and_leave_the_names(tmp_path: Path
     check(read(gdal, folder / "labels.tif"))
 
 
+@pytest.mark.parametrize("read_before", [False, True])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (b"<Category>open water<", b"<Category>open sands<"),
+        (b"<F>open water<", b"<F>open sands<"),
+        (b'<Entry c1="51" c2="34" c3="136" c4="255"', b'<Entry c1="51" c2="34" c3="137" c4="255"'),
+        (b'<Entry c1="0" c2="0" c3="0" c4="0" />', b'<Entry c1="0" c2="0" c3="0" c4="9" />'),
+    ],
+)
+def test_a_sidecar_of_other_names_or_colours_is_written_again(
+    tmp_path: Path, gdal: Any, ours: bytes, theirs: bytes, read_before: bool
+) -> None:
+    folder = write_map(tmp_path)
+    path = folder / "labels.tif.aux.xml"
+    whole = path.read_bytes()
+    assert ours in whole
+    path.write_bytes(whole.replace(ours, theirs))
+    assert len(path.read_bytes()) == len(whole)
+    if read_before:
+        write_statistics(gdal, folder / "labels.tif")
+    amend(tmp_path)
+    assert path.read_bytes() == whole
+
+
+def test_a_style_for_the_whole_stays_until_the_mosaic_changes(tmp_path: Path, gdal: Any) -> None:
+    def write(product: Product = PRODUCT) -> None:
+        mosaic.write_whole(str(tmp_path), product, (10.0, 0.1, 5e5 + 1 / 3, 0.0, -10.0, 5e6))
+
+    folder, mine = write_map(tmp_path), b"<qgis><!-- mine --></qgis>"
+    write()
+    style, vrt = tmp_path / "labels.qml", tmp_path / "labels.vrt"
+    ours, written = style.read_bytes(), vrt.read_bytes()
+    style.write_bytes(mine)
+    write_statistics(gdal, vrt)
+    assert b"STATISTICS_MAXIMUM" in vrt.read_bytes()
+    write()
+    assert (style.read_bytes(), vrt.read_bytes()) == (mine, written)  # statistics may be of sheets of before
+
+    item = json.loads((folder / "item.json").read_text())
+    for place in ([0, 0, 40, 91], [0, 1, 40, 90], [0, 0, 40, 90]):
+        item["properties"][mosaic.WINDOW] = place
+        (folder / "item.json").write_text(json.dumps(item))
+        style.write_bytes(mine)
+        write()
+        assert style.read_bytes() == ours
+    style.write_bytes(mine)
+    write(Product((SegmentClass(0, "sand", "#ddcc77"), *CLASSES[1:]), PRODUCT.settings, on_grid=True))
+    assert b"sand" in style.read_bytes()
+    for damage in (b"", b"<VRTData", b"<VRTDataset/>"):
+        vrt.write_bytes(damage)
+        write()
+        assert (vrt.read_bytes(), style.read_bytes()) == (written, ours)
+
+
 def test_a_style_of_the_user_s_stays(tmp_path: Path) -> None:
     style = write_map(tmp_path) / "labels.qml"
     style.write_text("<qgis><!-- mine --></qgis>")
@@ -224,13 +279,13 @@ def test_a_style_of_the_user_s_stays(tmp_path: Path) -> None:
 def test_any_name_fits_into_xml_and_is_known_again(name: str, tmp_path: Path, gdal: Any) -> None:
     classes = (SegmentClass(0, "first", "#000000"), SegmentClass(254, name, "#ffffff"))
     data = sidecars.pam(classes, {})
-    assert sidecars.names_classes(data, classes)
-    assert not sidecars.names_classes(data, (SegmentClass(0, "other", "#000000"),))
+    others = SegmentClass(0, "other", "#000000"), classes[1]
+    assert not sidecars.same_classes(data, sidecars.pam(others, {}))
     Xml.fromstring(sidecars.style(classes))
     folder = write_map(tmp_path)
     (folder / "labels.tif.aux.xml").write_bytes(data)
     write_statistics(gdal, folder / "labels.tif")
-    assert sidecars.names_classes((folder / "labels.tif.aux.xml").read_bytes(), classes)
+    assert sidecars.same_classes((folder / "labels.tif.aux.xml").read_bytes(), data)
     assert len(read(gdal, folder / "labels.tif")["names"]) == 255
 
 
@@ -322,3 +377,11 @@ def test_an_item_of_before_placeholders_were_flagged_is_left_as_it_is(tmp_path: 
     assert files_of(folder) == before
     mosaic.write_collection(str(tmp_path), PRODUCT)
     assert "1970" not in (tmp_path / "collection.json").read_text()
+
+
+def test_the_collection_runs_from_the_first_moment_to_the_last_however_times_are_written(tmp_path: Path) -> None:
+    for name, time in {"a": "2020-01-01T00:00:00.5Z", "b": "2020-01-01T00:00:00Z"}.items():
+        write_map(tmp_path, name, datetime=time)
+    mosaic.write_collection(str(tmp_path), PRODUCT)
+    collection = json.loads((tmp_path / "collection.json").read_text())
+    assert collection["extent"]["temporal"]["interval"] == [["2020-01-01T00:00:00Z", "2020-01-01T00:00:00.500000Z"]]

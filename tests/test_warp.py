@@ -16,7 +16,7 @@ from rasterio.warp import reproject
 from sattile.errors import UsageError
 from sattile.grid import Window
 from sattile.schema import Scene
-from sattile.warp import Grid, Warp, parse_grid
+from sattile.warp import Grid, Warp, astray, parse_grid
 
 UTM31, UTM32 = "EPSG:32631", "EPSG:32632"
 
@@ -332,3 +332,25 @@ def test_a_projection_ends_half_around_the_earth_from_its_origin(grid, unit, eas
     for start, size, middle in ((world.col, world.width, east), (world.row, world.height, -north)):
         assert (start + size / 2) * step == pytest.approx(middle, abs=2 * step)
         assert size * step * unit == pytest.approx(40_075_017, abs=2 * step)
+
+
+@pytest.mark.parametrize(
+    ("crs", "x", "y", "lost"),
+    [
+        ("EPSG:32633", 1e12, 1e12, True),
+        ("EPSG:32633", 5e5, -1e9, True),
+        ("EPSG:32633", 5e5, math.nan, True),
+        ("EPSG:32633", -3e6, 9e6, False),  # Europe in one zone
+        ("EPSG:3857", 4.1e7, 1e7, False),  # beyond the antimeridian, counted on
+        ("EPSG:4326", 359.99, 90.1, False),
+        ("EPSG:4326", 5e5, 5e6, True),  # metres that are called degrees
+        ("EPSG:2263", 2e8, 2e5, False),  # US feet
+        ("EPSG:2263", 3e8, 2e5, True),
+        ('LOCAL_CS["drawing",UNIT["metre",1]]', 1e12, 1e12, False),
+    ],
+)
+def test_a_scene_lies_no_farther_than_twice_around_the_earth(crs: str, x: float, y: float, lost: bool) -> None:
+    reason = astray(scene_of((61, 83), crs, (0.01, 0.0, x, 0.0, -0.01, y)))
+    assert bool(reason) is lost
+    if reason:
+        assert f"{x:g}" in reason
