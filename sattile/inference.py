@@ -25,7 +25,7 @@ from sattile.grid import CELL, Geometry, Placement, Window, ceil_to, choose_geom
 from sattile.labels import LabelSource
 from sattile.memory import peak_mb
 from sattile.model import Bundle, choose_engine, load_scorer
-from sattile.schema import Scene, describe_classes
+from sattile.schema import Scene
 from sattile.scorers import TURNS, Scorer
 from sattile.stitch import NODATA, Stitcher, blend_weights, to_labels
 
@@ -71,6 +71,7 @@ class Inference:
         image: whether to hand out the pixels read, too.
         tta: the turns that scores are averaged over: a name of `scorers.TURNS`.
         rescale: (factor, offset) of what scenes hold, to the numbers that the network knows.
+        precision: of OpenVINO's arithmetic: a name of `scorers.PRECISIONS`.
     """
 
     bundle: Bundle
@@ -87,6 +88,7 @@ class Inference:
     image: bool = False
     tta: str = "none"
     rescale: tuple[float, float] = (1.0, 0.0)
+    precision: str = "bfloat16"
 
     def present(self, data: np.ndarray, valid: np.ndarray, out: np.ndarray) -> None:
         """Write pixels as the network is to see them: rescaled, and `fill` where they are not valid.
@@ -107,7 +109,9 @@ class Inference:
 
     @property
     def scorer(self) -> Scorer:
-        return load_scorer(self.bundle, engine=self.engine, threads=self.threads, tta=self.tta)
+        return load_scorer(
+            self.bundle, engine=self.engine, threads=self.threads, tta=self.tta, precision=self.precision
+        )
 
     @property
     def passes(self) -> int:
@@ -142,6 +146,7 @@ def prepare(
     stride: int | None = None,
     halo: int | None = None,
     engine: str = "auto",
+    precision: str = "bfloat16",
     gpu: bool = False,
     local: bool = False,
     threads: int = 1,
@@ -158,6 +163,7 @@ def prepare(
     """Everything about a run that does not depend on the scenes, checked.
 
     Args:
+        engine, precision: see `processors.choose`, which says what is best here.
         gpu: Spark gives its tasks GPUs.
         local: its tasks run on this machine.
 
@@ -189,6 +195,7 @@ def prepare(
     return Inference(
         bundle, geometry, batch_of(bundle, chosen, geometry.input_size), chosen, threads, given,
         threshold, nodata, aoi, scores, coverage, tta=tta, rescale=_parse_rescale(rescale),
+        precision=precision,
     )  # fmt: skip
 
 
@@ -269,17 +276,14 @@ def warn_of_memory(need: int, memory: int, what: str) -> None:
 
 def describe_job(job: Inference) -> dict[str, Any]:
     """All of a job that shapes its result, as JSON: part of the settings of a run."""
-    bundle = job.bundle
-    network = {
-        "digest": bundle.digest, "bands": list(bundle.bands), "values": bundle.values, "output": bundle.output,
-        "classes": describe_classes(bundle.classes), "gsd": bundle.gsd,
-    }  # fmt: skip
     return json.loads(
         json.dumps(
             {
-                "model": storage.digest(network), **asdict(job.geometry), "batch": job.batch, "engine": job.engine,
+                "model": job.bundle.identity, **asdict(job.geometry), "batch": job.batch, "engine": job.engine,
                 "threads": job.threads, "fill": job.fill, "threshold": job.threshold, "nodata": job.nodata,
                 "aoi": storage.digest([job.aoi[0].hex(), job.aoi[1]]) if job.aoi else None,
+                # What OpenVINO has computed in since there were maps by it.
+                **({"precision": "float32"} if (job.engine, job.precision) == ("openvino", "float32") else {}),
                 **({"tta": job.tta} if job.tta != "none" else {}),
                 **({"rescale": job.rescale} if job.rescale != (1.0, 0.0) else {}),
             }
