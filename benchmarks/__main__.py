@@ -1,5 +1,6 @@
-"""`python -m benchmarks [tiling] [cheap] [networks] [reading] [--megapixels 64] [--repeats 3] ...`, the default, and
-`python -m benchmarks [peers --peers PYTHON] [growth --sizes 64,256] [water --data DIR]`, which need more time or more.
+"""`python -m benchmarks [tiling] [cheap] [networks] [reading] [shapes] [--megapixels 64] [--repeats 3] ...`, the
+default, and `python -m benchmarks [peers --peers PYTHON] [growth --sizes 64,256] [water --data DIR]`, which need more
+time or more.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import growth, peers, predicting, reading, tiling, water
+from benchmarks import growth, peers, predicting, reading, shapes, tiling, water
 
-ALL = {"tiling": tiling.main, "cheap": predicting.cheap, "networks": predicting.networks, "reading": reading.main}
+ALL = {
+    "tiling": tiling.main, "cheap": predicting.cheap, "networks": predicting.networks, "reading": reading.main,
+    "shapes": lambda _folder, _megapixels, repeats: shapes.main(repeats),
+}  # fmt: skip
 ASKED = ("peers", "growth", "water")
 MEGAPIXELS, PEERS_MEGAPIXELS = 64, 16
 

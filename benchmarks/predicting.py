@@ -43,7 +43,8 @@ def cheap_bundle(folder: Path) -> str:
         net = keras.Model(inputs, layer(inputs))
         layer.set_weights([WEIGHTS[None, None]])
         net.save(folder / "cheap.keras")
-        bundle(keras=str(folder / "cheap.keras"), bands=",".join(BANDS), classes=CLASSES, out=str(out))
+        file = str(folder / "cheap.keras")
+        bundle(keras=file, bands=",".join(BANDS), classes=CLASSES, activation="none", out=str(out))
     return str(out)
 
 

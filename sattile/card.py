@@ -23,7 +23,7 @@ EXTENSIONS = [f"{stac.EXTENSION}/mlm/v1.5.2/schema.json", f"{stac.EXTENSION}/fil
 RARE = 0.01
 """Share of the labelled training pixels below which a class is said to be rare."""
 
-OWN = ("parameters", "best_epoch", "arch", "source")
+OWN = ("parameters", "best_epoch", "arch", "source", "activation", "unbounded")
 """What the bundle says of a network beside the settings that it was trained with."""
 
 
@@ -394,8 +394,8 @@ def model_item(described: Mapping[str, Any]) -> dict[str, Any]:
     """`item.json` of a bundle: a STAC item of the MLM extension.
 
     Its place and time are those of the training scenes, as far as the tiles dataset says them. Else the geometry is
-    null, and the time is from 1970 to 2099 and its description says that this stands for "not stated": STAC wants a
-    time, and that of writing would be another one for the same model.
+    null, and the time is from 1970 to 2099, flagged and described as a placeholder: STAC wants a time, and that of
+    writing would be another one for the same model.
 
     Args:
         described: what `bundle.json` says.
@@ -404,16 +404,19 @@ def model_item(described: Mapping[str, Any]) -> dict[str, Any]:
 
     data = described.get("data") or {}
     geometry, interval = data.get("footprint"), data.get("interval")
-    first, last = map(stac.moment, interval or stac.UNKNOWN_TIME)
+    times = stac.time_properties(None, interval)
     time = "" if interval else " The time of the training scenes is not stated: start and end are placeholders."
     item = pystac.Item(
         id=f"{_slug(_name(described))}-{described['digest'][:12]}",
         geometry=geometry,
         bbox=stac.bbox(geometry) if geometry else None,
         datetime=None,
-        start_datetime=first,
-        end_datetime=last,
-        properties={"title": _title(described), "description": _purpose(described) + time, **_properties(described)},
+        properties={
+            "title": _title(described),
+            "description": _purpose(described) + time,
+            **_properties(described),
+            **times,
+        },
         stac_extensions=EXTENSIONS,
     )
     for name, asset in _assets(described).items():

@@ -101,7 +101,7 @@ COMMANDS = {
             "bundle",
             "sattile.model:bundle",
             "make a bundle of a Keras model trained elsewhere",
-            "sattile bundle --keras net.keras --bands B02,B03,B04,B08 --classes land,water --out model",
+            "sattile bundle --keras net.h5 --bands B04,B03,B02 --classes land,water --activation sigmoid --out model",
             needs_spark=False,
         ),
         Command(

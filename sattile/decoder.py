@@ -3,7 +3,8 @@
 Rasters that users bring reach GDAL through here only. The child is a plain interpreter started afresh: it holds no
 Spark socket, no lock of a thread that was forked away, and never imports the caller's main module (multiprocessing's
 spawn would: a script without the `__main__` guard would run itself again). Arrays come back out of band (pickle
-protocol 5): large ones in memory that both processes share, small ones through the socket.
+protocol 5): large ones in memory that both processes share, small ones through the socket. What goes to the child with
+every function, such as the shapes of a scene, goes once (`_Kept`).
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ LENT_FROM = 1 << 20
 
 MOST_LENT = 16
 
+KEPT_FROM, MOST_KEPT = 1 << 16, 32 << 20
+"""Size from which `bytes` go to a child once; and how much of such is kept, but for the last one."""
+
 _COUNT = struct.Struct("!Q")
 _HEAD = struct.Struct("!QQB")
 _BOOT = (
@@ -81,6 +85,7 @@ class Decoder:
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._borrower = _Borrower()
+        self._kept = _Kept()
         self._deadline: float | None = None
 
     @property
@@ -99,10 +104,10 @@ class Decoder:
         for attempt in (1, 2):
             connection = self._start()
             told = self._borrower.given_back(), storage.access()
-            message = pickle.dumps((function, args, kwargs, *told), protocol=5)
+            message, fresh = self._kept.pack((function, args, kwargs, *told))
             try:
                 connection.settimeout(max(self.timeout, 1.0))
-                _send(connection, message, [])
+                _send(connection, message, [memoryview(one) for one in fresh])
                 _receive_exactly(connection, 1)
                 break
             except (OSError, EOFError):
@@ -199,6 +204,7 @@ class Decoder:
         self._deadline = None
         self._borrower.close()
         self._borrower = _Borrower()  # loans of the child that ends are given back to nobody
+        self._kept = _Kept()
         if connection is not None:
             connection.close()
         # A fork of the process that made this decoder holds a copy of it: the child is not the fork's to end.
@@ -288,16 +294,16 @@ def _serve(descriptor: int, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     memory.keep_freed()
     connection = socket.socket(fileno=descriptor)
-    lender = _Lender()
+    lender, kept = _Lender(), _Kept()
     while True:
         try:
-            message, _ = _receive(connection)
+            message, fresh = _receive(connection)
             connection.sendall(b"!")
         except (EOFError, OSError):
             break
         buffers: list[pickle.PickleBuffer] = []
         try:
-            function, args, kwargs, given_back, access = pickle.loads(message)
+            function, args, kwargs, given_back, access = kept.unpack(message, fresh)
             lender.returned(given_back)
             storage.use(access)
             answer = _pickled((False, function(*args, **kwargs)), buffers.append)
@@ -347,6 +353,60 @@ def _pack(error: BaseException) -> bytes:
         return packed
     except Exception:
         return pickle.dumps((True, SattileError(f"{type(error).__name__}: {error}")), protocol=5)
+
+
+class _Kept:
+    """Large `bytes` that went to a child, as both sides know them: what was sent before is a number in a message.
+
+    Both forget the oldest ones, the same ones at the same time: after each message.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+        self._count = 0
+
+    def pack(self, value: Any) -> tuple[bytes, list[bytes]]:
+        """A message for the child, and the bytes that are to go with it."""
+        written = io.BytesIO()
+        packer = _Packer(written, self._numbers, self._count)
+        packer.dump(value)  # may fail: then nothing has happened
+        self._add(packer.fresh)
+        return written.getvalue(), list(packer.fresh)
+
+    def unpack(self, message: bytes, fresh: Iterable[bytes]) -> Any:
+        """What `pack` took."""
+        fresh = [bytes(one) for one in fresh]
+        known = {number: one for one, number in self._numbers.items()} | dict(enumerate(fresh, self._count))
+        self._add(fresh)
+        return _Unpacker(io.BytesIO(message), known).load()
+
+    def _add(self, fresh: Iterable[bytes]) -> None:
+        for one in fresh:
+            self._numbers[one] = self._count
+            self._count += 1
+        while len(self._numbers) > 1 and sum(map(len, self._numbers)) > MOST_KEPT:
+            del self._numbers[next(iter(self._numbers))]
+
+
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, known: dict[bytes, int], count: int):
+        super().__init__(file, protocol=5)
+        self.known, self.count, self.fresh = known, count, dict[bytes, int]()
+
+    def persistent_id(self, one: Any) -> int | None:
+        if type(one) is not bytes or len(one) < KEPT_FROM:
+            return None
+        number = self.known.get(one)
+        return self.fresh.setdefault(one, self.count + len(self.fresh)) if number is None else number
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, known: dict[int, bytes]):
+        super().__init__(file)
+        self.known = known
+
+    def persistent_load(self, number: int) -> bytes:
+        return self.known[number]
 
 
 class _Lender:

@@ -268,7 +268,7 @@ def _on_scenes(
         for scene, truth in versions
         for url, version in {**scene, **truth}.items()
     ]
-    state = storage.digest([[scene.to_json() for scene in found], versions])
+    state = storage.digest([[scene.source_json() for scene in found], versions])
     done = _finished(run, state)
     if done is not None and (
         done.get("label_rules") == label_module.RULES

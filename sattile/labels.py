@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +26,7 @@ from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
 
 if TYPE_CHECKING:
     import geopandas
+    import shapely
     from pyspark.sql import SparkSession
 
 log = logging.getLogger("sattile")
@@ -54,8 +55,8 @@ class LabelSource:
         url: the file.
         part: of a raster the band, by number or name; of a vector file the layer; None where there is one.
         legend: what the values of a raster mean.
-        shapes: for vectors: (WKB, class id) pairs that touch the scene, in the file's order: later ones win. `IGNORE`
-            takes the label away.
+        shapes: for vectors: those that touch the scene and their class ids, in the file's order, as `shapes.pack` has
+            them: later ones win. `IGNORE` takes the label away.
         crs: of the shapes.
         background: class of pixels outside all shapes; None leaves them unlabelled.
         mended: whether the first rules read this file otherwise.
@@ -64,7 +65,7 @@ class LabelSource:
     url: str
     part: str | None = None
     legend: Legend = AS_IT_STANDS
-    shapes: tuple[tuple[bytes, int], ...] | None = None
+    shapes: bytes | None = None
     crs: str | None = None
     background: int | None = None
     mended: bool = False
@@ -176,6 +177,8 @@ def match_pairs(
     encoding: str = "index",
 ) -> Matched:
     """The labels of scenes whose label files are known: {scene_id: url}. See `match`."""
+    from sattile.shapes import pack
+
     sources: dict[str, LabelSource] = {}
     refused: list[Refusal] = []
     by_id = {scene.scene_id: scene for scene in scenes}
@@ -214,13 +217,13 @@ def match_pairs(
         if scene.crs is None or scene.footprint is None:
             refused.append(Refusal(scene.url, "labels", f"the scene has no CRS, so {url} cannot be laid over it"))
             continue
-        shapes = _touching(features[url], scene, {**ids, **dict.fromkeys(ignored, IGNORE)}, default)
-        if not shapes and outside is None:
+        touching = _touching(features[url], scene, {**ids, **dict.fromkeys(ignored, IGNORE)}, default)
+        if not touching and outside is None:
             doubt = _suspicion(features[url], scene)
             refused.append(Refusal(scene.url, "labels", f"no shape of {url} touches the scene{doubt}"))
             continue
         sources[scene_id] = LabelSource(
-            file, part, shapes=tuple(shapes), crs=features[url].crs, background=outside, mended=mended
+            file, part, shapes=pack(touching), crs=features[url].crs, background=outside, mended=mended
         )
     return Matched(sources, tuple(refused), classes)
 
@@ -318,6 +321,14 @@ class Features:
     numbers: tuple[int, ...]
     left_out: int = 0
 
+    @cached_property
+    def tree(self) -> shapely.STRtree:
+        """An index of the shapes in EPSG:4326."""
+        import geopandas
+        import shapely
+
+        return shapely.STRtree(geopandas.GeoSeries.from_wkb(list(self.wkb), crs=self.crs).to_crs(4326).values)
+
 
 def is_vector(url: str) -> bool:
     return os.path.splitext(url)[1].lower() in VECTORS
@@ -379,9 +390,10 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
         if without.any():
             log.warning("%s: %d of %d shapes have no %s and are left out", url, without.sum(), len(frame), attribute)
             frame = frame[~without]
-    shapes = shapely.make_valid(frame.geometry.values)  # a bow-tie would be drawn with holes
+    shapes, kept, trimmed = _polygons(url, frame.geometry.to_numpy())
+    frame = frame[kept]
     values = frame[attribute].map(_text) if attribute else [""] * len(frame)
-    return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values), tuple(frame.index))
+    return Features(url, frame.crs.to_wkt(), tuple(shapely.to_wkb(shapes)), tuple(values), tuple(frame.index), trimmed)
 
 
 def _layer(path: str, url: str, wanted: str | None) -> str | None:
@@ -438,6 +450,33 @@ def _suspicion(features: Features, scene: Scene) -> str:
     )
 
 
+def _polygons(url: str, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The polygons among the shapes of a file, valid, which of all they are, (n,) bool, and from how many shapes
+    something was left out.
+
+    Others hold no pixel; they are told. What make_valid finds beside a polygon, such as a spike as a line, is dropped.
+
+    Raises:
+        UsageError: if no polygon is left.
+    """
+    import shapely
+
+    valid = shapely.make_valid(shapes)  # a bow-tie would be drawn with holes
+    mixed = np.flatnonzero(shapely.get_type_id(valid) == shapely.GeometryType.GEOMETRYCOLLECTION)
+    for index in mixed:
+        parts = shapely.get_parts(valid[index])
+        valid[index] = shapely.union_all(parts[shapely.area(parts) > 0])
+    kept = shapely.area(valid) > 0
+    if not kept.all():
+        kinds = (("point", "points"), ("line", "lines"), ("polygon without area", "polygons without area"))
+        counts = np.bincount(shapely.get_dimensions(shapes[~kept]), minlength=3).tolist()
+        told = ", ".join(f"{count} {kind[count > 1]}" for count, kind in zip(counts, kinds, strict=True) if count)
+        if not kept.any():
+            raise UsageError(f"{url} holds no polygon: {told}; draw areas, or give lines and points a width (a buffer)")
+        log.warning("%s: %d of %d shapes left out, as only areas hold pixels: %s", url, (~kept).sum(), len(kept), told)
+    return valid[kept], kept, int((~kept).sum()) + len(mixed)
+
+
 def _text(value: object) -> str:
     """An attribute as written: 3.0 of a shapefile's numeric column is class 3."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -468,17 +507,13 @@ def background_id(background: str | None, classes: Sequence[SegmentClass]) -> in
 
 
 def _touching(features: Features, scene: Scene, ids: Mapping[Value, int], default: int) -> list[tuple[bytes, int]]:
-    """The shapes that touch a scene, with their class ids."""
-    import geopandas
+    """The shapes that touch a scene, with their class ids, in the order of the file."""
     import shapely
 
-    shapes = geopandas.GeoSeries.from_wkb(list(features.wkb), crs=features.crs).to_crs(4326)
-    touched = shapely.intersects(shapes.values, shapely.from_wkb(scene.footprint))
     found = []
-    for wkb, text, touches in zip(features.wkb, features.values, touched, strict=True):
-        value = legend.value_of(text)
-        if touches:
-            found.append((wkb, default if value is None else ids[value]))
+    for index in sorted(features.tree.query(shapely.from_wkb(scene.footprint), predicate="intersects").tolist()):
+        value = legend.value_of(features.values[index])
+        found.append((features.wkb[index], default if value is None else ids[value]))
     return found
 
 
@@ -498,7 +533,7 @@ def read(source: LabelSource, scene: Scene, window: Window) -> tuple[np.ndarray,
 
     if source.shapes is not None:
         outside = IGNORE if source.background is None else source.background
-        return shapes.rasterize(list(source.shapes), source.crs, scene, window, outside=outside), 0
+        return shapes.rasterize(source.shapes, source.crs, scene, window, outside=outside), 0
     undeclared = 0
 
     def to_ids(values: np.ndarray, good: np.ndarray) -> np.ndarray:

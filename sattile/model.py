@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sattile import card, scorers, storage
+from sattile import card, foreign, scorers, storage
 from sattile.drift import Known
 from sattile.errors import SattileError, UsageError, first_line
+from sattile.foreign import load_keras
 from sattile.fusion import fuse
-from sattile.receptive import measure, other_size
+from sattile.receptive import measure
 from sattile.schema import SegmentClass, describe_classes, read_classes
 from sattile.scorers import Scorer
 from sattile.versions import BUNDLE, is_made, opened, resolve
@@ -65,7 +66,8 @@ class Bundle:
         digest: sha256 of `model.keras`.
         dataset_digest: of the tiles it was trained on, None for a network from elsewhere.
         metrics: of the validation split, as in `metrics.json`; empty for a network from elsewhere.
-        network: its `arch`, number of `parameters`, and how it was trained.
+        network: its `arch`, number of `parameters`, and how it was trained; `unbounded`: the layers for which its
+            radius has no bound; `activation`: what `bundle` was asked for, see there.
         versions: of the packages that made it.
         openvino: of its files for OpenVINO: `digest`, and, where it was compared with TensorFlow on tiles, by precision
             the `agreement` (share of pixels with the same label), that of bfloat16 by itself, too; `pixels` and
@@ -96,6 +98,11 @@ class Bundle:
     members: tuple[Bundle, ...] = ()
 
     @property
+    def notes(self) -> list[str]:
+        """What is to be told wherever it is used."""
+        return list(dict.fromkeys(note for one in self.members or (self,) for note in _notes(one)))
+
+    @property
     def known(self) -> Known | None:
         """What values it was trained on; None for a network from elsewhere, and bundles of before."""
         return Known.of(self.bands, self.data.get("statistics") or {})
@@ -117,6 +124,19 @@ class Bundle:
         """
         found: float = self.openvino.get(precision, self.openvino).get("agreement", 0.0)
         return found
+
+
+def _notes(bundle: Bundle) -> list[str]:
+    told = []
+    if bundle.receptive_radius is None:
+        through = ", ".join(bundle.network.get("unbounded") or ())
+        told.append(
+            f"the network's scores depend on the whole window{f' ({through})' if through else ''}: seams are possible "
+            f"where windows meet, though they overlap and are blended"
+        )
+    if bundle.network.get("activation") == "none":
+        told.append("the network's scores are taken as they are (--activation none), and need not be probabilities")
+    return told
 
 
 def split_models(model: str | Sequence[str]) -> list[str]:
@@ -201,7 +221,7 @@ def load_bundle(url: str) -> Bundle:
             raise UsageError(f"model {url} does not exist; `sattile train` or `sattile bundle` makes one")
         raise UsageError(
             f"model {url} is no bundle (it has no {BUNDLE}): name the folder that `sattile train --out` or `sattile "
-            f"bundle --out` wrote; a .keras file becomes one with `sattile bundle --keras`"
+            f"bundle --out` wrote; a .keras or .h5 file becomes one with `sattile bundle --keras`"
         )
     found = storage.read_json(described)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -305,7 +325,11 @@ def save_bundle(
         "digest": digest,
         "dataset_digest": dataset_digest,
         "metrics": dict(metrics or {}),
-        "network": {"parameters": int(network.count_params()), **(about or {})},
+        "network": {
+            "parameters": int(network.count_params()),
+            **(about or {}),
+            **({"unbounded": list(measured.unbounded)} if measured.unbounded else {}),
+        },
         "versions": versions(),
         "openvino": fast,
         "data": card.training_data(dataset) if dataset else {},
@@ -413,23 +437,29 @@ def bundle(
     values: str = "raw",
     fill: str | None = None,
     gsd: float | None = None,
+    activation: str | None = None,
+    output: str | None = None,
     versions: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Make a bundle of a Keras model trained elsewhere.
 
-    The model takes band values, (N, H, W, bands), and gives scores of the same height and width: a channel per class
-    (probabilities or not: the largest wins), or one channel with two classes, the probability of the second. It is
-    loaded in Keras's safe mode: one that needs code of its own (Lambda layers, custom classes) is refused.
+    The model takes band values, (N, H, W, bands), and gives scores of the same height and width: a channel per class,
+    probabilities that a softmax (or a sigmoid each) makes, or one channel with two classes, the probability of the
+    second, that a sigmoid makes. One that gives logits is refused unless `activation` says what to add. It is loaded in
+    Keras's safe mode: one that needs code of its own (Lambda layers, custom classes) is refused.
 
     Args:
-        keras: the `.keras` file.
+        keras: the file: `.keras`, of Keras 3 or Keras 2, or `.h5`.
         bands: names of the bands in the order of the model's channels, such as 'B02,B03,B04,B08'.
         classes: names in the order of the scores, 'land,water' (ids 0, 1), or with ids, 'land=1,water=7'.
         out: folder for the bundle.
         values: 'raw' if the model takes stored numbers, 'scaled' if stored * scale + offset (reflectance).
         fill: what the model sees for missing pixels: one number, or one a band, '0,0,0,0'; 0 if not given.
         gsd: pixel size in metres that the model was trained for; scenes far from it are refused then.
+        activation: for a model that was trained on logits: `sigmoid` or `softmax` is added to the network in the
+            bundle; `none` takes its scores as they are, though they are no probabilities.
+        output: name of the output that holds the scores, of a model that has several, or gives a dict.
         versions: make a version of the model below out, v1, v2, ..., and let latest.json name it once it is whole; one
             that was made of the same file with the same settings is left as it is.
         overwrite: replace a bundle made with other settings.
@@ -462,6 +492,9 @@ def bundle(
         "keras": source, "bands": names, "classes": describe_classes(named), "values": values, "fill": filled,
         "gsd": gsd,
     }  # fmt: skip
+    settings |= {name: one for name, one in (("activation", activation), ("output", output)) if one is not None}
+    if activation is not None and activation not in foreign.ACTIVATIONS:
+        raise UsageError(f"activation {activation!r}: use {', '.join(foreign.ACTIVATIONS)}")
     with opened("bundle", out, settings, overwrite, versions) as run:
         out = run.out
         run.inputs = [{"url": keras, "sha256": source}]
@@ -470,13 +503,23 @@ def bundle(
             run.skipped = 1
         else:
             with run.stage("bundle"):
-                network = load_keras(local)
-                _check_signature(network, names, named)
-                _run_once(network)
-                save_bundle(
+                loaded, kept = load_keras(local), foreign.is_of_today(local)
+                if not kept:
+                    log.info("bundle: %s is written anew, as Keras 3 does: model.keras in the bundle", keras)
+                chosen = foreign.choose_output(loaded, output)
+                _check_signature(chosen, names, named)
+                foreign.run_once(chosen)
+                network, told = foreign.settle(chosen, activation, [one.name for one in named])
+                about = {"arch": network.name, "source": storage.name(keras)}
+                made = save_bundle(
                     out, network, bands=names, classes=named, fill=filled, values=values, gsd=gsd,
-                    about={"arch": network.name, "source": storage.name(keras)}, keras_file=local,
+                    about=about | ({"activation": activation} if activation else {}),
+                    keras_file=local if kept and network is loaded else None,
                 )  # fmt: skip
+            if notes := [*foreign.remarks(network), *told, *made.notes]:
+                run.extra["notes"] = notes
+            for note in notes:
+                log.warning("bundle: %s", note)
             run.done = 1
         run.finish()
     return out
@@ -494,38 +537,31 @@ def _parse_fill(fill: str | float | Sequence[float] | None, bands: Sequence[str]
     return numbers
 
 
-def load_keras(path: str) -> Any:
-    """A Keras model in safe mode, without its optimiser and losses."""
-    import keras
-
-    if not zipfile.is_zipfile(path):
-        raise UsageError(
-            f"{path} is no .keras file (HDF5 and SavedModel folders are not loaded: they can carry code); load it "
-            f"where it was trained and save it with model.save('NAME.keras')"
-        )
-    try:
-        return keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # Keras raises whatever a file's content makes its layers raise
-        reason = first_line(error)
-        raise UsageError(
-            f"{path} can't be loaded in Keras's safe mode: {reason[:400]} (models with Lambda layers or classes of "
-            f"their own carry code; rebuild them from Keras's own layers)"
-        ) from error
-
-
 def _check_signature(network: Any, bands: Sequence[str], classes: Sequence[SegmentClass]) -> str:
     """The bundle's `output`, once it is sure that the network fits; UsageError with the numbers if not."""
     try:
         taken, given, dtypes = network.input_shape, network.output_shape, {one.dtype for one in network.inputs}
     except AttributeError:
         raise UsageError("the model has no input shape yet: call or build it once before it is saved") from None
+    if len(network.inputs) > 1:
+        called = ", ".join(one.name for one in network.inputs)
+        raise UsageError(
+            f"the model takes {len(network.inputs)} inputs ({called}); one tensor (batch, "
+            f"height, width, bands) is needed: begin it with one keras.Input and give its parts their bands, x[..., :3]"
+        )
     for what, shape in (("input", taken), ("output", given)):
         if not isinstance(shape, tuple) or len(shape) != 4:
+            flat = what == "output" and isinstance(shape, tuple) and len(shape) == 3
+            hint = "; end it with a score a class and pixel: no argmax, no flattening of rows and columns" * flat
             raise UsageError(
-                f"the model's {what} is {shape}; one tensor (batch, height, width, channels) is needed, channels last"
+                f"the model's {what} is {shape}; one tensor (batch, height, width, channels) is needed, channels "
+                f"last{hint}"
             )
     if taken[3] != len(bands):
-        planes = "; is it channels first? sattile gives it (batch, height, width, bands)" * (taken[1] == len(bands))
+        planes = (
+            "; is it channels first? sattile gives it (batch, height, width, bands): build it channels last, or with "
+            "keras.layers.Permute((3, 1, 2)) in front and Permute((2, 3, 1)) behind" * (taken[1] == len(bands))
+        )
         raise UsageError(
             f"the model takes {taken[3] or 'any number of'} bands and {len(bands)} are named ({', '.join(bands)}); "
             f"name those that it was trained on, in its order{planes}"
@@ -534,6 +570,11 @@ def _check_signature(network: Any, bands: Sequence[str], classes: Sequence[Segme
         raise UsageError(
             f"the model takes {strange[0]}, in which larger numbers begin again at 0; give it an input of float32: "
             f"keras.Input(shape, dtype='float32')"
+        )
+    if "float" not in (dtype := network.outputs[0].dtype):
+        raise UsageError(
+            f"the model gives {dtype}, classes instead of scores; end it where the scores are, before the argmax or "
+            f"the comparison with a threshold"
         )
     if None not in taken[1:3] and taken[1] != taken[2]:
         raise UsageError(f"the model takes inputs of {taken[1]} x {taken[2]} only; windows are square")
@@ -548,21 +589,6 @@ def _check_signature(network: Any, bands: Sequence[str], classes: Sequence[Segme
             f"per score (one score may stand for two classes: it is the probability of the second)"
         )
     return output
-
-
-def _run_once(network: Any) -> None:
-    """A forward pass, so that a model that cannot run is refused now and not on the cluster."""
-    measured = measure(network)
-    height, width = measured.input_shape or (max(measured.total_stride, 8) * 2, max(measured.total_stride, 8) * 3)
-    height, width = (-(-n // measured.total_stride) * measured.total_stride for n in (height, width))
-    if measured.input_shape:
-        height, width = measured.input_shape
-    try:
-        found = tuple(network(np.zeros((1, height, width, network.input_shape[3]), np.float32), training=False).shape)
-    except Exception as error:
-        raise UsageError(f"the model does not run on a {height} x {width} window: {error}") from error
-    if found[1:3] != (height, width):
-        raise UsageError(other_size((height, width), found[1:3]))
 
 
 _loaded: dict[tuple[str, str, int, str], Scorer] = {}

@@ -2,14 +2,17 @@
 
 ```
 OUT/collection.json
-OUT/<scene_id>/labels.tif  [scores.tif coverage.tif]  quicklook.png  item.json
+OUT/<scene_id>/labels.tif  labels.tif.aux.xml  labels.qml  [scores.tif coverage.tif]  quicklook.png  item.json
 ```
 
 On a common grid there is a folder a sheet, named by the sheet's row and column, with `scenes.tif` (how many scenes a
-pixel comes from) beside `coverage.tif`; `OUT/labels.vrt` (one for each raster) and `OUT/overview.png` show all sheets.
+pixel comes from) beside `coverage.tif`; `OUT/labels.vrt` (one for each raster) and `OUT/overview.png` show all sheets,
+`OUT/labels.qml` styles the VRT.
 
 The item is what makes a folder finished: it is written last, names every file's size and sha256, and carries the
-digests of the settings and of the input it was made from. A folder without a matching item is done again.
+digests of the settings and of the input it was made from. A folder without a matching item is done again. The sidecars
+(`labels.tif.aux.xml`, `labels.qml`) are no part of that: GIS programs write into such files as they please. They are
+written again where they are missing.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +28,10 @@ import numpy as np
 import zstandard
 
 import sattile
-from sattile import cog, storage
+from sattile import cog, sidecars, storage
 from sattile.grid import Window, hull
 from sattile.schema import Scene, SegmentClass
-from sattile.stac import EXTENSION, UNKNOWN_TIME, bbox, checksum, classes_of, utc
+from sattile.stac import EXTENSION, UNDATED, bbox, checksum, classes_of, stated_times, time_properties, utc
 from sattile.stitch import NODATA
 
 ITEM = "item.json"
@@ -84,7 +87,7 @@ class Target:
         name: of its folder.
         height, width, crs, transform, gsd, footprint, datetime: as of `schema.Scene`.
         source: digest of the input; with the product's settings it decides whether the map is up to date.
-        interval: first and last acquisition, ISO 8601 in UTC, where there is more than one.
+        interval: first and last acquisition, ISO 8601 in UTC, where they are not the same.
         links: URLs that it is derived from.
         properties: more to say in its item.
     """
@@ -106,7 +109,7 @@ class Target:
     def of(cls, scene: Scene) -> Target:
         return cls(
             scene.scene_id, scene.height, scene.width, scene.crs, scene.transform, scene.gsd, scene.footprint,
-            scene.datetime, source_digest(scene), links=(scene.url,),
+            scene.datetime, source_digest(scene), scene.interval, links=(scene.url,),
         )  # fmt: skip
 
 
@@ -132,7 +135,7 @@ def unpack(data: bytes | None, dtype: str, shape: tuple[int, ...]) -> np.ndarray
 
 def source_digest(scene: Scene) -> str:
     """What tells one version of a scene's input from another: its files' sizes and times, bands and grid."""
-    return storage.digest(json.loads(scene.to_json()))
+    return storage.digest(json.loads(scene.source_json()))
 
 
 def is_done(out: str, target: Target, product: Product) -> bool:
@@ -208,6 +211,10 @@ def write_map(target: Target, parts: Iterable[Part], product: Product, staged: s
         colors = {one.id: cog.rgb(one.color) for one in product.classes}
         with open(os.path.join(finished, "quicklook.png"), "wb") as file:
             file.write(cog.encode_png(picture, colors))
+        times = stated_times(time_properties(target.datetime, target.interval))
+        for name, data in _sidecars(product.classes, times).items():
+            with open(os.path.join(finished, name), "wb") as file:
+                file.write(data)
         item = describe(target, product, finished)
         storage.upload_folder(finished, staged)
         storage.write_json(storage.join(staged, ITEM), item)
@@ -223,7 +230,7 @@ def describe(target: Target, product: Product, folder: str) -> dict[str, Any]:
     """
     geometry = _geometry(target)
     properties: dict[str, Any] = {
-        "datetime": utc(target.datetime) if target.datetime else None,
+        **time_properties(target.datetime, target.interval),
         "processing:software": {"sattile": sattile.__version__},
         "processing:lineage": product.lineage or "Semantic segmentation",
         SETTINGS: product.settings,
@@ -233,10 +240,7 @@ def describe(target: Target, product: Product, folder: str) -> dict[str, Any]:
     if target.gsd:
         properties["gsd"] = target.gsd
     properties |= target.properties
-    if target.interval:
-        properties["start_datetime"], properties["end_datetime"] = map(utc, target.interval)
-    elif target.datetime is None:
-        properties["start_datetime"], properties["end_datetime"] = UNKNOWN_TIME
+    if UNDATED in properties:
         properties["description"] = "The time of acquisition is not stated: start and end are placeholders."
     item: dict[str, Any] = {
         "type": "Feature",
@@ -266,6 +270,45 @@ def describe(target: Target, product: Product, folder: str) -> dict[str, Any]:
         **_file(os.path.join(folder, "quicklook.png")),
     }
     return item
+
+
+def _sidecars(classes: Sequence[SegmentClass], times: Mapping[str, str]) -> dict[str, bytes]:
+    """{name: content} of what lies beside `labels.tif`; it follows from the map's item alone."""
+    return {sidecars.PAM: sidecars.pam(classes, times), sidecars.STYLE: sidecars.style(classes)}
+
+
+TIMES = ("datetime", "start_datetime", "end_datetime")
+
+
+def amend(out: str, name: str, item: dict[str, Any], target: Target | None = None) -> None:
+    """Write anew what a finished map says of itself, as far as that is missing or no longer so; its pixels stay.
+
+    A sidecar into which another program has written (statistics, say) stays as long as it names the classes.
+
+    Args:
+        item: the map's own.
+        target: what is known of it now, if anything is: where its time is another one, the item is written, too.
+    """
+    folder = storage.join(out, name)
+    if target and item["properties"].get(SOURCE) == target.source:
+        times = time_properties(target.datetime, target.interval)
+        if any(item["properties"].get(one) != times.get(one) for one in TIMES):
+            kept = {one: value for one, value in item["properties"].items() if one not in TIMES}
+            item = item | {"properties": kept | times}
+            storage.remove(storage.join(folder, sidecars.PAM))  # it states the time, too
+            storage.write_json(storage.join(folder, ITEM), item)
+    classes = [
+        SegmentClass(one["value"], one["title"], f"#{one['color_hint'].lower()}")
+        for one in item["assets"].get("labels", {}).get("classification:classes", [])
+        if not one.get("nodata")
+    ]
+    for file, data in _sidecars(classes, stated_times(item["properties"])).items():
+        url = storage.join(folder, file)
+        entry = storage.stat(url)
+        # Of the size that it would have it is ours, and need not be read.
+        sound = entry is not None and (file == sidecars.STYLE or entry.size == len(data))
+        if not sound and not (entry and sidecars.names_classes(storage.read_bytes(url), classes)):
+            storage.write_bytes(url, data)
 
 
 def _raster_asset(layer: cog.Layer, product: Product, folder: str) -> dict[str, Any]:
@@ -363,12 +406,7 @@ def write_collection(out: str, product: Product, *, empty: bool = True) -> None:
     items = list(finished(out))
     boxes = [item["bbox"] for _, item in items if "bbox" in item]
     times = sorted(
-        {
-            one
-            for _, item in items
-            for one in (item["properties"].get(name) for name in ("datetime", "start_datetime", "end_datetime"))
-            if one and one not in UNKNOWN_TIME
-        },
+        {one for _, item in items for one in stated_times(item["properties"]).values()},
         key=utc,
     )
     collection = {
@@ -427,14 +465,14 @@ VRT_TYPES = {"uint8": "Byte", "uint16": "UInt16", "uint32": "UInt32", "float32":
 
 RASTERS = ("labels", "scores", "coverage", "scenes")
 OVERVIEW = "overview.png"
-OWN = frozenset({COLLECTION, OVERVIEW, *(f"{one}.vrt" for one in RASTERS), "vectors.parquet"})
+OWN = frozenset({COLLECTION, OVERVIEW, sidecars.STYLE, *(f"{one}.vrt" for one in RASTERS), "vectors.parquet"})
 """What lies beside the folders of maps."""
 
 OVERVIEW_EDGE = 2048
 
 
 def write_whole(out: str, product: Product, grid: Affine6, whole: Window | None = None) -> None:
-    """Over all finished sheets of `out`: a VRT for each raster, which GIS programs open as one, and a picture.
+    """Over all finished sheets of `out`: a VRT for each raster, which GIS programs open as one, a style, and a picture.
 
     Args:
         grid: affine coefficients of the grid's pixel (0, 0).
@@ -455,18 +493,26 @@ def write_whole(out: str, product: Product, grid: Affine6, whole: Window | None 
     transform = c + a * col + b * row, a, b, f + d * col + e * row, d, e
     crs = sheets[0][1]["properties"].get("proj:code") or sheets[0][1]["properties"].get("proj:wkt2", "")
     for layer in product.layers():
-        _write_changed(storage.join(out, f"{layer.name}.vrt"), _vrt(layer, shown, windows, crs, transform).encode())
+        classes = product.classes if layer.name == "labels" else ()
+        vrt = _vrt(layer, classes, shown, windows, crs, transform)
+        changed = _write_changed(storage.join(out, f"{layer.name}.vrt"), vrt.encode())
+        style = storage.join(out, sidecars.STYLE)
+        if classes and (changed or not storage.exists(style)):
+            storage.write_bytes(style, sidecars.style(classes))
     colors = {one.id: cog.rgb(one.color) for one in product.classes}
     _write_changed(storage.join(out, OVERVIEW), cog.encode_png(_overview(out, shown, windows), colors))
 
 
 def remove_whole(out: str) -> None:
     """Remove what `write_whole` wrote."""
-    for name in (*(f"{one}.vrt" for one in RASTERS), OVERVIEW):
+    for name in (*(f"{one}.vrt" for one in RASTERS), OVERVIEW, sidecars.STYLE):
         storage.remove(storage.join(out, name))
 
 
-def _vrt(layer: cog.Layer, shown: Window, windows: dict[str, Window], crs: str, transform: Sequence[float]) -> str:
+def _vrt(
+    layer: cog.Layer, classes: Sequence[SegmentClass], shown: Window, windows: dict[str, Window], crs: str,
+    transform: Sequence[float],
+) -> str:  # fmt: skip
     from xml.etree import ElementTree as Xml
 
     kind = VRT_TYPES[layer.dtype]
@@ -478,14 +524,8 @@ def _vrt(layer: cog.Layer, shown: Window, windows: dict[str, Window], crs: str, 
         Xml.SubElement(band, "Description").text = description
         if layer.nodata is not None:
             Xml.SubElement(band, "NoDataValue").text = f"{layer.nodata:g}"
-        if layer.colors:
-            Xml.SubElement(band, "ColorInterp").text = "Palette"
-            table = Xml.SubElement(band, "ColorTable")
-            colors = dict(layer.colors)
-            for value in range(256):
-                red, green, blue = colors.get(value, (0, 0, 0))
-                alpha = 255 if value in colors else 0
-                Xml.SubElement(table, "Entry", c1=str(red), c2=str(green), c3=str(blue), c4=str(alpha))
+        if classes:
+            band.extend(sidecars.band_elements(classes))
         for name, window in sorted(windows.items()):
             source = Xml.SubElement(band, "SimpleSource")
             Xml.SubElement(source, "SourceFilename", relativeToVRT="1").text = f"{name}/{layer.name}.tif"
@@ -518,6 +558,9 @@ def _overview(out: str, shown: Window, windows: dict[str, Window]) -> np.ndarray
     return paper
 
 
-def _write_changed(url: str, data: bytes) -> None:
-    if not storage.exists(url) or storage.read_bytes(url) != data:
+def _write_changed(url: str, data: bytes) -> bool:
+    """Whether it had to be written."""
+    same = storage.exists(url) and storage.read_bytes(url) == data
+    if not same:
         storage.write_bytes(url, data)
+    return not same

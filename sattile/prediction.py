@@ -157,6 +157,7 @@ def fitting(
     max_gsd_ratio: float,
     aoi: bool = False,
     on_grid: bool = False,
+    dated: bool = False,
     also: Sequence[str] = (),
     stage: str = "predict",
 ) -> tuple[list[Scene], list[Refusal]]:
@@ -164,6 +165,7 @@ def fitting(
 
     Args:
         aoi, on_grid: each needs scenes with a CRS.
+        dated: the rule needs scenes with a time.
         also: further bands that are wanted, after the bundle's.
     """
     good: list[Scene] = []
@@ -176,6 +178,11 @@ def fitting(
         if not reason and scene.crs is None and (aoi or on_grid):
             what = "it cannot be laid on a grid" if on_grid else "the area of interest cannot be found on it"
             reason = f"has no CRS, so {what}; leave --{'grid' if on_grid else 'aoi'} out for it"
+        if not reason and dated and scene.span is None:
+            reason = (
+                "states no time of acquisition, and --rule newest goes by it; name the scene by a STAC item that "
+                "states it, or write it into the file (TIFFTAG_DATETIME), and index again; or use --rule all"
+            )
         if reason:
             refused.append(Refusal(scene.url, stage, reason))
         else:
@@ -355,7 +362,7 @@ def predict(
         like: the same on the grid of this raster.
         sheet: edge of the files of such a mosaic, in pixels.
         block: edge of what one task computes of it; follows from the model and `worker_memory` if not given.
-        rule: where scenes overlap: `all` (their weighted mean) or `newest`.
+        rule: where scenes overlap: `all` (their weighted mean) or `newest` (scenes without a time are refused).
         weights: what scenes weigh there: `edge` (less towards a scene's edge), `cloud=BAND` (a band with the
             probability of cloud in per cent), or both with a comma; all the same if not given.
         vectors: classes of such a mosaic to write as polygons, `vectors.parquet`: names with commas, or `all`.
@@ -406,12 +413,15 @@ def predict(
     outlined = sheets.chosen_classes(bundle.classes, vectors, sieve)
     also = [layout.weights.cloud] if layout and layout.weights.cloud else []
     fit = partial(
-        fitting, bundle=bundle, max_gsd_ratio=max_gsd_ratio, aoi=area is not None, on_grid=layout is not None, also=also
-    )
+        fitting, bundle=bundle, max_gsd_ratio=max_gsd_ratio, aoi=area is not None, on_grid=layout is not None,
+        dated=layout is not None and layout.rule == "newest", also=also,
+    )  # fmt: skip
     # Files named by a pattern say which band they are: only those that the model wants are read, on the finest of
     # their grids. Elsewhere a name might be given to the wrong band.
     wanted = asked or ([*bundle.bands, *also] if pattern else None)
     out = storage.absolute(out)
+    for note in bundle.notes:
+        log.warning("predict: %s", note)
     if dry_run:
         resolved = resolve(spark, list(scenes), bands=wanted, pattern=pattern, nodata=nodata)
         found, refused = fit(resolved.scenes)
@@ -426,6 +436,8 @@ def predict(
     with Run("predict", out, settings, overwrite, max_failed_fraction) as run:
         run.extra["model"] = bundle.url  # which version it was
         run.extra["engine"] = choice.describe()
+        if bundle.notes:
+            run.extra["notes"] = bundle.notes
         with run.stage("list scenes"):
             resolved = resolve(spark, list(scenes), bands=wanted, pattern=pattern, nodata=nodata)
         run.given = resolved.given
@@ -477,11 +489,12 @@ def predict(
 def _by_scene(
     spark: SparkSession, run: Run, found: Sequence[Scene], job: Inference, product: Product, staging: str,
     worker_memory: int | str,
-) -> set[str]:  # fmt: skip
-    """A map a scene: plan, infer and write all waves, publishing each scene as its wave is done; the scenes' names."""
+) -> dict[str, Target]:  # fmt: skip
+    """A map a scene: plan, infer and write all waves, publishing each scene as its wave is done; all maps by name."""
     out = run.out
     with run.stage("plan"):
-        stale = [scene for scene in found if not mosaic.is_done(out, Target.of(scene), product)]
+        targets = {scene.scene_id: Target.of(scene) for scene in found}
+        stale = [scene for scene in found if not mosaic.is_done(out, targets[scene.scene_id], product)]
         todo = plan(job, stale, worker_memory=worker_memory, slots=engines.slots(spark))
     run.skipped = len(found) - len(stale)
     run.extra["plan"] = todo.describe(last_speed(out))
@@ -506,20 +519,20 @@ def _by_scene(
                 mosaic.publish(row.staged, out, row.name)
                 run.done += 1
                 figures.publish(row, area[row.name])
-    return {scene.scene_id for scene in found}
+    return targets
 
 
 def _on_grid(
     spark: SparkSession, run: Run, found: Sequence[Scene], job: Inference, layout: sheets.Layout, product: Product,
     staging: str, *, keep: bool,
-) -> set[str]:  # fmt: skip
+) -> dict[str, Target]:  # fmt: skip
     """A map a sheet. A scene that can't be read is left out everywhere: sheets that it reaches are done without it.
 
     Args:
         keep: a sheet of which no scene is left stays as an earlier run made it of other files, or with other settings.
 
     Returns:
-        The names of all sheets that were planned.
+        All maps that were planned, by name.
     """
     out = run.out
     by_id = {scene.scene_id: scene for scene in found}
@@ -582,7 +595,7 @@ def _on_grid(
             todo = [sheet.without(fresh) for sheet in every if sheet.scenes & set(fresh)]
             every = [sheet.without(fresh) for sheet in every]
     run.done = len(published)
-    return {sheet.target.name for sheet in every}
+    return {sheet.target.name: sheet.target for sheet in every}
 
 
 class _Figures:
@@ -661,11 +674,12 @@ def _refused(run: Run, scenes: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _clean(run: Run, present: set[str], product: Product, stale: str, refused: Mapping[str, str]) -> None:
-    """When all is published: remove, or say that they lie there, the maps that nothing given now makes anew.
+def _clean(run: Run, present: Mapping[str, Target], product: Product, stale: str, refused: Mapping[str, str]) -> None:
+    """When all is published: remove, or say that they lie there, the maps that nothing given now makes anew; amend the
+    others.
 
     Args:
-        present: names of the maps that scenes given now lead to; not all of them were made.
+        present: the maps that scenes given now lead to, by name; not all of them were made.
         stale: see `predict`.
         refused: {URL: reason} of what could not be used now, which matter where maps are to be removed.
     """
@@ -684,11 +698,14 @@ def _clean(run: Run, present: set[str], product: Product, stale: str, refused: M
         if stale == "auto" and other:
             log.warning("predict: removed %s, which is of other settings and was not made anew with these", name)
             mosaic.unpublish(run.out, name)
-        elif stale == "remove" and not unread and (other or name not in present):
+            continue
+        if stale == "remove" and not unread and (other or name not in present):
             log.info("predict: removed %s, which no scene given now leads to", name)
             mosaic.unpublish(run.out, name)
-        elif other or name not in present:
+            continue
+        if other or name not in present:
             log.warning("predict: %s is of an earlier run, and its scene was refused or not given now; left so", name)
+        mosaic.amend(run.out, name, item, present.get(name))
 
 
 def last_speed(out: str) -> float | None:

@@ -35,12 +35,14 @@ class Measured:
         input_shape: (height, width) if the network takes this one only.
         activation_bytes: memory that an evaluation takes per input pixel, beside its input and output: the float32
             tensors that are alive at once, times `OVERHEAD`. (A process with TensorFlow holds 0.7 GB before that.)
+        unbounded: classes of the layers and operations for which the radius has no bound, in the graph's order.
     """
 
     total_stride: int
     receptive_radius: int | None
     input_shape: tuple[int, int] | None
     activation_bytes: float
+    unbounded: tuple[str, ...] = ()
 
 
 def measure(network: keras.Model) -> Measured:
@@ -55,7 +57,7 @@ def measure(network: keras.Model) -> Measured:
     Raises:
         UsageError: if the output is of another height and width than the input.
     """
-    steps = list(_steps(network))
+    steps = list(steps_of(network))
     rates = _rates(steps)
     final = rates[steps[-1].output]
     stride = math.lcm(*(axis.numerator for rate in rates.values() if rate for axis in rate))
@@ -84,6 +86,7 @@ def measure(network: keras.Model) -> Measured:
         receptive_radius=None if out is None else _radius(out),
         input_shape=fixed,
         activation_bytes=_peak(steps, rates),
+        unbounded=_unbounded(steps, reach),
     )
 
 
@@ -100,8 +103,8 @@ Bounds = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # 
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One call of a layer or operation; tensors are numbers."""
+class Step:
+    """One call of a layer or operation; tensors are numbers. The input is a step without an operation."""
 
     operation: Any
     arguments: Any
@@ -111,10 +114,10 @@ class _Step:
     input_shapes: tuple[tuple[int | None, ...], ...]
 
 
-def _steps(network: Any) -> Iterator[_Step]:
+def steps_of(network: keras.Model) -> Iterator[Step]:
     """The calls that make up a network, in the order in which Keras runs them; the first is its input."""
     names: dict[int, int] = {}
-    yield _Step(None, None, (), 0, tuple(network.input_shape), ())
+    yield Step(None, None, (), 0, tuple(network.input_shape), ())
     graph = _graph(network)
     names[id(graph.inputs[0])] = 0
     counter = [0]
@@ -122,7 +125,7 @@ def _steps(network: Any) -> Iterator[_Step]:
     out = names[id(graph.outputs[0])]
     if out != counter[0]:  # the output must be the last step
         shape = tuple(network.output_shape)
-        yield _Step(None, None, (out,), counter[0] + 1, shape, (shape,))
+        yield Step(None, None, (out,), counter[0] + 1, shape, (shape,))
 
 
 def _graph(network: Any) -> Any:
@@ -140,7 +143,7 @@ def _graph(network: Any) -> Any:
     return graph
 
 
-def _walk(graph: Any, names: dict[int, int], counter: list[int]) -> Iterator[_Step]:
+def _walk(graph: Any, names: dict[int, int], counter: list[int]) -> Iterator[Step]:
     for depth in sorted(graph._nodes_by_depth, reverse=True):
         for node in graph._nodes_by_depth[depth]:
             if node.is_input or any(id(one) not in names for one in node.input_tensors):
@@ -160,13 +163,22 @@ def _walk(graph: Any, names: dict[int, int], counter: list[int]) -> Iterator[_St
             for output in node.outputs:
                 counter[0] += 1
                 names[id(output)] = counter[0]
-                yield _Step(operation, node.arguments, inputs, counter[0], tuple(output.shape), shapes)
+                yield Step(operation, node.arguments, inputs, counter[0], tuple(output.shape), shapes)
 
 
+# At inference these give what they are given, also where they were called with training=True: a model's own
+# `training=False` goes to all of its layers. (RandomCrop cuts.)
+AUGMENTING = {
+    "AugMix", "CutMix", "GaussianDropout", "GaussianNoise", "MixUp", "RandAugment", "RandomBrightness",
+    "RandomColorDegeneration", "RandomColorJitter", "RandomContrast", "RandomElasticTransform", "RandomErasing",
+    "RandomFlip", "RandomGaussianBlur", "RandomGrayscale", "RandomHue", "RandomInvert", "RandomPerspective",
+    "RandomPosterization", "RandomRotation", "RandomSaturation", "RandomSharpness", "RandomShear",
+    "RandomTranslation", "RandomZoom",
+}  # fmt: skip
 # Each value's neighbours do not matter to these (the last axis may mix).
 _POINTWISE = {
     "Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Rescaling", "Normalization", "Dropout",
-    "SpatialDropout2D", "AlphaDropout", "GaussianDropout", "GaussianNoise", "ActivityRegularization", "Dense",
+    "SpatialDropout2D", "AlphaDropout", "ActivityRegularization", "Dense",
     "Identity", "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "DivideNoNan", "Average", "Maximum",
     "Minimum", "Clip", "Cast", "Relu", "Relu6", "Silu", "Gelu", "Elu", "Selu", "LeakyRelu", "Softplus",
     "Softsign", "HardSigmoid", "HardSilu", "HardTanh", "Sigmoid", "Tanh", "Exp", "Log", "Log1p", "Sqrt", "Square",
@@ -181,7 +193,7 @@ _ALONG_AXIS = {
 _TAPS = {"nearest": (0, 0), "bilinear": (0, 1), "bicubic": (-1, 2), "lanczos3": (-2, 3), "lanczos5": (-4, 5)}
 
 
-def _kind(step: _Step) -> str:
+def _kind(step: Step) -> str:
     """`pointwise`, `slide` (windows of a stride), `spread` (transposed), `grow`, `pad`, or `whole` (no bound)."""
     operation, name = step.operation, type(step.operation).__name__
     if operation is None:
@@ -190,7 +202,7 @@ def _kind(step: _Step) -> str:
         return "whole"
     if getattr(operation, "data_format", None) == "channels_first":
         return "whole"
-    if name in _POINTWISE:
+    if name in _POINTWISE or name in AUGMENTING:
         return "pointwise"
     if name in _ALONG_AXIS:
         axis = getattr(operation, "axis", None)
@@ -212,7 +224,7 @@ def _kind(step: _Step) -> str:
     return "whole"
 
 
-def _rates(steps: Sequence[_Step]) -> dict[int, Rate | None]:
+def _rates(steps: Sequence[Step]) -> dict[int, Rate | None]:
     """Input pixels per position of each tensor; None where it has no positions (a summary of the window)."""
     rates: dict[int, Rate | None] = {}
     for step in steps:
@@ -233,12 +245,12 @@ def _rates(steps: Sequence[_Step]) -> dict[int, Rate | None]:
     return rates
 
 
-def _resizes(step: _Step) -> bool:
+def _resizes(step: Step) -> bool:
     """Whether an unknown operation gives a height and width of its own."""
     return bool(step.input_shapes) and step.shape[1:3] != step.input_shapes[0][1:3]
 
 
-def _reach(steps: Sequence[_Step], extent: tuple[int, int]) -> dict[int, Bounds | None]:
+def _reach(steps: Sequence[Step], extent: tuple[int, int]) -> dict[int, Bounds | None]:
     """The bounds of each tensor for an input of this height and width; None where there are none."""
     reach: dict[int, Bounds | None] = {}
     for step in steps:
@@ -259,6 +271,12 @@ def _reach(steps: Sequence[_Step], extent: tuple[int, int]) -> dict[int, Bounds 
     return reach
 
 
+def _unbounded(steps: Sequence[Step], reach: Mapping[int, Bounds | None]) -> tuple[str, ...]:
+    """Classes of what has no bound though all that it is given has."""
+    lost = [one for one in steps if reach[one.output] is None and all(reach[given] is not None for given in one.inputs)]
+    return tuple(dict.fromkeys(type(one.operation).__name__ for one in lost))
+
+
 def _hull(parts: Sequence[Bounds]) -> Bounds:
     """What depends on several values of one position depends on all that they do."""
     rows, cols = (
@@ -268,7 +286,7 @@ def _hull(parts: Sequence[Bounds]) -> Bounds:
     return rows, cols
 
 
-def _move(kind: str, step: _Step, axis: int, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _move(kind: str, step: Step, axis: int, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The bounds after a layer that moves values along an axis. Padding is TensorFlow's."""
     n, operation = len(low), step.operation
     if kind == "pad":
@@ -321,7 +339,7 @@ def _radius(bounds: Bounds) -> int:
     return most
 
 
-def _peak(steps: Sequence[_Step], rates: Mapping[int, Rate | None]) -> float:
+def _peak(steps: Sequence[Step], rates: Mapping[int, Rate | None]) -> float:
     """Bytes per input pixel of the tensors that are alive at once: each lives until its last reader is done."""
     size: dict[int, float] = {}
     last: dict[int, int] = {}

@@ -335,12 +335,15 @@ def _scenes(folder: Folder) -> list[dict[str, Any]]:
     if not storage.exists(url):
         return []
     table = _read_table(url)
-    wanted = ("scene_id", "url", "width", "height", "bands", "datetime", "gsd", "footprint", "crs", "transform")
+    times = ("datetime", "start_datetime", "end_datetime")
+    wanted = ("scene_id", "url", "width", "height", "bands", *times, "gsd", "footprint", "crs", "transform")
     table = table.select([name for name in wanted if name in table.column_names])
     scenes = []
     for index, row in enumerate(table.to_pylist()):
         scene = {name: row.get(name) for name in wanted}
         scene["number"] = index + 1
+        days = [str(scene[name])[:10] for name in (times[1:] if scene["start_datetime"] else times[:1]) if scene[name]]
+        scene["days"] = " – ".join(dict.fromkeys(days)) or "–"
         scene["bands"] = _band_names(scene["bands"])
         scene["url"] = str(scene["url"] or "")
         scene["refused"] = ""

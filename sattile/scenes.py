@@ -25,6 +25,7 @@ from urllib.parse import unquote
 from sattile import engine, record, spectrum, storage
 from sattile.errors import Refused, SattileError, UsageError
 from sattile.schema import Band, Refusal, Scene
+from sattile.stac import moment, stated_times, time_properties
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -40,7 +41,9 @@ UNLISTED = "not listed: "
 """How the reason begins where it is not known which scenes there are."""
 
 SUFFIXES = (".tif", ".tiff", ".jp2")
-SIDECARS = (".msk", ".ovr", ".aux.xml", ".tfw", ".tifw", ".tiffw", ".j2w", ".wld", ".prj", ".imd", ".rpb", ".rpc.txt")
+SIDECARS = (
+    ".msk", ".ovr", ".aux.xml", ".qml", ".tfw", ".tifw", ".tiffw", ".j2w", ".wld", ".prj", ".imd", ".rpb", ".rpc.txt",
+)  # fmt: skip
 STAGE = "index"
 
 
@@ -80,7 +83,7 @@ class Candidate:
         scene_id: unique among those found together.
         url: as given or listed.
         sources: its files.
-        datetime: as a STAC item states it.
+        datetime, interval: as a STAC item states them.
         known: `Scene.to_json` of a catalogue's row.
         reason: why it is refused already.
     """
@@ -91,6 +94,7 @@ class Candidate:
     datetime: str | None = None
     known: str | None = None
     reason: str | None = None
+    interval: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -414,15 +418,30 @@ def _read_item(url: str, value: dict[str, Any], bands: Sequence[str] | None) -> 
 
     stem = _clean(str(value.get("id") or _stem(url)))
     try:
-        item = pystac.Item.from_dict(value, href=storage.absolute(url), migrate=False, preserve_dict=True)
-        stated = item.datetime.isoformat() if item.datetime else item.properties.get("start_datetime")
+        item = pystac.Item.from_dict(_with_a_time(value), href=storage.absolute(url), migrate=False, preserve_dict=True)
+        stated = item.datetime.isoformat() if item.datetime else None
         sources = _item_sources(url, item, bands)
     except Refused as error:
         return Candidate(stem, url, reason=error.reason)
     except Exception as error:  # pystac raises KeyError, TypeError, ValueError, ... for what is no item
         what = f"is no valid STAC item: {type(error).__name__}: {error}"
         return Candidate(stem, url, reason=UNLISTED + what)
-    return Candidate(stem, url, tuple(sources), stated)
+    return Candidate(stem, url, tuple(sources), stated, interval=_interval(item.properties))
+
+
+def _with_a_time(item: dict[str, Any]) -> dict[str, Any]:
+    """The item as pystac takes it: one that states no time, with the placeholders that STAC wants."""
+    said = item.get("properties")
+    if not isinstance(said, dict) or said.get("datetime") or {"start_datetime", "end_datetime"} <= said.keys():
+        return item
+    return item | {"properties": said | time_properties(None, None)}
+
+
+def _interval(properties: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The interval that an item states, in UTC; None for placeholders, and where it can't be."""
+    times = stated_times(properties)
+    first, last = (_in_utc(times.get(name)) for name in ("start_datetime", "end_datetime"))
+    return (first, last) if first and last and moment(first) <= moment(last) else None
 
 
 def _item_sources(url: str, item: Any, bands: Sequence[str] | None) -> list[Source]:
@@ -706,7 +725,7 @@ def _again(candidate: Candidate, scene: Scene, bands: Sequence[str] | None) -> C
         hint = Hint((band.name,), band.index, band.nodata, band.scale, band.offset, band.forced)
         sources.setdefault(band.url, []).append(hint)
     made = tuple(Source(url, tuple(hints)) for url, hints in sources.items())
-    return Candidate(candidate.scene_id, scene.url, made, scene.datetime)
+    return Candidate(candidate.scene_id, scene.url, made, scene.datetime, interval=scene.interval)
 
 
 def build_scene(candidate: Candidate, infos: Sequence[FileInfo], bands: Sequence[str] | None = None) -> Scene:
@@ -734,7 +753,9 @@ def build_scene(candidate: Candidate, infos: Sequence[FileInfo], bands: Sequence
     finest = min(used, key=lambda info: (_pixel_area(info), -info.height * info.width))
     for info in used:
         _check_grids(finest, info)
-    datetimes = [_in_utc(candidate.datetime), *(info.datetime for info in used)]
+    datetimes = [_in_utc(candidate.datetime)]
+    if candidate.interval is None:  # a file of a composite says when it was made
+        datetimes += [info.datetime for info in used]
     return Scene(
         scene_id=candidate.scene_id,
         url=candidate.url,
@@ -747,6 +768,7 @@ def build_scene(candidate: Candidate, infos: Sequence[FileInfo], bands: Sequence
         datetime=next((one for one in datetimes if one), None),
         footprint=finest.footprint,
         identity={url: list(version) for info in used for url, version in info.identity.items()},
+        interval=candidate.interval,
     )
 
 
@@ -966,6 +988,9 @@ def _catalog_bytes(scenes: Sequence[Scene]) -> bytes:
         "footprint": (pa.binary(), [one.footprint for one in scenes]),
         "scene": (pa.string(), [one.to_json() for one in scenes]),
     }
+    if any(one.interval for one in scenes):  # catalogues without composites stay as they are
+        for place, name in enumerate(("start_datetime", "end_datetime")):
+            columns[name] = pa.string(), [one.interval[place] if one.interval else None for one in scenes]
     arrays = [pa.array(values, kind) for kind, values in columns.values()]
     fields = [pa.field(name, kind) for name, (kind, _) in columns.items()]
     table = pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata={"geo": json.dumps(geo)}))

@@ -52,9 +52,10 @@ class Scene:
         transform: affine coefficients (a, b, c, d, e, f): x = a * col + b * row + c, y = d * col + e * row + f,
             of pixel corners, in units of the CRS.
         gsd: pixel size in metres (geometric mean of both axes, at the scene's centre); None without a CRS.
-        datetime: acquisition, ISO 8601 in UTC; None if not stated.
+        datetime: acquisition, ISO 8601 in UTC; None if not stated, or if only `interval` is.
         footprint: outline in EPSG:4326 as WKB (may be a MultiPolygon at the antimeridian); None without a CRS.
         identity: what tells a version of its files, and masks beside them, from another: {url: [bytes, mtime in ns]}.
+        interval: first and last acquisition of a composite, ISO 8601 in UTC; None if not stated.
     """
 
     scene_id: str
@@ -68,6 +69,12 @@ class Scene:
     datetime: str | None = None
     footprint: bytes | None = None
     identity: dict[str, list[int]] = field(default_factory=dict)
+    interval: tuple[str, str] | None = None
+
+    @property
+    def span(self) -> tuple[str, str] | None:
+        """First and last acquisition; the same twice where there is one; None if not stated."""
+        return self.interval or (None if self.datetime is None else (self.datetime, self.datetime))
 
     @property
     def band_names(self) -> tuple[str, ...]:
@@ -86,7 +93,17 @@ class Scene:
     def to_json(self) -> str:
         value = asdict(self)
         value["footprint"] = self.footprint.hex() if self.footprint else None
+        if self.interval is None:
+            del value["interval"]
         return json.dumps(value)
+
+    def source_json(self) -> str:
+        """Gives what tells one version of the scene's input from another, as JSON.
+
+        It is what `to_json` gave before intervals were kept, when a composite had the first of its times: what was
+        made of such scenes stays made.
+        """
+        return replace(self, datetime=self.datetime or (self.interval or (None,))[0], interval=None).to_json()
 
     @classmethod
     def from_json(cls, text: str) -> Scene:
@@ -94,6 +111,8 @@ class Scene:
         value["bands"] = tuple(Band(**band) for band in value["bands"])
         value["transform"] = tuple(value["transform"])
         value["footprint"] = bytes.fromhex(value["footprint"]) if value["footprint"] else None
+        if value.get("interval"):
+            value["interval"] = tuple(value["interval"])
         return cls(**value)
 
 

@@ -40,7 +40,7 @@ from sattile.mapreduce import INFERRED, ROW_BYTES, Tally, columns, deal, refused
 from sattile.memory import peak_mb
 from sattile.mosaic import Part, Product, Target
 from sattile.schema import Refusal, Scene, SegmentClass, describe_classes
-from sattile.stac import moment
+from sattile.stac import moment, whole_span
 from sattile.stitch import NODATA, PEAK, Stitcher, blend_weights, to_labels
 from sattile.warp import Cut, Grid, Warp, grid_like, parse_grid
 
@@ -365,13 +365,13 @@ def stretched(sheets: Sequence[Sheet], grid: Grid) -> str | None:
 
 
 def in_order(scenes: Sequence[Scene], rule: str) -> list[Scene]:
-    """Scenes as they are added: by id, or the newest first (those without a time last)."""
+    """Scenes as they are added: by id, or the newest first: by their time, or the first of an interval; others last."""
     ordered = sorted(scenes, key=lambda one: one.scene_id)
     if rule != "newest":
         return ordered
-    return sorted(
-        ordered, key=lambda one: moment(one.datetime).timestamp() if one.datetime else -math.inf, reverse=True
-    )
+    times = {one.scene_id: one.datetime or (one.span and one.span[0]) for one in ordered}
+    age = {scene_id: moment(time).timestamp() if time else -math.inf for scene_id, time in times.items()}
+    return sorted(ordered, key=lambda one: age[one.scene_id], reverse=True)
 
 
 def _blocks_of(warp: Warp, layout: Layout) -> Iterator[tuple[tuple[int, int], Window]]:
@@ -407,15 +407,15 @@ def _sheet(
 ) -> Sheet:
     name = f"r{key[0]}_c{key[1]}"
     transform = grid.of(window)
-    times = sorted((scene.datetime for scene in used if scene.datetime), key=moment)
-    known = bool(times) and len(times) == len(used)
+    datetimes = {scene.datetime for scene in used}
+    span = whole_span([scene.span for scene in used])
     target = Target(
         name, window.height, window.width, grid.crs, transform,
         geography.ground_sample_distance(grid.crs, transform, window.height, window.width),
         _footprint(grid, window),
-        times[0] if known and times[0] == times[-1] else None,
-        storage.digest([[json.loads(scene.to_json()) for scene in used], list(asdict(window).values())]),
-        (times[0], times[-1]) if known and times[0] != times[-1] else None,
+        datetimes.pop() if len(datetimes) == 1 else None,
+        storage.digest([[json.loads(scene.source_json()) for scene in used], list(asdict(window).values())]),
+        span if span and span[0] != span[1] else None,
         tuple(scene.url for scene in used),
         {mosaic.WINDOW: list(asdict(window).values())},
     )  # fmt: skip

@@ -7,6 +7,7 @@ and what they report becomes `dataset.json` (`_describe`, `_publish`). The forma
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from sattile.labels import LabelSource
 from sattile.record import QUARANTINE, Run
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
 from sattile.split import SPLITS, SplitRule
-from sattile.stac import moment, utc
+from sattile.stac import utc, whole_span
 from sattile.statistics import BandStatistics
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ STRIP_BYTES = 48 << 20
 
 TASK_PIXELS = 24_000_000
 """About how much ground a task covers: a few seconds' work, so that the end of a job is even."""
+
+FILED_FROM = 1 << 20
+"""Bytes from which shapes and areas are not in each chunk: they lie in a file, which a process reads once."""
 
 SMALL_PIXELS = 4_000_000
 """Scenes up to this share a part file with others; larger pieces have files of their own."""
@@ -223,7 +227,6 @@ def tile(
         with run.stage("look through labels"):
             matched = label_module.survey(spark, matched, ignored)
         rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
-        chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area, engine.slots(spark))
         pixels = sum(scene.height * scene.width for scene in found)
         for entry in storage.list_folder(out):
             if storage.name(entry.url).startswith(".work-"):  # of a killed run: the lease is ours
@@ -237,6 +240,7 @@ def tile(
             keep_background=keep_background, bands=len(found[0].bands),
         )  # fmt: skip
         try:
+            chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area, engine.slots(spark), work)
             with run.stage("cut tiles", pixels), engine.progress(spark, "tile"):
                 frame = engine.partitioned(spark, chunks, "chunk binary")
                 pieces = [
@@ -434,11 +438,14 @@ def _cells_drawn(sources: Iterable[LabelSource], cell: float) -> dict[str, float
     """The ground cells in which shapes were drawn: where labels are sparse, ground without any is of no use."""
     import geopandas
 
+    from sattile.shapes import unpack
+
     sizes: dict[str, float] = {}
     for source in set(sources):
-        shapes = geopandas.GeoSeries.from_wkb([wkb for wkb, _ in source.shapes or ()], crs=source.crs).to_crs(4326)
-        for point in shapes.representative_point():
-            sizes[split_module.cells(np.array([point.x]), np.array([point.y]), cell)[0]] = 1.0
+        if source.shapes:
+            shapes = geopandas.GeoSeries(unpack(source.shapes)[0], crs=source.crs).to_crs(4326)
+            points = shapes.representative_point()
+            sizes |= dict.fromkeys(split_module.cells_at(points.x.to_numpy(), points.y.to_numpy(), cell), 1.0)
     return sizes
 
 
@@ -488,14 +495,21 @@ def _plan(
     stride: int,
     area: Any,
     slots: int,
+    work: str = "",
 ) -> list[list[tuple[bytes]]]:
-    """Chunks, grouped into tasks of about `TASK_PIXELS` each; less where that would leave a slot idle at the end."""
+    """Chunks, packed and grouped into tasks of about `TASK_PIXELS` each; less where that would leave a slot idle at the
+    end.
+
+    Args:
+        work: folder for what is too large to be in each chunk (`FILED_FROM`).
+    """
     import shapely
 
     aoi = None
     if area is not None:
         aoi = (shapely.to_wkb(shapely.union_all(shapely.from_wkb(list(area.wkb)))), area.crs)
     held = {} if as_given or rule.by != "scene" else _held(scenes, rule)
+    filed: dict[bytes, str] = {}
     tasks: list[list[tuple[bytes]]] = []
     shared: list[tuple[bytes]] = []
     shared_pixels = 0
@@ -513,7 +527,7 @@ def _plan(
                 scene, sources[scene.scene_id], tuple(rows[first : first + step]), not small, alone_in_split,
                 held.get(scene.scene_id), aoi,
             )  # fmt: skip
-            packed = (pickle.dumps(chunk),)
+            packed = (_pack(chunk, work, filed),)
             if small:
                 shared.append(packed)
                 shared_pixels += pixels
@@ -523,6 +537,42 @@ def _plan(
             else:
                 tasks.append([packed])
     return [*tasks, shared] if shared else tasks
+
+
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, work: str, filed: dict[bytes, str]):
+        super().__init__(file)
+        self.work, self.filed = work, filed
+
+    def persistent_id(self, one: Any) -> str | None:
+        if type(one) is not bytes or len(one) < FILED_FROM:
+            return None
+        if one not in self.filed:
+            url = storage.join(self.work, f"large-{len(self.filed):05d}")
+            storage.write_bytes(url, one)
+            self.filed[one] = url
+        return self.filed[one]
+
+
+def _pack(chunk: Chunk, work: str, filed: dict[bytes, str]) -> bytes:
+    """A chunk for a task; what is large in it, such as the shapes of its scene, goes into a file, once for all chunks.
+
+    Args:
+        filed: urls of what is in files already.
+    """
+    file = io.BytesIO()
+    _Packer(file, work, filed).dump(chunk)
+    return file.getvalue()
+
+
+class _Unpacker(pickle.Unpickler):
+    def persistent_load(self, url: str) -> bytes:
+        return _read_large(url)
+
+
+@lru_cache(maxsize=4)
+def _read_large(url: str) -> bytes:
+    return storage.read_bytes(url)
 
 
 def _held(scenes: Sequence[Scene], rule: SplitRule) -> dict[str, bytes]:
@@ -581,7 +631,7 @@ def _cut(batches: Iterable[pandas.DataFrame], **settings: Any) -> Iterator[panda
         cutter = _Cutter(folder, **settings)
         for batch in batches:
             for packed in batch["chunk"]:
-                cutter.cut(pickle.loads(packed))
+                cutter.cut(_Unpacker(io.BytesIO(packed)).load())
         for piece in cutter.finish():
             yield pandas.DataFrame({"piece": [pickle.dumps(piece)]})
 
@@ -822,13 +872,17 @@ def _outlines(scene: Scene, windows: Sequence[Window], pad: int) -> list[tuple[n
     return list(zip(lon, lat, strict=True))
 
 
+@lru_cache(maxsize=1)
 def _aoi_outline(aoi: tuple[bytes, str] | None) -> Any:
-    """The area of interest in EPSG:4326."""
+    """The area of interest in EPSG:4326, made ready for many questions."""
     if aoi is None:
         return None
     import geopandas
+    import shapely
 
-    return geopandas.GeoSeries.from_wkb([aoi[0]], crs=aoi[1]).to_crs(4326).iloc[0]
+    area = geopandas.GeoSeries.from_wkb([aoi[0]], crs=aoi[1]).to_crs(4326).iloc[0]
+    shapely.prepare(area)
+    return area
 
 
 # --- back on the driver -----------------------------------------------------------------------------------------------
@@ -920,7 +974,7 @@ def _whereabouts(scenes: Sequence[Scene]) -> dict[str, Any]:
     import shapely
 
     shapes = [shapely.from_wkb(one.footprint) for one in sorted(scenes, key=lambda one: one.scene_id) if one.footprint]
-    times = sorted((one.datetime for one in scenes if one.datetime), key=moment)
+    interval = whole_span([one.span for one in scenes])
     whole = shapely.union_all(shapes)
     if shapely.get_num_coordinates(whole) > MOST_POINTS:
         whole = shapely.union_all(shapely.envelope(shapely.get_parts(whole)))
@@ -928,7 +982,7 @@ def _whereabouts(scenes: Sequence[Scene]) -> dict[str, Any]:
         whole = shapely.envelope(whole)
     return {
         "footprint": json.loads(shapely.to_geojson(whole)) if shapes and len(shapes) == len(scenes) else None,
-        "interval": [utc(times[0]), utc(times[-1])] if times and len(times) == len(scenes) else None,
+        "interval": list(map(utc, interval)) if interval else None,
     }
 
 

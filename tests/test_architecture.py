@@ -21,7 +21,7 @@ LAYERS = [
     {"mapreduce"},
     {"inference", "strata", "reporting"},
     {"warp", "scenes", "labels", "model", "mosaic", "vectors", "pictures", "comparison", "demo"},
-    {"versions", "card", "shapes"},
+    {"versions", "card", "shapes", "sidecars", "foreign"},
     {
         "raster",
         "cog",
@@ -38,7 +38,7 @@ LAYERS = [
         "stac",
     },
     {"schema", "stitch"},
-    {"drift", "geography", "grid", "memory", "spectrum", "split", "statistics", "storage"},
+    {"drift", "geography", "keras2", "grid", "memory", "spectrum", "split", "statistics", "storage"},
     {"errors"},
 ]
 """From top to bottom. A module imports from layers below its own."""
@@ -47,7 +47,7 @@ OWNERS = {
     "rasterio": {"raster", "shapes", "cog", "demo"},
     "tensorflow": {"scorers", "receptive", "training", "model"},
     "openvino": {"scorers"},
-    "keras": {"model", "receptive", "fusion", "training"},
+    "keras": {"model", "foreign", "receptive", "fusion", "training"},
     "petastorm": {"dataset"},
     "geopandas": {"labels", "scenes", "tiles", "prediction"},
     "pystac": {"scenes", "card"},

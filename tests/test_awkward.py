@@ -141,8 +141,9 @@ def test_each_is_predicted_right_or_quarantined(spark, files, tmp_path):
         layer.set_weights([kernel, np.array([LIMIT, 0], np.float32)])
         network.save(tmp_path / f"{count}.keras")
         model = bundle(
-            str(tmp_path / f"{count}.keras"), bands=names(count), classes="land,water", out=str(tmp_path / f"m{count}")
-        )
+            str(tmp_path / f"{count}.keras"), bands=names(count), classes="land,water", activation="none",
+            out=str(tmp_path / f"m{count}"),
+        )  # fmt: skip
         out = tmp_path / f"maps{count}"
         predict(spark, model=model, scenes=urls, bands=names(count), out=str(out), max_failed_fraction=1.0)
         refused |= quarantined(out)

@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 from rasterio.transform import from_origin
 
-from benchmarks import imagery
+from benchmarks import imagery, shapes
 from benchmarks.growth import exponent
 from benchmarks.memory import Peak
 from benchmarks.peers import Measured, agree, shape, table
 from benchmarks.predicting import cells
+from sattile.grid import Window
+from sattile.shapes import pack, rasterize
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.integers(0, 9))
@@ -110,3 +113,23 @@ def test_the_peak_counts_what_children_hold() -> None:
         for child in children:
             child.join()
     assert 300 < peak.megabytes - before.megabytes < 900
+
+
+def test_shapes_are_measured_in_each_way_of_drawing_them(capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = shapes.main(1, edge=300, footprints=40, vertices=900)
+    for crs in ("EPSG:4326", "EPSG:32633"):
+        assert f"40 footprints in {crs}, labels, 9 windows" in ratios
+        assert f"a coast of 900 vertices in {crs}, labels, 3 strips" in ratios
+        assert f"a coast of 900 vertices in {crs}, area, 9 windows" in ratios
+    assert capsys.readouterr().out.count("against") == len(ratios) == 12
+    assert all(ratio > 0 for ratio in ratios.values())
+
+
+def test_the_shapes_that_are_measured_are_drawn_alike_by_both() -> None:
+    scene = shapes.Scene(300, 300)
+    for drawing in (shapes.houses(300, 40), shapes.coast(300, 900)):
+        values = [5] * len(drawing)
+        packed = pack(list(zip(shapely.to_wkb(shapes.on_ground(drawing, scene, "EPSG:4326")), values, strict=True)))
+        drawn = rasterize(packed, "EPSG:4326", scene, Window(0, 0, 300, 300))
+        assert 0 < (drawn == 5).sum() < 90_000
+        assert (drawn != shapes.at_once(drawing, values, 300)).mean() < 1e-4

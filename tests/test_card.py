@@ -157,6 +157,7 @@ def test_the_item_says_what_the_network_takes_and_gives() -> None:
     assert (said["geometry"], said["bbox"]) == (SQUARE, [15, 45, 15.5, 46])
     assert (properties["datetime"], properties["start_datetime"]) == (None, "2020-06-01T10:00:00Z")
     assert properties["end_datetime"] == "2021-07-02T10:00:00Z"
+    assert "sattile:datetime_missing" not in properties
     assert said["assets"]["model"]["file:checksum"] == "1220" + TRAINED["digest"]
     assert model_item(KINDS["across the antimeridian"])["bbox"] == [179, -18, -178, -17]
 
@@ -165,6 +166,7 @@ def test_the_item_says_what_the_network_takes_and_gives() -> None:
     assert said["geometry"] is None
     assert "bbox" not in said
     assert "placeholders" in properties["description"]
+    assert properties["sattile:datetime_missing"] is True
     assert properties["mlm:input"][0]["input"]["shape"] == [-1, 64, 64, 3]
     assert properties["mlm:output"][0]["result"]["shape"] == [-1, 64, 64, 1]
     assert not {"mlm:pretrained", "mlm:hyperparameters", "mlm:framework_version", "gsd"} & {*properties}
@@ -272,7 +274,7 @@ def test_the_same_bundle_says_the_same(kind: str) -> None:
 def test_the_command_of_the_card_runs(spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keras = pytest.importorskip("keras")
     values = keras.Input((None, None, 2))
-    network = keras.Model(values, keras.layers.Conv2D(2, 1)(values))
+    network = keras.Model(values, keras.layers.Conv2D(2, 1, activation="softmax")(values))
     network.set_weights([np.eye(2)[None, None], np.zeros(2)])
     network.save(tmp_path / "net.keras")
     out = bundle(str(tmp_path / "net.keras"), bands="blue,near infrared", classes="a,b", out=str(tmp_path / "model"))

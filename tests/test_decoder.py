@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -42,6 +43,10 @@ def sleep(seconds: float) -> str:
 
 def fail(kind: type[Exception]) -> None:
     raise kind("because")
+
+
+def whereabouts(*large: bytes) -> list[tuple[int, int, bytes, bytes]]:
+    return [(id(one), len(one), one[:1], one[-1:]) for one in large]
 
 
 class Unpicklable(Exception):
@@ -283,3 +288,28 @@ def test_reading_ahead_that_is_given_up_leaves_the_decoder_free():
     for _ in read_ahead([("a", 1), ("a", 2), ("a", 3)], of, lambda item: item[0]):
         break
     assert decoder().call(add, 1, b=2) == 3
+
+
+def test_large_bytes_travel_to_a_child_once():
+    """The same object is there at the next function, though an equal one was sent; a new child is sent it again."""
+    with Decoder() as reader:
+        first = reader.call(whereabouts, b"a" * 3_000_000, b"b" * 100_000)
+        with pytest.raises((AttributeError, TypeError), match="pickle"):
+            reader.call(whereabouts, b"c" * 200_000, lambda: None)
+        again = reader.call(whereabouts, b"b" * 100_000, b"c" * 200_000, b"a" * 3_000_000)
+        assert [one[1:] for one in again] == [
+            (n, x, x) for n, x in ((100_000, b"b"), (200_000, b"c"), (3_000_000, b"a"))
+        ]
+        assert (again[2], again[0]) == tuple(first)
+        with pytest.raises(Refused, match="crashed"):
+            reader.call(die, signal.SIGKILL)
+        assert [one[1:] for one in reader.call(whereabouts, b"a" * 3_000_000)] == [(3_000_000, b"a", b"a")]
+
+
+def test_parent_and_child_forget_the_same_large_bytes():
+    with Decoder() as reader:
+        for number in [*range(12), *range(12), 3, 3, 11, 0]:
+            large = [bytes([one % 12]) * (9_000_000 + one) for one in range(number, number + 5)]
+            found = reader.call(whereabouts, *large)
+            assert [one[1:] for one in found] == [(len(one), one[:1], one[-1:]) for one in large]
+        assert len(pickle.dumps(reader._kept)) < 60_000_000

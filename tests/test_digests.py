@@ -133,7 +133,7 @@ def test_labels_are_their_files(tmp_path: Path) -> None:
     assert raster.identity() == {f"{tmp_path}/a.tif": version}
     band = LabelSource(f"{tmp_path}/a.tif", "2")
     assert band.identity() == {f"{tmp_path}/a.tif:2": version}
-    vector = LabelSource(f"{tmp_path}/s.shp", shapes=((b"\1", 3),), crs=UTM, background=0)
+    vector = LabelSource(f"{tmp_path}/s.shp", shapes=b"\1", crs=UTM, background=0)
     assert list(vector.identity().items()) == [(f"{tmp_path}/s.{suffix}", version) for suffix in ("shp", "dbf", "prj")]
     assert LabelSource("/nowhere.tif").identity() == {"/nowhere.tif": [0, 0]}
 

@@ -67,7 +67,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     given = keras.Input((None, None, 2))
     keras.Model(given, keras.layers.Activation("linear")(given)).save(folder / "identity.keras")
-    return bundle(str(folder / "identity.keras"), bands="x,y", classes="land=0,water=7", out=str(folder / "bundle"))
+    described = {"bands": "x,y", "classes": "land=0,water=7", "activation": "none"}
+    return bundle(str(folder / "identity.keras"), **described, out=str(folder / "bundle"))
 
 
 def made(name: str) -> tuple[np.ndarray, np.ndarray]:

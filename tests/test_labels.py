@@ -179,3 +179,51 @@ def test_classes_may_be_kept_in_the_order_in_which_they_are_named(text):
 def test_classes_that_are_none(text):
     with pytest.raises(UsageError, match="classes"):
         legend.parse_classes(text)
+
+
+def test_what_has_no_area_is_left_out_and_told(tmp_path, caplog):
+    """A spike is no part of a square; a polygon without an area, lines and points hold no pixel."""
+    scene = scene_of(tmp_path / "s.tif")
+    corner = np.array([WEST, NORTH])
+
+    def at(*points: tuple[float, float]) -> list[np.ndarray]:
+        return [corner + np.array([10 * col, -10 * row]) for col, row in points]
+
+    spiked = shapely.Polygon(at((5, 5), (15, 5), (15, 15), (10, 15), (10, 35), (10, 15), (5, 15)))
+    shapes = [
+        shapely.LineString(at((0, 0), (60, 40))),
+        spiked,
+        shapely.Polygon(at((20, 20), (40, 20), (20, 20))),
+        shapely.MultiPoint(at((1, 1), (2, 30))),
+        shapely.GeometryCollection([pixels(30, 5, 34, 9), shapely.LineString(at((30, 30), (50, 30)))]),
+        shapely.Point(at((3, 3))[0]),
+    ]
+    url = write_shapes(tmp_path / "v.gpkg", shapes, kind=[9, 0, 8, 9, 1, 7])
+    features = labels.read_vector(url, "kind")
+    assert (features.values, features.numbers) == (("0", "1"), (2, 5))
+    assert "4 of 6 shapes left out, as only areas hold pixels: 2 points, 1 line, 1 polygon without area" in caplog.text
+    matched = labels.match_pairs({"s": url}, [scene], attribute="kind")
+    assert [one.id for one in matched.classes] == [0, 1]
+    expected = np.full((40, 60), IGNORE)
+    expected[5:15, 5:15] = 0
+    expected[5:9, 30:34] = 1
+    assert np.array_equal(drawn(matched.sources["s"], scene), expected)
+    lines = write_shapes(tmp_path / "l.gpkg", shapes[:1] * 2, kind=[1, 2])
+    with pytest.raises(UsageError, match=r"l.gpkg holds no polygon: 2 lines; .*buffer"):
+        labels.read_vector(lines)
+
+
+def test_a_scene_gets_the_shapes_that_touch_it_in_the_order_of_the_file(tmp_path):
+    near, far = scene_of(tmp_path / "near.tif"), scene_of(tmp_path / "far.tif", west=WEST + 40_000)
+    order = np.random.default_rng(0).permutation(60)
+    shapes = [pixels(col, 0, col + 2, 40).union(pixels(col + 4000, 0, col + 4002, 40)) if col % 2 else
+              pixels(col, 0, col + 5, 30) for col in order.tolist()]  # fmt: skip
+    url = write_shapes(tmp_path / "v.gpkg", shapes, kind=order.tolist())
+    matched = labels.match_pairs({"near": url, "far": url}, [near, far], attribute="kind")
+    expected = np.full((2, 40, 60), IGNORE)
+    for col in order.tolist():
+        expected[0, : 40 if col % 2 else 30, col : col + (2 if col % 2 else 5)] = col
+        if col % 2:
+            expected[1, :, col : col + 2] = col
+    for scene, right in zip((near, far), expected, strict=True):
+        assert np.array_equal(drawn(matched.sources[scene.scene_id], scene), right)

@@ -208,7 +208,8 @@ def test_a_speculative_twin_changes_no_byte(spark: Any, two_hosts: tuple[str, di
     from sattile.prediction import predict
 
     given = keras.Input((None, None, 2))
-    keras.Model(given, keras.layers.Conv2D(2, 3, padding="same")(given)).save(tmp_path / "net.keras")
+    network = keras.Model(given, keras.layers.Conv2D(2, 3, padding="same", activation="softmax")(given))
+    network.save(tmp_path / "net.keras")
     model, scenes = str(tmp_path / "model"), tmp_path / "scenes"
     bundle(str(tmp_path / "net.keras"), bands="x,y", classes="land=0,water=7", fill="3,5", out=model)
     for seed, shape in enumerate([(300, 210), (170, 260), (90, 330), (250, 180)]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -39,6 +40,7 @@ def scene_of(
     crs: str | None = UTM,
     transform: tuple[float, ...] = (10.0, 0.0, 5e5, 0.0, -10.0, 5e6),
     datetime: str | None = "2020-06-01T10:00:00Z",
+    interval: tuple[str, str] | None = None,
 ) -> Scene:
     import shapely
 
@@ -47,6 +49,7 @@ def scene_of(
     return Scene(
         scene_id, band.url, *shape, (band,), crs, transform,  # type: ignore[arg-type]
         gsd=10.0 if crs else None, datetime=datetime, footprint=footprint, identity={band.url: [123, 456]},
+        interval=interval,
     )  # fmt: skip
 
 
@@ -112,7 +115,9 @@ def validate(path: Path, schemas: Path) -> None:
 def test_a_finished_folder_is_valid_and_keeps_the_scene_s_grid(scene: Scene, tmp_path: Path, shared_data: Path) -> None:
     folder = tmp_path / scene.scene_id
     mosaic.write_map(Target.of(scene), parts_of(scene), PRODUCT, str(folder))
-    assert sorted(files_of(folder)) == ["coverage.tif", "item.json", "labels.tif", "quicklook.png", "scores.tif"]
+    assert sorted(files_of(folder)) == [
+        "coverage.tif", "item.json", "labels.qml", "labels.tif", "labels.tif.aux.xml", "quicklook.png", "scores.tif",
+    ]  # fmt: skip
     labels, scores, coverage = result_of(scene)
     for name, expected in (("labels", labels), ("scores", scores), ("coverage", coverage)):
         path = folder / f"{name}.tif"
@@ -252,7 +257,7 @@ def publish(out: Path, scene: Scene, product: Product, stop: int | None = None) 
 
 
 @pytest.mark.parametrize("scores", [True, False])
-@pytest.mark.parametrize("stop", range(8))
+@pytest.mark.parametrize("stop", range(10))
 def test_a_replacement_that_dies_anywhere_leaves_a_folder_that_counts_as_old_new_or_unfinished(
     tmp_path: Path, stop: int, scores: bool
 ) -> None:
@@ -277,7 +282,8 @@ def test_a_replacement_that_dies_anywhere_leaves_a_folder_that_counts_as_old_new
             assert asset["file:checksum"] == "1220" + hashlib.sha256(data).hexdigest()
     publish(tmp_path, scene, new)  # the next run finishes it
     assert mosaic.is_done(str(tmp_path), Target.of(scene), new)
-    expected = ["coverage.tif", "item.json", "labels.tif", "quicklook.png", *["scores.tif"] * scores]
+    classes = ["labels.qml", "labels.tif", "labels.tif.aux.xml"]
+    expected = ["coverage.tif", "item.json", *classes, "quicklook.png", *["scores.tif"] * scores]
     assert sorted(files_of(tmp_path / scene.scene_id)) == expected
 
 
@@ -296,6 +302,24 @@ def test_a_scene_is_done_only_if_settings_input_and_files_are_as_they_were(tmp_p
     assert mosaic.is_done(out, Target.of(scene), PRODUCT)
     os.truncate(folder / "labels.tif", 100)
     assert not mosaic.is_done(out, Target.of(scene), PRODUCT)
+
+
+def test_digests_of_scenes_are_what_they_were_and_an_interval_is_not_in_them() -> None:
+    """Written down by the code of before intervals were kept, when a composite had the first of its times."""
+    band = Band("B02", "/archive/a.tif", 1, "uint16", nodata=0.0)
+    scene = Scene(
+        "a", "/archive/a.tif", 61, 83, (band,), "EPSG:32633", (10.0, 0.0, 5e5, 0.0, -10.0, 5e6), gsd=10.0,
+        datetime="2020-01-01T00:00:00Z", footprint=b"\x01\x02", identity={"/archive/a.tif": [123, 456]},
+    )  # fmt: skip
+    bare = Scene("u", "/archive/u.tif", 61, 83, (band,), None, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
+    assert (mosaic.source_digest(scene), mosaic.source_digest(bare)) == ("e779f0f3c3ff3c27", "ca72c0100417b07a")
+    # As in the state of an evaluation of scenes: the text itself.
+    texts = [one.source_json() for one in (scene, bare)]
+    assert mosaic.storage.digest([texts, ["v"]]) == "45fd089410bc7a4f"
+    interval = ("2020-01-01T00:00:00Z", "2020-03-31T00:00:00Z")
+    for datetime in (None, "2020-01-01T00:00:00Z"):
+        composite = dataclasses.replace(scene, datetime=datetime, interval=interval)
+        assert mosaic.source_digest(composite) == "e779f0f3c3ff3c27"
 
 
 def test_the_collection_lists_what_is_finished_and_is_valid(tmp_path: Path, shared_data: Path) -> None:

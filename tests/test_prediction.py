@@ -325,6 +325,16 @@ def test_scenes_that_a_model_cannot_be_used_on(scene: Scene, bundle: Bundle, rea
     assert reason in refused[0].reason
 
 
+def test_a_rule_that_goes_by_time_refuses_scenes_without_one() -> None:
+    span = ("2020-01-01T00:00:00Z", "2020-03-31T00:00:00Z")
+    times: list[dict[str, Any]] = [{"datetime": span[0]}, {"interval": span}, {}]
+    scenes = [replace(scene_of(5, 6), **one) for one in times]
+    good, refused = prediction.fitting(scenes, bundle_of(), max_gsd_ratio=1.5, dated=True)
+    assert [scene.span for scene in good] == [(span[0], span[0]), span]
+    assert ["no time of acquisition, and --rule newest" in one.reason for one in refused] == [True]
+    assert not prediction.fitting(scenes, bundle_of(), max_gsd_ratio=1.5)[1]
+
+
 def test_scenes_within_the_ratio_or_without_a_gsd_are_fine_and_bands_come_in_the_models_order() -> None:
     scenes = [scene_of(5, 6, gsd=12.0), scene_of(5, 6, gsd=None)]
     good, refused = prediction.fitting(scenes, bundle_of(gsd=10.0, bands=("y", "x")), max_gsd_ratio=1.5)
@@ -377,7 +387,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, network in networks.items():
         network.save(folder / f"{name}.keras")
-        bundle(str(folder / f"{name}.keras"), bands="x,y", classes="land=0,water=7", fill="3,5", out=str(folder / name))
+        described = {"bands": "x,y", "classes": "land=0,water=7", "fill": "3,5", "activation": "none"}
+        bundle(str(folder / f"{name}.keras"), **described, out=str(folder / name))
     return folder
 
 
@@ -483,10 +494,11 @@ def test_several_models_are_averaged_and_turns_taken(spark: Any, models: Path, a
 def test_models_that_do_not_agree_are_not_averaged(models: Path, tmp_path: Path) -> None:
     from sattile.model import bundle
 
-    bundle(str(models / "pooling.keras"), bands="x,z", classes="land=0,water=7", out=str(tmp_path / "other"))
+    described = {"classes": "land=0,water=7", "activation": "none"}
+    bundle(str(models / "pooling.keras"), bands="x,z", **described, out=str(tmp_path / "other"))
     with pytest.raises(UsageError, match="bands of"):
         load_models(f"{models / 'pooling'},{tmp_path / 'other'}")
-    bundle(str(models / "pooling.keras"), bands="x,y", classes="land=0,water=7", out=str(tmp_path / "zero"))
+    bundle(str(models / "pooling.keras"), bands="x,y", **described, out=str(tmp_path / "zero"))
     mixed = load_models(f"{models / 'pooling'},{tmp_path / 'zero'}")
     with pytest.raises(UsageError, match="--fill"):  # 3,5 and 0
         inference.prepare(mixed)
@@ -555,6 +567,13 @@ def test_a_second_run_writes_nothing_and_only_what_changed_is_done_again(
     assert (second["done"], second["skipped"]) == (0, 2)
     assert second["delivered_mpix_per_s"] > 0
     assert times() == before
+    contents = maps_of(out)
+    for path in [*out.glob("*/labels.tif.aux.xml"), *out.glob("*/labels.qml")]:  # as in folders of before
+        path.unlink()
+    assert (go()["done"], maps_of(out)) == (0, contents)
+    written = {Path(path).name for path, when in times().items() if before[path] != when}
+    assert written == {"labels.tif.aux.xml", "labels.qml"}
+    before = times()
 
     write_scene(scenes / "b.tif", noise(9, 50, 70), names=("x", "y"), nodata=0)
     third = go()

@@ -243,6 +243,17 @@ def test_says_what_the_folders_say(folders: dict[str, Path]) -> None:
         assert " ".join(said.split()) in text, said
 
 
+def test_a_composite_is_of_its_first_to_its_last_day_and_an_undated_scene_of_none(folders: dict[str, Path]) -> None:
+    path = folders["catalog"] / "scenes.parquet"
+    table = pq.read_table(path)
+    for name, day in (("start_datetime", "2020-01-01T00:00:00Z"), ("end_datetime", "2020-03-31T00:00:00Z")):
+        table = table.append_column(name, pa.array([None, None, day], pa.string()))
+    table = table.set_column(table.column_names.index("datetime"), "datetime", pa.nulls(3, pa.string()))
+    pq.write_table(table, path)
+    html = page_of(folders["catalog"])
+    assert re.findall(r'nowrap">([^<]*)</td><td class="n">\d+ × \d+', html) == ["–", "–", "2020-01-01 – 2020-03-31"]
+
+
 def test_needs_no_network_and_runs_nothing(folders: dict[str, Path]) -> None:
     html = page_of(*folders.values())
     page = Page(html)

@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network = keras.Model(given, layer(given))
         layer.set_weights([factor * np.eye(2, dtype=np.float32)[None, None]])
         network.save(folder / f"{name}.keras")
-    options: dict[str, Any] = {"bands": "x,y", "classes": "x,y"}
+    options: dict[str, Any] = {"bands": "x,y", "classes": "x,y", "activation": "none"}
     bundle(keras=str(folder / "one.keras"), out=str(folder / "versions"), versions=True, **options)
     bundle(keras=str(folder / "two.keras"), out=str(folder / "other"), **options)
     return folder
@@ -158,7 +158,13 @@ def test_a_later_version_of_the_model_makes_all_maps_anew(
     from sattile.model import bundle
 
     versions = tmp_path / "versions"
-    options: dict[str, Any] = {"bands": "x,y", "classes": "x,y", "out": str(versions), "versions": True}
+    options: dict[str, Any] = {
+        "bands": "x,y",
+        "classes": "x,y",
+        "activation": "none",
+        "out": str(versions),
+        "versions": True,
+    }
     bundle(keras=str(models / "one.keras"), **options)
     nightly(spark, models, archive, model=str(versions))
     before = contents(archive.parent / "nightly" / "mosaics")
@@ -214,7 +220,9 @@ def test_a_sheet_whose_scene_has_rotted_when_the_model_has_a_later_version(
     """Its size and time are as they were, and so is its header."""
     from sattile.model import bundle
 
-    options: dict[str, Any] = {"bands": "x,y", "classes": "x,y", "out": str(tmp_path / "versions"), "versions": True}
+    options: dict[str, Any] = {
+        "bands": "x,y", "classes": "x,y", "activation": "none", "out": str(tmp_path / "versions"), "versions": True,
+    }  # fmt: skip
     bundle(keras=str(models / "one.keras"), **options)
     values = np.random.default_rng(2).integers(1, 900, (2, HEIGHT, WIDTH)).astype(np.uint16)
     place = {"west": WEST + 20 * WIDTH, "north": NORTH}

@@ -22,6 +22,7 @@ from rasterio.transform import from_origin
 from sattile import raster, record, scenes
 from sattile.errors import Refused, TooManyRefused, UsageError
 from sattile.grid import Window
+from sattile.schema import Scene
 
 BEAUFORT = "2018-10-13, Sentinel-2B L1C"
 
@@ -386,6 +387,71 @@ def test_a_stac_item_names_bands_and_states_values(tmp_path, version):
     assert (one_of(url, bands=["B11"]).height, one_of(url, bands=["B11"]).width) == (6, 10)
     _, bad = described(url, bands=["B08"])
     assert "no asset with band B08" in bad[url]
+
+
+FIRST, LAST, NOMINAL = "2020-01-01T00:00:00Z", "2020-03-31T23:59:59Z", "2020-02-15T12:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("stated", "datetime", "interval"),
+    [
+        ({"datetime": None, "start_datetime": FIRST, "end_datetime": LAST}, None, (FIRST, LAST)),
+        ({"datetime": NOMINAL, "start_datetime": FIRST, "end_datetime": LAST}, NOMINAL, (FIRST, LAST)),
+        ({"datetime": None, "start_datetime": "2020-01-01T01:00:00+01:00", "end_datetime": LAST}, None, (FIRST, LAST)),
+        ({"datetime": NOMINAL}, NOMINAL, None),
+        ({"datetime": NOMINAL, "start_datetime": LAST, "end_datetime": FIRST}, NOMINAL, None),
+        ({"datetime": NOMINAL, "start_datetime": FIRST, "end_datetime": "in March"}, NOMINAL, None),
+        ({"datetime": NOMINAL, "start_datetime": FIRST, "end_datetime": None}, NOMINAL, None),
+    ],
+)
+def test_an_item_s_interval_is_kept(tmp_path, stated, datetime, interval):
+    """Of a composite, the file's own date is that of its making."""
+    tiff(tmp_path / "image.tif")
+    with rasterio.open(tmp_path / "image.tif", "r+") as file:
+        file.update_tags(TIFFTAG_DATETIME="2023:05:06 07:08:09")
+    url = item(tmp_path / "one.json", {"image": {"href": "image.tif", "type": TIFF_TYPE}}, **stated)
+    scene = one_of(url)
+    assert (scene.datetime, scene.interval) == (datetime, interval)
+    assert scene.span == (interval or (NOMINAL, NOMINAL))
+    assert Scene.from_json(scene.to_json()) == scene
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"datetime": None, "start_datetime": "1970-01-01T00:00:00Z", "end_datetime": "2099-12-31T23:59:59Z"},
+        {
+            "datetime": None, "start_datetime": FIRST, "end_datetime": LAST, "sattile:datetime_missing": True,
+        },
+        {"datetime": None},
+    ],
+    ids=["our placeholders", "flagged", "null alone"],
+)  # fmt: skip
+def test_an_item_without_a_date_is_of_no_time(tmp_path, stated):
+    tiff(tmp_path / "image.tif")
+    url = item(tmp_path / "one.json", {"image": {"href": "image.tif", "type": TIFF_TYPE}}, **stated)
+    scene = one_of(url)
+    assert (scene.datetime, scene.interval, scene.span) == (None, None, None)
+    assert "interval" not in scene.to_json()
+
+
+def test_a_catalogue_has_the_intervals_of_composites(spark, tmp_path):
+    tiff(tmp_path / "image.tif")
+    assets = {"image": {"href": "image.tif", "type": TIFF_TYPE}}
+    whole = {"datetime": None, "start_datetime": FIRST, "end_datetime": LAST}
+    urls = [item(tmp_path / "items" / "plain.json", {"image": {"href": "../image.tif", "type": TIFF_TYPE}})]
+    table = pq.read_table(scenes.index(spark, urls, out=str(tmp_path / "plain")))
+    assert not {"start_datetime", "end_datetime"} & set(table.column_names)  # as it was before there were any
+    urls.append(item(tmp_path / "whole.json", assets, **whole))
+    url = scenes.index(spark, urls, out=str(tmp_path / "out"))
+    rows = pq.read_table(url, columns=["scene_id", *whole]).to_pylist()
+    nothing = {"start_datetime": None, "end_datetime": None}
+    assert rows == [
+        {"scene_id": "plain", "datetime": "2020-05-17T08:00:00Z", **nothing}, {"scene_id": "whole", **whole},
+    ]  # fmt: skip
+    assert [one.interval for one in scenes.resolve(spark, url).scenes] == [None, (FIRST, LAST)]
+    tiff(tmp_path / "image.tif", height=13)  # described anew, as the catalogue says
+    assert [one.interval for one in scenes.resolve(spark, url).scenes] == [None, (FIRST, LAST)]
 
 
 def test_an_item_of_one_file_that_says_nothing_of_its_bands(tmp_path):

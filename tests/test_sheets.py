@@ -36,6 +36,7 @@ from sattile.grid import Geometry, Window
 from sattile.inference import Inference
 from sattile.mapreduce import INFERRED, Tally, columns
 from sattile.prediction import predict
+from sattile.record import read_quarantine
 from sattile.reporting import report
 from sattile.scenes import describe, find
 from sattile.schema import Scene
@@ -351,6 +352,37 @@ def test_the_newest_scene_wins_where_it_is_valid(archive: Path, network: Any) ->
     np.testing.assert_array_equal(sheet["scores"][..., 0], expected.astype(np.float32))
 
 
+QUARTERS = [("2020-01-01T00:00:00Z", "2020-03-31T00:00:00Z"), ("2020-04-01T00:00:00Z", "2020-06-30T00:00:00Z")]
+
+
+@pytest.mark.parametrize(
+    ("times", "datetime", "interval"),
+    [
+        ([{"interval": QUARTERS[1]}, {"interval": QUARTERS[0]}], None, (QUARTERS[0][0], QUARTERS[1][1])),
+        ([{"interval": QUARTERS[0]}] * 2, None, QUARTERS[0]),
+        ([{"interval": QUARTERS[0]}, {"datetime": "2020-02-01T00:00:00Z"}], None, QUARTERS[0]),
+        ([{"datetime": "2020-02-01T00:00:00Z"}] * 2, "2020-02-01T00:00:00Z", None),
+        ([{"datetime": "2020-02-01T00:00:00Z"}, {}], None, None),
+        ([{}, {}], None, None),
+    ],
+)
+def test_a_sheet_is_of_the_whole_time_of_its_scenes(
+    archive: Path, times: list[dict[str, Any]], datetime: str | None, interval: tuple[str, str] | None
+) -> None:
+    scenes = [replace(one, **stated) for one, stated in zip(scenes_of(archive)[:2], times, strict=True)]
+    [sheet], _ = sheets.plan_sheets(scenes, layout_of(SAME, 64))
+    assert (sheet.target.datetime, sheet.target.interval) == (datetime, interval)
+
+
+def test_composites_are_as_new_as_they_begin_unless_they_state_a_time(archive: Path) -> None:
+    days = {"a": None, "b": "2020-03-01T00:00:00Z", "c": "2020-02-01T00:00:00Z"}
+    spans = {"a": QUARTERS[1], "b": None, "c": ("2019-01-01T00:00:00Z", "2021-01-01T00:00:00Z")}
+    scenes = [replace(one, datetime=days[one.scene_id], interval=spans[one.scene_id]) for one in scenes_of(archive)]
+    assert [one.scene_id for one in sheets.in_order(scenes, "newest")] == ["a", "b", "c"]
+    undated = replace(scenes[0], scene_id="0", datetime=None, interval=None)
+    assert [one.scene_id for one in sheets.in_order([undated, *scenes], "newest")] == ["a", "b", "c", "0"]
+
+
 def test_weights_of_clouds_and_edges(tmp_path: Path, network: Any) -> None:
     network(lambda batch: batch)
     for name, value, cloud in (("a", 10, 25), ("b", 20, 75)):
@@ -539,7 +571,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(inputs)
     x = keras.layers.UpSampling2D()(keras.layers.MaxPooling2D()(x))
     keras.Model(inputs, keras.layers.Conv2D(2, 3, padding="same")(x)).save(folder / "net.keras")
-    bundle(keras=str(folder / "net.keras"), bands="x,y", classes="land=0,water=7", out=str(folder / "model"))
+    described = {"bands": "x,y", "classes": "land=0,water=7", "activation": "none"}
+    bundle(keras=str(folder / "net.keras"), **described, out=str(folder / "model"))
     return str(folder / "model")
 
 
@@ -693,6 +726,23 @@ def test_a_rerun_does_only_sheets_that_are_missing_or_changed(spark: Any, model:
     assert {name.split("/")[0] for name in changed} <= {far.name, "overview.png", "collection.json"}
     with pytest.raises(UsageError, match="other settings"):
         go(spark, model, scenes, out, block=80)
+
+
+def test_the_newest_of_scenes_without_a_time_is_not_guessed(spark: Any, model: str, tmp_path: Path) -> None:
+    scenes, out = write_archive(tmp_path / "scenes", ("a", "b")), tmp_path / "out"
+    with pytest.raises(TooManyRefused, match="2 of 2 scenes were refused"):
+        go(spark, model, scenes, out, rule="newest")
+    assert {one.reason.partition(";")[0] for one in read_quarantine(str(out))} == {
+        "states no time of acquisition, and --rule newest goes by it"
+    }
+    with rasterio.open(scenes / "b.tif", "r+") as file:
+        file.update_tags(TIFFTAG_DATETIME="2020:05:06 07:08:09")
+    record = go(spark, model, scenes, out, rule="newest", max_failed_fraction=0.5)
+    assert (record["done"] > 0, record["quarantined"]) == (True, 1)
+    for path in out.glob("*/item.json"):
+        properties = json.loads(path.read_text())["properties"]
+        assert properties["datetime"] == "2020-05-06T07:08:09Z"
+        assert "sattile:datetime_missing" not in properties
 
 
 def test_a_scene_that_cannot_be_read_is_left_out_everywhere(

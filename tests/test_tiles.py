@@ -19,6 +19,7 @@ import rasterio.warp
 import shapely
 from scenes_for_tests import position_image, write_scene
 
+import sattile.tiles
 from sattile import storage
 from sattile.dataset import petastorm_reader, read_dataset
 from sattile.errors import TooManyRefused, UsageError
@@ -139,6 +140,8 @@ def test_the_training_ground_is_whole_or_not_said(made):
     assert all(area.covers(shapely.from_wkb(one.footprint)) for one in many)
     assert _whereabouts([*few, scene(9, footprint=None)]) == {**_whereabouts([*few, scene(9)]), "footprint": None}
     assert _whereabouts([*few, scene(9, datetime=None)])["interval"] is None
+    composite = scene(9, datetime=None, interval=("2020-05-01T00:00:00Z", "2020-12-31T00:00:00Z"))
+    assert _whereabouts([*few, composite])["interval"] == ["2020-04-02T03:04:05Z", "2020-12-31T00:00:00Z"]
     assert _whereabouts([]) == {"footprint": None, "interval": None}
 
 
@@ -166,6 +169,36 @@ def test_every_core_has_tasks_to_the_end(slots):
     assert sum(rows) == 32
     shares = [sum(rows[slot::slots]) for slot in range(slots)]
     assert max(shares) <= 1.25 * 32 / slots
+
+
+def test_large_shapes_are_read_from_a_file_that_all_chunks_share(spark, tmp_path, monkeypatch):
+    import geopandas
+
+    monkeypatch.setattr("sattile.tiles.SMALL_PIXELS", 1)
+    monkeypatch.setattr("sattile.tiles.TASK_PIXELS", 20_000)
+    for index in range(2):
+        west = 600_000 + 20_000 * index
+        write_scene(tmp_path / "scenes" / f"s{index}.tif", position_image(200, 300, 1), west=west)
+    boxes = [shapely.box(600_000 + at, 4_998_000, 600_050 + at, 5_000_000) for at in range(0, 23_000, 90)]
+    geopandas.GeoDataFrame({"kind": [at % 3 for at in range(len(boxes))]}, geometry=boxes, crs=32632).to_file(
+        tmp_path / "l.gpkg"
+    )
+    area = shapely.Point(611_000, 4_999_000).buffer(10_500, 90)
+    geopandas.GeoDataFrame(geometry=[area], crs=32632).to_crs(4326).to_file(tmp_path / "a.gpkg")
+    options = {"scenes": [str(tmp_path / "scenes")], "labels": str(tmp_path / "l.gpkg"), "attribute": "kind",
+               "aoi": str(tmp_path / "a.gpkg"), "size": 64, "split": "scene", "fractions": "1,0,0"}  # fmt: skip
+    inline = read_dataset(tile(spark, **options, out=str(tmp_path / "inline")))
+    monkeypatch.setattr("sattile.tiles.FILED_FROM", 2000)
+    filed, pack = [], sattile.tiles._pack
+    monkeypatch.setattr(
+        "sattile.tiles._pack", lambda chunk, work, known: filed.append(known) or pack(chunk, work, known)
+    )
+    in_files = read_dataset(tile(spark, **options, out=str(tmp_path / "filed")))
+    assert len(filed) > 4  # chunks
+    assert len(filed[0]) == 3  # two scenes' shapes and the area
+    assert in_files["digest"] == inline["digest"]
+    assert sum(part["tiles"] for part in inline["splits"].values()) > 20
+    assert not list((tmp_path / "filed").glob(".work-*"))
 
 
 def test_what_a_killed_run_left_is_cleared_away(spark, tmp_path):
