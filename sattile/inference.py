@@ -36,7 +36,8 @@ WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 650_000_000, scorers.GPU
 for the last: TensorFlow's and a guess of 1.4 GB for CUDA's libraries)."""
 
 ACTIVATIONS = {"tensorflow": 1.15, "openvino": 0.42, scorers.GPU: 0.0}
-"""What an engine holds in a worker's memory for each byte of a bundle's `activation_bytes` (measured)."""
+"""What an engine holds in a worker's memory for each byte of a bundle's `activation_bytes` (measured); OpenVINO in
+bfloat16, in float32 twice that."""
 
 GPU_PIXELS = 2048 * 2048
 """What a GPU is given at once, in one window or in a batch of small ones, as far as `GPU_MEMORY` allows."""
@@ -183,7 +184,7 @@ def prepare(
     given = _fill(bundle, fill)
     room = max(parse_memory(worker_memory) - WORKER_BASE[chosen], 0)
     # As `block_memory` of a block that is one window, and a tenth to spare.
-    pixels = room * 0.9 / (window_memory(bundle, chosen) + 2 * (4 * len(bundle.bands) + 1))
+    pixels = room * 0.9 / (window_memory(bundle, chosen, precision) + 2 * (4 * len(bundle.bands) + 1))
     if on_gpu:
         pixels = min(pixels, pixels_at_once(bundle, chosen))
     max_input = max(math.isqrt(int(pixels)), 64)
@@ -199,9 +200,10 @@ def prepare(
     )  # fmt: skip
 
 
-def window_memory(bundle: Bundle, engine: str) -> float:
+def window_memory(bundle: Bundle, engine: str, precision: str = "bfloat16") -> float:
     """Bytes that a worker holds for each pixel of a window: its network's own, and twice what goes in and comes out."""
-    return bundle.activation_bytes * ACTIVATIONS[engine] + 8 * len(bundle.bands) + 8 * len(bundle.classes)
+    wide = 2 if (engine, precision) == ("openvino", "float32") else 1
+    return wide * bundle.activation_bytes * ACTIVATIONS[engine] + 8 * len(bundle.bands) + 8 * len(bundle.classes)
 
 
 def pixels_at_once(bundle: Bundle, engine: str) -> int:
@@ -253,7 +255,7 @@ def block_memory(job: Inference, edge: int) -> int:
     geometry = job.geometry
     context = geometry.halo if geometry.merge == "crop" else geometry.size
     read = (edge + 2 * context) ** 2 * (4 * bands + 1)
-    window = geometry.input_size**2 * job.batch * window_memory(job.bundle, job.engine)
+    window = geometry.input_size**2 * job.batch * window_memory(job.bundle, job.engine, job.precision)
     sums = edge**2 * (8 * classes + 8) if geometry.merge == "blend" else 0
     out = edge**2 * (2 + 4 * classes * job.scores + 4 * job.coverage)
     # Twice what is read: the block being inferred here, the next one in the decoder.
