@@ -5,9 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
+PYTEST := $(BIN)/pytest -q --durations=12
+# A process that is done takes tests from the other, so that both end together.
+TWO := --numprocesses 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-hadoop lint format benchmarks benchmarks-env picture lock clean
+.PHONY: help env demo test test-real test-cluster test-hadoop test-random lint format benchmarks benchmarks-env picture lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -27,13 +30,22 @@ $(READY): requirements/lock.txt setup.py
 demo: $(READY)  ## the main job on an archive it makes itself: report under demo/
 	@$(BIN)/sattile demo --out demo
 
-test: $(READY)  ## all tests that need no cluster
+test: $(READY)  ## ruff, mypy and the tests that every change wants
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q --numprocesses 2 --dist loadfile
+	@$(PYTEST) $(TWO) -m 'not (real or cluster)'
+
+test-real: $(READY)  ## tests of how good trained models are, and of whole jobs
+	@$(PYTEST) -m real
+
+test-cluster: $(READY)  ## tests on small clusters of Spark on this machine, and on Spark 3.5
+	@$(PYTEST) -m cluster
 
 test-hadoop: $(READY)  ## tests on a real Hadoop (needs Java 17 and Maven; fetches the rest)
-	@SATTILE_HADOOP=1 $(BIN)/pytest -q --durations=12 tests/hadoop
+	@SATTILE_HADOOP=1 $(PYTEST) tests/hadoop
+
+test-random: $(READY)  ## tests of drawn examples, with ten times as many and others each time
+	@$(PYTEST) $(TWO) -m hypothesis --hypothesis-profile random --timeout 6000
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -279,7 +279,8 @@ def _training(described: Mapping[str, Any]) -> list[str]:
     best = described["network"].get("best_epoch")
     validates = described["metrics"].get("split") == "val"
     where = "validation" if validates else "training tiles, for there are no validation"
-    said = f"The weights are those of epoch {best}, the best on the {where} tiles. " if best else ""
+    why = "the last" if settings.get("keep") == "last" else f"the best on the {where} tiles"
+    said = f"The weights are those of epoch {best}, {why}. " if best else ""
     if settings.get("start_from"):
         said += (
             f"It began with the weights of an earlier network, {_plain(storage.name(settings['start_from']))}: what is "
@@ -304,8 +305,9 @@ def _accuracy(described: Mapping[str, Any]) -> list[str]:
     if not measured:
         return ["Not measured. `sattile evaluate --model . --scenes SCENES --labels LABELS --out OUT` measures it."]
     validates = measured["split"] == "val"
+    chose = described["network"].get("keep") != "last"
     where = (
-        "On the validation tiles, which also chose the epoch: expect less elsewhere."
+        f"On the validation tiles{', which also chose the epoch' * chose}: expect less elsewhere."
         if validates
         else f"On the {SPLITS.get(measured['split'], measured['split'])} tiles, which the network has seen: this says "
         f"how well it learned them, not how well it does elsewhere."

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import sattile
-from sattile import config, record
+from sattile import config, engine, record
 from sattile.config import COMMANDS, Command, Option
 from sattile.errors import SattileError, UsageError, nearest, remedy, said_by_task
 from sattile.pipeline import STEPS
@@ -145,6 +145,7 @@ def _add(built: argparse.ArgumentParser, option: Option, positional: bool) -> No
 
 def _run(command: Command, arguments: Sequence[str]) -> int:
     given = parser(command).parse(arguments)
+    engine.check_working_folder()
     assignments = given.pop("set", ())
     settings = config.load(given.pop("conf", None), assignments)
     _check_sections(command, assignments)
@@ -185,11 +186,9 @@ def _check_sections(command: Command, assignments: Sequence[str]) -> None:
 
 
 def _with_session(command: Command, values: dict[str, Any], master: str | None, conf: dict[str, Any]) -> Any:
-    from sattile.engine import session
-
     # Under spark-submit the master is set already.
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_ENV_LOADED" in os.environ
-    spark = session(
+    spark = engine.session(
         master or (None if submitted else "local[*]"), conf={key: str(value) for key, value in conf.items()}
     )
     try:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from sattile import schema, storage
 from sattile.errors import UsageError
+from sattile.split import SPLITS
 from sattile.statistics import MEASURED
 
 FORMAT = "sattile-tiles/1"
@@ -54,6 +55,38 @@ def unseen_classes(description: Mapping[str, Any]) -> list[str]:
     if not pixels:
         return []
     return [one["name"] for one in description["classes"] if not pixels.get(str(one["id"]))]
+
+
+def unmeasured_classes(description: Mapping[str, Any]) -> list[str]:
+    """What can't be measured of tiles around shapes, or not apart from what chose the weights: a sentence for a class.
+
+    Nothing for tiles of a grid.
+    """
+    if "windows" not in description:
+        return []
+    shapes, rule = description["windows"]["classes"], description["split_rule"]
+    wanted = [name for name, share in zip(SPLITS, rule["fractions"], strict=True) if share > 0]
+    said = []
+    for one in description["classes"]:
+        found = shapes.get(str(one["id"]))
+        if not found:
+            continue
+        groups = sum(found[name] for name in SPLITS)
+        pixels = {name: description["splits"][name]["class_pixels"].get(str(one["id"]), 0) for name in wanted}
+        missing = [SPLITS[name] for name in wanted if name != "train" and not pixels[name]]
+        if not missing:
+            continue
+        many = f"class {one['name']} has {found['shapes']} shape{'s' * (found['shapes'] != 1)}"
+        if found["shapes"] > groups:
+            where = f"in {groups} places" if groups > 1 else "at one place"
+            many += f" {where} (what lies within {rule['buffer']} px is one)"
+        if len(missing) < len(wanted) - 1:
+            said.append(f"{many}: none is left for {missing[0]}")
+        elif groups < 2:
+            said.append(f"{many}: it is in training alone, and no recall can be told for it")
+        else:
+            said.append(f"{many}, but no pixel of it for {' or '.join(missing)}: no recall can be told for it")
+    return said
 
 
 WILD = 1000

@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sattile import memory, storage
-from sattile.errors import Refused, SattileError
+from sattile.errors import Outage, Refused, SattileError, Unforeseen, keep_place, refusal
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class Decoder:
                 # child's word that it has it tells: what ends takes messages for as long as one thread of it lives.
                 self.close()
                 if attempt == 2:
-                    raise SattileError("the process that reads files was ended twice before it began") from None
+                    raise Outage("the process that reads files was ended twice before it began") from None
         self._deadline = time.monotonic() + self.timeout
 
     def result(self, timeout: float | None = None) -> Any:
@@ -251,35 +251,39 @@ def read_ahead(
         source: what an item is read from; once that is refused, further items of it are left out.
 
     Yields:
-        (item, what was read), (item, Refused), or (item, None), in order.
+        (item, what was read), (item, Refused) by `errors.refusal`, or (item, None), in order.
     """
-    queue, passing, bad = iter(items), deque[T](), set[str]()
+    queue, passing, bad = iter(items), deque[tuple[T, Any]](), set[str]()
     reader = decoder()
     submitted: list[T] = []
 
     def submit() -> None:
         for item in queue:
-            wanted = call(item)
-            if wanted is None:
-                passing.append(item)
-            elif source(item) not in bad:
-                reader.submit(wanted)
-                submitted.append(item)
-                return
+            try:
+                wanted = call(item)
+                if wanted is None:
+                    passing.append((item, None))
+                elif source(item) not in bad:
+                    reader.submit(wanted)
+                    submitted.append(item)
+                    return
+            except Exception as error:
+                passing.append((item, refusal(error)))
+                bad.add(source(item))
 
     submit()
     try:
         while submitted or passing:
             while passing:
-                yield passing.popleft(), None
+                yield passing.popleft()
             if not submitted:
                 continue
             item = submitted.pop()
             try:
                 found = reader.result()
-            except Refused as error:
+            except Exception as error:
                 bad.add(source(item))
-                found = error
+                found = refusal(error)
             submit()
             yield item, found
     finally:
@@ -344,6 +348,7 @@ def _pickled(value: Any, take: Callable[[pickle.PickleBuffer], Any]) -> bytes:
 
 
 def _pack(error: BaseException) -> bytes:
+    keep_place(error)
     if not isinstance(error, SattileError):
         error.add_note("in the decoder:\n" + "".join(traceback.format_exception(error)))
     error.__traceback__ = None
@@ -352,7 +357,9 @@ def _pack(error: BaseException) -> bytes:
         pickle.loads(packed)  # some exceptions pickle and cannot be made again
         return packed
     except Exception:
-        return pickle.dumps((True, SattileError(f"{type(error).__name__}: {error}")), protocol=5)
+        stands = Unforeseen(f"{type(error).__name__}: {error}")
+        stands.__dict__ |= {name: one for name, one in vars(error).items() if name in ("place", "subject")}
+        return pickle.dumps((True, stands), protocol=5)
 
 
 class _Kept:

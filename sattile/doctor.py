@@ -170,6 +170,7 @@ def doctor(
     """
     from sattile import record
 
+    engine.check(spark)
     if workers is not None and workers < 1:
         raise UsageError(f"workers {workers}: give at least 1")
     exam = Exam(uuid.uuid4().hex[:8], gpu=float(_conf(spark).get("spark.executor.resource.gpu.amount", "0")) > 0)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sattile import storage
+from sattile import errors, storage
 from sattile.errors import SattileError, UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def session(
     active = SparkSession.getActiveSession() or _other_threads()
     if active is not None:
         return active
+    check_working_folder()
     if master is not None and MASTER.fullmatch(master) is None:  # Spark prints a page of Java before it says so
         raise UsageError(_no_such(master))
     settings = {
@@ -116,6 +117,43 @@ def session(
             raise UsageError(_no_such(master)) from error
         reason = next((line for line in str(error).splitlines() if "Exception: " in line), str(error).split("\n")[0])
         raise SattileError(f"Spark does not start: {reason}") from error
+
+
+def check(spark: Any) -> None:
+    """Refuses what is no session to run jobs by, before any work: py4j would raise whatever it meets first.
+
+    Raises:
+        UsageError: for no session, a stopped one, and one of Spark Connect.
+    """
+    from py4j.protocol import Py4JError
+    from pyspark.sql import SparkSession
+
+    if "connect" in type(spark).__module__.split("."):
+        raise UsageError(
+            "the session is one of Spark Connect, which shows neither its context nor its executors: give a classic "
+            "one, such as sattile.session()"
+        )
+    if not isinstance(spark, SparkSession):
+        raise UsageError(f"{spark!r:.60} is no Spark session: give one first, such as sattile.session()")
+    context = spark.sparkContext
+    try:
+        is_stopped = context._jsc is None or context._jsc.sc().isStopped()
+    except (Py4JError, OSError):  # its JVM has ended
+        is_stopped = True
+    if is_stopped:
+        raise UsageError("the Spark session was stopped: make a new one, such as sattile.session()")
+
+
+def check_working_folder() -> None:
+    """Refuses to begin in a folder that is gone: Java would not start there, and no relative path means anything.
+
+    Raises:
+        UsageError: if it was removed.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the working folder was removed: cd to a folder that exists, and run it again") from None
 
 
 def spark_home() -> str:
@@ -262,17 +300,22 @@ def _same(group: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 def on_worker(function: Callable[[Iterator[Any]], Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     """A task's function, made ready for Spark's Python workers; for every `mapInPandas` and `mapPartitions`.
 
-    With it goes how this job reaches HDFS, tokens included; in the closure and nowhere else.
+    With it goes how this job reaches HDFS, tokens included; in the closure and nowhere else. And whether what nobody
+    foresaw is to be raised: workers live longer than a test.
     """
-    return partial(_on_worker, storage.access(), function)
+    return partial(_on_worker, storage.access(), errors.raises(), function)
 
 
 def _on_worker(
-    access: storage.Access | None, function: Callable[[Iterator[Any]], Iterator[Any]], rows: Iterator[Any]
+    access: storage.Access | None,
+    raises: bool,
+    function: Callable[[Iterator[Any]], Iterator[Any]],
+    rows: Iterator[Any],
 ) -> Iterator[Any]:
     from pyspark import TaskContext
 
     storage.use(access)
+    errors.in_task(raises)
     context = TaskContext.get()
     gpus = context.resources().get("gpu") if context else None
     if gpus:  # Spark gives this task GPUs: TensorFlow would take all those of the node

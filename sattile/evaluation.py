@@ -19,9 +19,9 @@ from sattile import comparison, inference, legend, metrics, pictures, prediction
 from sattile import engine as engines
 from sattile import labels as label_module
 from sattile.comparison import BLOCKS
-from sattile.dataset import decode, owners, read_dataset
+from sattile.dataset import decode, owners, read_dataset, unmeasured_classes
 from sattile.drift import Sights
-from sattile.errors import UsageError
+from sattile.errors import UsageError, refusal
 from sattile.grid import Geometry, Window, ceil_to
 from sattile.inference import BlockRead, Inference, Labelled, Piece
 from sattile.memory import peak_mb
@@ -92,7 +92,7 @@ def evaluate(
         model: a bundle; or several, a,b,c, whose scores are averaged.
         out: folder for the metrics.
         dataset: a tiles dataset; each tile is inferred by itself, and pixels that tiles share are counted once.
-        split: which part of it: train, val or test.
+        split: which part of it: train, val or test; several as val,test.
         scenes: instead of a dataset: files, globs, folders, STAC items, or a catalogue; with labels.
         labels: one file, matched by location, or a folder with a file named after each scene_id; rasters or vectors.
             A layer or a band stands behind a colon: FILE.gpkg:LAYER, FILE.tif:2, FOLDER:2.
@@ -128,6 +128,7 @@ def evaluate(
         UsageError: before anything is computed: also if bands or classes of model and dataset or labels differ.
         TooManyRefused: see max_failed_fraction.
     """
+    engines.check(spark)
     if (dataset is None) == (scenes is None or labels is None) or (dataset is not None and (scenes or labels)):
         raise UsageError("give either --dataset, or --scenes and --labels")
     bundle = load_models(model)
@@ -202,10 +203,12 @@ def check_dataset(bundle: Bundle, description: Mapping[str, Any], url: str, spli
     if description["values"] != bundle.values:
         raise UsageError(f"the model takes {bundle.values} values and dataset {url} holds {description['values']} ones")
     _check_classes(bundle, [SegmentClass(**one) for one in description["classes"]], f"dataset {url}")
-    found = description["splits"].get(split)
-    if not found or not found["tiles"]:
-        there = [name for name, part in description["splits"].items() if part["tiles"]]
-        raise UsageError(f"dataset {url} has no tiles in split {split!r}; it has {', '.join(there) or 'none at all'}")
+    there = [name for name, part in description["splits"].items() if part["tiles"]]
+    for name in split.split(","):
+        if name not in there:
+            raise UsageError(
+                f"dataset {url} has no tiles in split {name!r}; it has {', '.join(there) or 'none at all'}"
+            )
 
 
 def _check_classes(bundle: Bundle, classes: Sequence[SegmentClass], whose: str) -> None:
@@ -277,7 +280,8 @@ def _on_scenes(
         run.skipped = len(found)
         return
     matched = label_module.survey(spark, matched, ignore, model=True)
-    todo = prediction.plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark))
+    todo = prediction.plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark), stage="evaluate")
+    run.refuse(todo.refused)
     pieces = [replace(piece, truth=matched.sources[piece.scene.scene_id]) for piece in todo.pieces]
     urls = {scene.scene_id: scene.url for scene in found}
     dealt = strata.strata_of(found, regions)
@@ -294,7 +298,7 @@ def _on_scenes(
         rows = [row for row in rows if row.scene_id not in bad]
         stage.pixels = sum(row.height * row.width for row in rows)
     run.refuse([Refusal(urls[key], "evaluate", reason) for key, reason in sorted(bad.items())])
-    run.done = len(found) - len(bad)
+    run.done = len(found) - len(bad) - len(todo.refused)
     _tell(run, job, rows, urls)
     shown = [_sample_window(by_id(found)[row.scene_id], row) for row in _telling(rows, samples)]
     with run.stage("pictures"), engines.few_rows_a_batch(spark):
@@ -355,8 +359,11 @@ def count_blocks(
 
     numbers = (int(number) for frame in frames for number in frame["id"])
     for done in inference.label_blocks((piece for number in numbers for piece in tasks.value[number]), job):
-        parts = strata.parts(done.piece.scene, done.piece.block, dealt)
-        yield pd.DataFrame([_count(done, job, parts)], columns=COLUMNS)
+        try:
+            row = _count(done, job, strata.parts(done.piece.scene, done.piece.block, dealt))
+        except Exception as error:
+            row = _count(replace(done, labels=None, reason=refusal(error).reason), job, ())
+        yield pd.DataFrame([row], columns=COLUMNS)
 
 
 def _count(done: Labelled, job: Inference, parts: Iterable[tuple[Window, Stratum]]) -> tuple[Any, ...]:
@@ -419,14 +426,16 @@ def _on_tiles(
     regions: Regions | None,
     samples: int,
 ) -> None:
-    listed = description["splits"][split]
+    parts = split.split(",")
+    tiles = sum(description["splits"][name]["tiles"] for name in parts)
     run.inputs += [{"url": storage.absolute(url), "digest": description["digest"]}]
-    run.given = listed["tiles"]
+    run.given = tiles
     state = storage.digest([description["digest"], split])
     if _finished(run, state) is not None:
-        run.skipped = listed["tiles"]
+        run.skipped = tiles
         return
-    files = [storage.join(storage.absolute(url), split, name) for name in listed["files"]]
+    folder = storage.absolute(url)
+    files = [storage.join(folder, name, file) for name in parts for file in description["splits"][name]["files"]]
     with run.stage("plan"):
         groups = _row_groups(files, description, regions)
     places = [description["bands"].index(name) for name in job.bundle.bands]
@@ -458,7 +467,7 @@ def _on_tiles(
     run.done = len(rows)
     urls = {one["scene_id"]: one["url"] for one in description["sources"]}
     _tell(run, job, rows, urls)
-    _write_metrics(run, job, rows, state, urls, regions)
+    _write_metrics(run, job, rows, state, urls, regions, description)
 
 
 @dataclass(frozen=True)
@@ -610,7 +619,13 @@ def _finished(run: Run, state: str) -> dict[str, Any] | None:
 
 
 def _write_metrics(
-    run: Run, job: Inference, rows: Sequence[Any], state: str, urls: Mapping[str, str], regions: Regions | None
+    run: Run,
+    job: Inference,
+    rows: Sequence[Any],
+    state: str,
+    urls: Mapping[str, str],
+    regions: Regions | None,
+    dataset: Mapping[str, Any] | None = None,
 ) -> None:
     """`metrics.json`: the contract's keys over all, the same under `scenes` by scene id and under `regions`, how sure
     they are, and what was left out. `blocks.parquet`: what all of it follows from, for comparisons."""
@@ -633,7 +648,10 @@ def _write_metrics(
     }
     if not rows and not run.refused:
         raise UsageError("there is nothing to measure: no scene has labels")
-    found = metrics.assess(counted, reliability, job.bundle.classes)
+    around_shapes = bool(dataset and "windows" in dataset)
+    found = metrics.assess(counted, reliability, job.bundle.classes, around_shapes=around_shapes)
+    if dataset and around_shapes:
+        found["notes"] += unmeasured_classes(dataset)
     missed = sorted({*regions.names} - {*found["regions"]}) if regions and found["pixels"] else []
     if regions and len(missed) == len({*regions.names}):
         found["notes"].append("no labelled pixel lies in any of the regions: do they state the right CRS?")

@@ -241,8 +241,6 @@ def settle(network: keras.Model, activation: str | None, names: Sequence[str]) -
     Raises:
         UsageError: if the scores are no probabilities and nothing is asked for; if what is asked for can't be.
     """
-    if activation not in (*ACTIVATIONS, None):
-        raise UsageError(f"--activation {activation}: use {', '.join(ACTIVATIONS)}")
     alone = network.output_shape[-1] == 1
     if alone and activation == "softmax":
         raise UsageError("--activation softmax: of one channel that is 1 everywhere; use sigmoid")

@@ -123,6 +123,21 @@ def apply(transform: Iterable[float], cols: np.ndarray, rows: np.ndarray) -> tup
     return a * cols + b * rows + c, d * cols + e * rows + f
 
 
+def outlines(crs: str, transform: Sequence[float], sides: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Longitudes and latitudes along the outline of each rectangle of a grid, 5 points a side; infinite off the Earth.
+
+    Args:
+        sides: (n, 4) first row, first column, last row and last column of each, in pixels.
+    """
+    forth, back = np.linspace(0, 1, 5)[:-1], np.linspace(1, 0, 5)[:-1]
+    down = np.concatenate([np.zeros(4), forth, np.ones(4), back])
+    right = np.concatenate([forth, np.ones(4), back, np.zeros(4)])
+    top, left, bottom, end = (side[:, None] for side in np.asarray(sides, np.float64).reshape(-1, 4).T)
+    x, y = apply(transform, left + right * (end - left), top + down * (bottom - top))
+    lons, lats = pyproj.Transformer.from_crs(crs, 4326, always_xy=True).transform(x, y)
+    return list(zip(lons, lats, strict=True))
+
+
 def on_globe(lons: np.ndarray, lats: np.ndarray) -> BaseGeometry:
     """A closed line of points over the globe as what it holds: in two parts where it crosses the antimeridian, up to
     the pole where it goes around one."""

@@ -20,7 +20,7 @@ import numpy as np
 from sattile import drift, metrics, raster, scorers, shapes, storage
 from sattile import labels as label_module
 from sattile.decoder import read_ahead
-from sattile.errors import Refused, UsageError
+from sattile.errors import Refused, UsageError, about, refusal
 from sattile.grid import CELL, Geometry, Placement, Window, ceil_to, choose_geometry
 from sattile.labels import LabelSource
 from sattile.memory import peak_mb
@@ -339,18 +339,26 @@ class Labelled:
 def label_blocks(pieces: Iterable[Piece], job: Inference) -> Iterator[Labelled]:
     """Label blocks one after the other; the next is read while the present one is inferred.
 
-    A scene of which a block can't be read is refused: one result says why, and its further blocks are left out.
+    A scene of which a block can't be read or inferred is refused: one result says why, and its further blocks are left
+    out.
     """
     how: dict[str, Any] = {"scaled": job.bundle.values == "scaled", "nodata": job.nodata, "aoi": job.aoi}
+    bad: set[str] = set()
 
-    def call(piece: Piece) -> Callable[[], BlockRead]:
-        return partial(read_block, piece, job.geometry, **how)
+    def call(piece: Piece) -> Callable[[], BlockRead] | None:
+        return None if piece.scene.scene_id in bad else partial(read_block, piece, job.geometry, **how)
 
     for piece, block in read_ahead(pieces, call, lambda piece: piece.scene.scene_id):
         if isinstance(block, Refused):
             yield Labelled(piece, block.reason)
-        else:
-            yield label_block(piece, block, job, job.scorer)
+        elif block is not None and piece.scene.scene_id not in bad:
+            scorer = job.scorer  # a network that can't be loaded is no scene's fault
+            try:
+                done = label_block(piece, block, job, scorer)
+            except Exception as error:
+                bad.add(piece.scene.scene_id)
+                done = Labelled(piece, refusal(error).reason)
+            yield done
 
 
 @dataclass(frozen=True)
@@ -389,7 +397,10 @@ def read_block(
     scene, block = piece.scene, piece.block
     region = geometry.region(scene.height, scene.width, block)
     inside = shapes.aoi_mask(*aoi, scene, block) if aoi else None
-    truth = label_module.read(piece.truth, scene, block)[0] if piece.truth else None
+    truth = None
+    if piece.truth:
+        with about(f"labels {piece.truth.url}"):
+            truth, _ = label_module.read(piece.truth, scene, block)
     if inside is not None and not inside.any():
         region = block
         data, valid = np.zeros((*block.shape, 0)), np.zeros(block.shape, bool)

@@ -11,7 +11,8 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sattile import legend, storage
-from sattile.errors import Refused, UsageError
+from sattile.errors import Refused, UsageError, refusal, unforeseen
 from sattile.grid import Window
 from sattile.legend import Legend, Value
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
@@ -122,8 +123,9 @@ def match(
     """Find the labels of each scene.
 
     Args:
-        labels: one file, matched by location, or a folder with a file named after each scene_id. A layer of a file or
-            a band of a raster stands behind a colon: `FILE.gpkg:LAYER`, `FILE.tif:2`, `FOLDER:2`.
+        labels: one file, matched by location, or a folder with a file named after each scene_id; or named as the
+            scene's file is, in subfolders named as the scene's are. A layer of a file or a band of a raster stands
+            behind a colon: `FILE.gpkg:LAYER`, `FILE.tif:2`, `FOLDER:2`.
         scenes: those to label.
         classes: as named by the user.
         attribute: of vectors, the one that says the class; without it, all shapes are of the last class.
@@ -141,29 +143,86 @@ def match(
     if not entry.is_folder:
         return match_pairs({scene.scene_id: _with_part(labels, part) for scene in scenes}, scenes, classes=classes,
                            attribute=attribute, ignore=ignore, background=background, encoding=encoding)  # fmt: skip
-    by_stem: dict[str, list[str]] = {}
-    for file in storage.list_folder(labels):
-        stem, suffix = os.path.splitext(storage.name(file.url))
-        if suffix.lower() in VECTORS + RASTERS:
-            by_stem.setdefault(stem, []).append(file.url)
-    if not by_stem:
-        raise UsageError(f"--labels {labels} holds no label files ({', '.join(RASTERS + VECTORS)})")
-    found = {
-        scene.scene_id: _with_part(by_stem[scene.scene_id][0], part)
-        for scene in scenes
-        if len(by_stem.get(scene.scene_id, ())) == 1
-    }
+    named, shared = _by_name(labels, scenes)
+    found = {scene_id: _with_part(urls[0], part) for scene_id, urls in named.items() if len(urls) == 1}
     matched = match_pairs(found, [scene for scene in scenes if scene.scene_id in found], classes=classes,
                           attribute=attribute, ignore=ignore, background=background, encoding=encoding)  # fmt: skip
     missing = []
     for scene in scenes:
-        several = by_stem.get(scene.scene_id, ())
-        if several and scene.scene_id not in found:
+        several = named[scene.scene_id]
+        if len(several) > 1:
             missing.append(Refusal(scene.url, "labels", f"has several label files: {', '.join(several)}; leave one"))
+        elif scene.scene_id in shared:
+            missing.append(Refusal(scene.url, "labels", shared[scene.scene_id]))
         elif not several:
             reason = f"no labels: {labels} has no file named {scene.scene_id}.tif (or .geojson, ...)"
             missing.append(Refusal(scene.url, "labels", reason))
     return Matched(matched.sources, (*matched.refused, *missing), matched.classes)
+
+
+def _by_name(folder: str, scenes: Sequence[Scene]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """{scene id: its label files in a folder, or below it where its subfolders are named as the scene's own}; and
+    {scene id: reason} where a file may be that of several scenes.
+
+    The more of a scene's folders a file has in common with it, the more it is meant: `labels/2020/t1.tif` goes before
+    `labels/t1.tif` for `scenes/2020/t1.tif`, and is none of `scenes/2021/t1.tif`. Unicode's composed and decomposed
+    forms of a name are the same.
+
+    Raises:
+        UsageError: for a folder that holds no label files.
+    """
+    places = {scene.scene_id: _places(scene) for scene in scenes}
+    above = {one for folders, _ in places.values() for one in folders}
+    own = {storage.absolute(url) for scene in scenes for url in (scene.url, *(band.url for band in scene.bands))}
+    by_place: dict[tuple[str, ...], list[str]] = {}
+    deepest = max((len(folders) for folders, _ in places.values()), default=0)
+    for place, url in _label_files(folder, above, deepest):
+        if storage.absolute(url) not in own:
+            by_place.setdefault(place, []).append(url)
+    if not by_place:
+        raise UsageError(f"--labels {folder} holds no label files ({', '.join(RASTERS + VECTORS)})")
+    found: dict[str, list[str]] = {}
+    for scene_id, (folders, stem) in places.items():
+        names = (_composed(scene_id), stem)
+        tries = [(*folders[depth:], name) for depth in range(len(folders)) for name in names] + [(names[0],)]
+        found[scene_id] = next((by_place[one] for one in tries if one in by_place), [])
+    users: dict[str, list[str]] = {}
+    for scene_id, urls in found.items():
+        for url in urls:
+            users.setdefault(url, []).append(scene_id)
+    shared = {  # scenes/2020/t1.tif and more/2020/t1.tif
+        scene_id: f"its labels {url} may be those of {' or of '.join(ids)}; say which by --pairs"
+        for url, ids in users.items()
+        if len(ids) > 1
+        for scene_id in ids
+    }
+    return {scene_id: [] if scene_id in shared else urls for scene_id, urls in found.items()}, shared
+
+
+def _places(scene: Scene) -> tuple[tuple[str, ...], str]:
+    """The folders that a scene lies in, and its file's name without the suffix, composed."""
+    *folders, name = (_composed(part) for part in storage.absolute(scene.url).split("/"))
+    scene_id = _composed(scene.scene_id)
+    if scene_id in folders:  # a folder of band files is the scene itself
+        folders = folders[: folders.index(scene_id)]
+    return tuple(folders), os.path.splitext(name)[0]
+
+
+def _label_files(
+    folder: str, above: Set[str], deepest: int, at: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """((subfolders, name without suffix), URL) of the label files of a folder, and of subfolders with certain names."""
+    for entry in storage.list_folder(folder):
+        name = _composed(storage.name(entry.url))
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in VECTORS + RASTERS:
+            yield (*at, stem), entry.url
+        elif entry.is_folder and not entry.problem and name in above and len(at) < deepest:
+            yield from _label_files(entry.url, above, deepest, (*at, name))
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def match_pairs(
@@ -184,7 +243,7 @@ def match_pairs(
     by_id = {scene.scene_id: scene for scene in scenes}
     parts = {url: split_part(url) for url in sorted({*urls.values()})}
     features: dict[str, Features] = {}
-    unread: dict[str, UsageError] = {}
+    unread: dict[str, str] = {}
     for url, (file, _) in parts.items():
         try:
             if is_vector(file):
@@ -192,9 +251,11 @@ def match_pairs(
                 if classes is not None and attribute is not None:
                     _check_named(features[url], attribute, classes, ignore)
         except UsageError as error:
-            unread[url] = error
-    if unread and len(unread) == len(parts):  # nothing is left: the first one says why
-        raise unread[min(unread)]
+            unread[url] = str(error)
+        except Exception as error:
+            unread[url] = f"labels {url}: {refusal(error).reason}"
+    if unread and len(unread) == len(parts) and not any(map(unforeseen, unread.values())):
+        raise UsageError(unread[min(unread)])  # nothing is left: the first one says why
     ignored = {*ignore}
     if features:
         named = classes
@@ -207,24 +268,22 @@ def match_pairs(
         mended = _are_mended(features.values(), named, ignored)
     for scene_id, url in urls.items():
         scene, (file, part) = by_id[scene_id], parts[url]
-        if url in unread or not storage.exists(file):
-            reason = str(unread[url]) if url in unread else f"its labels {file} do not exist"
-            refused.append(Refusal(scene.url, "labels", reason))
-            continue
-        if url not in features:
-            sources[scene_id] = LabelSource(file, part, Legend(encoding, classes, tuple(ignore)))
-            continue
-        if scene.crs is None or scene.footprint is None:
-            refused.append(Refusal(scene.url, "labels", f"the scene has no CRS, so {url} cannot be laid over it"))
-            continue
-        touching = _touching(features[url], scene, {**ids, **dict.fromkeys(ignored, IGNORE)}, default)
-        if not touching and outside is None:
-            doubt = _suspicion(features[url], scene)
-            refused.append(Refusal(scene.url, "labels", f"no shape of {url} touches the scene{doubt}"))
-            continue
-        sources[scene_id] = LabelSource(
-            file, part, shapes=pack(touching), crs=features[url].crs, background=outside, mended=mended
-        )
+        try:
+            if url in unread or not storage.exists(file):
+                raise Refused(unread.get(url) or f"its labels {file} do not exist")
+            if url not in features:
+                sources[scene_id] = LabelSource(file, part, Legend(encoding, classes, tuple(ignore)))
+                continue
+            if scene.crs is None or scene.footprint is None:
+                raise Refused(f"the scene has no CRS, so {url} cannot be laid over it")
+            touching = _touching(features[url], scene, {**ids, **dict.fromkeys(ignored, IGNORE)}, default)
+            if not touching and outside is None:
+                raise Refused(f"no shape of {url} touches the scene{_suspicion(features[url], scene)}")
+            sources[scene_id] = LabelSource(
+                file, part, shapes=pack(touching), crs=features[url].crs, background=outside, mended=mended
+            )
+        except Exception as error:
+            refused.append(Refusal(scene.url, "labels", refusal(error).reason))
     return Matched(sources, tuple(refused), classes)
 
 
@@ -648,5 +707,6 @@ def _values_of_files(
         try:
             values = decoder().call(raster.label_values, url, part, most=MOST_VALUES, every=every, ignored=ignored)
             yield url, part, [value for value in map(legend.value_of, values) if value is not None]
-        except Refused:
+        except Exception as error:
+            refusal(error)  # which lets outages pass
             yield url, part, None

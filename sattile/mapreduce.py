@@ -18,7 +18,7 @@ import numpy as np
 from sattile import engine as engines
 from sattile import mosaic, storage
 from sattile.drift import Sights
-from sattile.errors import Refused
+from sattile.errors import Refused, SattileError, refusal
 from sattile.grid import Window
 from sattile.memory import peak_mb
 from sattile.mosaic import Part, Product, Target
@@ -180,8 +180,11 @@ def write(
             parts = (_part(tally.add(row), len(product.classes)) for row in rows.of(name))
             try:
                 mosaic.write_map(targets.value[name], parts, product, staged, threads)
-            except Refused as error:
-                reason, staged = error.reason, None
+            except Exception as error:
+                # What the system says here is of scratch, the out folder or Spark, not of what is written.
+                if isinstance(error, OSError | EOFError | SattileError) and not isinstance(error, Refused):
+                    raise
+                reason, staged = refusal(error).reason, None
                 deque(parts, maxlen=0)
         memory = max(tally.memory_mb, peak_mb())
         yield pd.DataFrame(

@@ -184,6 +184,45 @@ def _varies(tables: np.ndarray, index: int) -> bool:
     return (true or predicted) > 1
 
 
+NORMAL = 1.959963984540054
+"""Of a standard normal, the middle `LEVEL` lies within so much of 0."""
+
+
+def recall_of_groups(tables: np.ndarray, classes: Sequence[Named]) -> dict[str, Any]:
+    """Recall by class on few groups of shapes, with intervals that hold for one of them, too; as in `metrics.json`.
+
+    The pixels of a group are taken for one observation: they are right or wrong together. The interval is that of
+    Wilson (Probable inference, the law of succession, and statistical inference, 1927) for as many observations as
+    groups, less where some have most of the pixels: (sum of pixels)^2 / sum of (pixels^2) (Kish, Survey Sampling,
+    1965). Resampling would find no spread among two or three.
+
+    Args:
+        tables: (groups, classes, classes) counts, [truth row, predicted column].
+        classes: in the order of rows and columns.
+
+    Returns:
+        By class `groups`, `pixels`, `recall` and `interval`; None for a class that no group shows.
+    """
+    found: dict[str, Any] = {}
+    for index, one in enumerate(classes):
+        true = tables[:, index].sum(-1)
+        pixels, groups = int(true.sum()), int(np.count_nonzero(true))
+        found[one.name] = None
+        if pixels:
+            recall = int(tables[:, index, index].sum()) / pixels
+            between = wilson(recall, pixels**2 / float((true.astype(np.float64) ** 2).sum()))
+            found[one.name] = {"groups": groups, "pixels": pixels, "recall": recall, "interval": between}
+    return found
+
+
+def wilson(share: float, observations: float) -> list[float]:
+    """[low, high] of a share that was seen in so many independent observations."""
+    spread = NORMAL**2 / observations
+    middle = (share + spread / 2) / (1 + spread)
+    half = (share * (1 - share) * spread + spread**2 / 4) ** 0.5 / (1 + spread)
+    return [max(middle - half, 0.0), min(middle + half, 1.0)]
+
+
 FEW_BLOCKS = 20
 """Below these intervals are too narrow (decision 0014)."""
 
@@ -309,17 +348,23 @@ Counted = dict[tuple[str, str, str | None], np.ndarray]
 """Confusion matrices by (scene_id, spatial block, region); region is None where none were asked for."""
 
 
-def assess(counted: Counted, reliability: np.ndarray, classes: Sequence[Named]) -> dict[str, Any]:
+def assess(
+    counted: Counted, reliability: np.ndarray, classes: Sequence[Named], *, around_shapes: bool = False
+) -> dict[str, Any]:
     """All of `metrics.json` that follows from what was counted.
 
     Args:
         counted: in any order.
         reliability: see `reliability`.
+        around_shapes: spatial blocks are groups of shapes.
 
     Returns:
         What `summarize` gives, and `intervals`; both by scene_id under `scenes` and, where there are any, by name
-        under `regions`; `calibration`; `notes`: why something is None, or not to be trusted.
+        under `regions`; `calibration`; `notes`: why something is None, or not to be trusted; of groups of shapes
+        `shapes`, see `recall_of_groups`.
     """
+    block = "group of shapes" if around_shapes else "spatial block"
+    blocks = "groups of shapes" if around_shapes else "spatial blocks"
     found = _measured(counted, classes) | {"calibration": calibration(reliability)}
     for name, part in (("scenes", 0), ("regions", 2)):
         groups: dict[str, Counted] = {}
@@ -330,14 +375,15 @@ def assess(counted: Counted, reliability: np.ndarray, classes: Sequence[Named]) 
             found[name] = {group: _measured(groups[group], classes) for group in sorted(groups)}
     notes = []
     if found["pixels"] and found["intervals"] is None:
-        notes.append("no intervals: all counted pixels lie in one spatial block, and it takes two at least")
+        notes.append(f"no intervals: all counted pixels lie in one {block}, and it takes two at least")
     elif sure := found["intervals"]:
         alone = [one.name for one in classes if found["classes"][one.name] and not sure["classes"][one.name]]
         if alone:
-            notes.append(f"no intervals of {', '.join(alone)}: all pixels of it lie in one spatial block")
+            but = " but of recall" if around_shapes else ""
+            notes.append(f"no intervals of {', '.join(alone)}{but}: all pixels of it lie in one {block}")
         if sure["blocks"] < FEW_BLOCKS:
             notes.append(
-                f"intervals follow from {sure['blocks']} spatial blocks: so few tell little of other ground; take them "
+                f"intervals follow from {sure['blocks']} {blocks}: so few tell little of other ground; take them "
                 f"for too narrow"
             )
     if reliability[BINS, 0]:
@@ -345,11 +391,17 @@ def assess(counted: Counted, reliability: np.ndarray, classes: Sequence[Named]) 
             f"no calibration: the scores of {reliability[BINS, 0]} of {found['pixels']} pixels are no probabilities "
             f"(from 0 to 1, and 1 in sum)"
         )
+    if around_shapes:
+        found["shapes"] = recall_of_groups(_tables(counted, len(classes)), classes)
     return found | {"notes": notes}
 
 
+def _tables(counted: Counted, classes: int) -> np.ndarray:
+    return np.array(list(by_block(counted).values()), np.int64).reshape(-1, classes, classes)
+
+
 def _measured(counted: Counted, classes: Sequence[Named]) -> dict[str, Any]:
-    tables = np.array(list(by_block(counted).values()), np.int64).reshape(-1, len(classes), len(classes))
+    tables = _tables(counted, len(classes))
     return summarize(tables.sum(0), classes) | {"intervals": intervals(tables, classes)}
 
 

@@ -499,6 +499,7 @@ def bundle(
         out = run.out
         run.inputs = [{"url": keras, "sha256": source}]
         run.given = 1
+        notes: list[str] = (run.previous or {}).get("notes") or []
         if is_made(run, versions):
             run.skipped = 1
         else:
@@ -516,11 +517,12 @@ def bundle(
                     about=about | ({"activation": activation} if activation else {}),
                     keras_file=local if kept and network is loaded else None,
                 )  # fmt: skip
-            if notes := [*foreign.remarks(network), *told, *made.notes]:
-                run.extra["notes"] = notes
-            for note in notes:
-                log.warning("bundle: %s", note)
+            notes = [*foreign.remarks(network), *told, *made.notes]
             run.done = 1
+        for note in notes:
+            log.warning("bundle: %s", note)
+        if notes:
+            run.extra["notes"] = notes
         run.finish()
     return out
 

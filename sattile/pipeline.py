@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sattile import engine, storage
 from sattile import record as records
-from sattile import storage
 from sattile.errors import TooManyRefused, UsageError
 from sattile.record import Run
 
@@ -54,7 +54,9 @@ def run(
 ) -> str:
     """Index, tile, train, evaluate, predict and report; a rerun does only what has changed.
 
-    What follows from something that has changed is made anew: other tiles, another model, other maps.
+    What follows from something that has changed is made anew: other tiles, another model, other maps. Where tiles lie
+    around few shapes (see windows of tile), a network that sees each pixel by itself is trained, and measured on all
+    shapes that were left out; settings of train say otherwise.
 
     Args:
         out: folder of it all; each step has a folder of its own below.
@@ -100,10 +102,11 @@ def _chain(
     prepare: Callable[[], object] | None = None,
 ) -> str:
     """The steps one after the other; `prepare` runs first, once the out folder is known to be ours."""
-    from sattile.dataset import read_dataset
+    from sattile.dataset import read_dataset, read_description
     from sattile.labels import read_pairs
 
     steps = _checked("run", settings)
+    engine.check(spark)
     arguments = [row["scene"] for row in read_pairs(pairs)] if pairs else scenes
 
     with Run("run", out, {"steps": steps, **reading, "classes": classes}, shared["overwrite"], 1.0) as record:
@@ -118,10 +121,20 @@ def _chain(
         if pairs:
             labelled |= reading
         step("tile", **labelled, classes=classes, **shared)
-        step("train", dataset=folder("tile"), overwrite=shared["overwrite"])
-        splits = read_dataset(folder("tile"))["splits"]
-        split = next((name for name in ("test", "val", "train") if splits[name]["tiles"]), "train")
-        if split != "test":
+        chosen = _for_few_shapes(read_description(folder("tile")) or {}, steps.get("train", {}))
+        if chosen:
+            record.extra["train"] = chosen
+            said = ", ".join(f"{name} {value}" for name, value in chosen.items())
+            log.info("run: few shapes: training with %s (--set train.NAME=... says otherwise)", said)
+        step("train", dataset=folder("tile"), overwrite=shared["overwrite"], **chosen)
+        dataset = read_dataset(folder("tile"))
+        splits = dataset["splits"]
+        left_out = [name for name in ("val", "test") if splits[name]["tiles"]]
+        if "windows" in dataset and left_out:
+            split = ",".join(left_out)  # of few shapes, all that training did not see
+        else:
+            split = next((name for name in ("test", "val", "train") if splits[name]["tiles"]), "train")
+        if "test" not in split:
             log.warning("run: no test tiles: evaluating on %s, which flatters the model", split)
         step("evaluate", model=folder("train"), dataset=folder("tile"), split=split, overwrite=shared["overwrite"])
         step("predict", model=folder("train"), scenes=[folder("index")], nodata=reading["nodata"], **shared)
@@ -129,6 +142,27 @@ def _chain(
         record.done = len(FOLDERS)
         record.finish()
     return step.end()
+
+
+def _for_few_shapes(dataset: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `train` for tiles around shapes, but for those that the user said; none for other tiles.
+
+    A few hundred pixels teach colours, no shapes; classes have as many as were drawn, which says nothing of how common
+    they are. An epoch of so few tiles is a step or two, so there are more of both; and which of them was best on a few
+    shapes is chance, so the last is kept, and these shapes measure it beside those of test.
+    """
+    if "windows" not in dataset:
+        return {}
+    tiles = max(dataset["splits"]["train"]["tiles"], 1)
+    chosen = {
+        "arch": "pixel-mlp", "epochs": min(max(10_000 // tiles, 30), 100), "batch_size": 4, "class_weights": "balanced",
+        "keep": "last",
+    }  # fmt: skip
+    # What else the user said may need another one.
+    for name, needs in (("batch_size", ("workers", "accumulate")), ("keep", ("patience",))):
+        if any(one in said for one in needs):
+            del chosen[name]
+    return {name: value for name, value in chosen.items() if name not in said}
 
 
 def reprocess(
@@ -174,6 +208,7 @@ def reprocess(
     from sattile.sheets import parse_weights
 
     steps = _checked("reprocess", settings or {})
+    engine.check(spark)
     bundle = load_models(model)
     reading = {"bands": bands, "pattern": pattern, "nodata": nodata}
     # The same from whatever folder it is called.

@@ -20,7 +20,7 @@ from sattile import engine as engines
 from sattile import labels as label_module
 from sattile import mosaic, processors, record, shapes, sheets, spectrum, storage
 from sattile.drift import Sights, judge
-from sattile.errors import UsageError
+from sattile.errors import UsageError, refusal
 from sattile.inference import (
     Inference,
     Labelled,
@@ -53,6 +53,9 @@ WAVE_PIXELS = 1_000_000_000
 
 WAVE_SCENES = 64
 
+LONGEST_NAME = 255
+"""Bytes of a folder's name, on local disks and on HDFS."""
+
 STALE = ("auto", "keep", "remove")
 
 
@@ -71,6 +74,7 @@ class Plan:
         delivered: pixels of these blocks.
         evaluated: pixels that the network runs on for them (fewer where there is nodata).
         memory: estimated peak bytes of a worker.
+        refused: scenes that can't be planned.
     """
 
     job: Inference
@@ -80,6 +84,7 @@ class Plan:
     delivered: int
     evaluated: int
     memory: int
+    refused: tuple[Refusal, ...] = ()
 
     def describe(self, speed: float | None = None) -> dict[str, Any]:
         """The plan in numbers; `speed` is that of an earlier run, in evaluated Mpix/s."""
@@ -110,16 +115,28 @@ def choose_edge(job: Inference, scenes: Sequence[Scene], memory: int, slots: int
     return fitting[-1] if fitting else unit
 
 
-def plan(job: Inference, scenes: Sequence[Scene], *, worker_memory: int | str = "3g", slots: int = 1) -> Plan:
+def plan(
+    job: Inference,
+    scenes: Sequence[Scene],
+    *,
+    worker_memory: int | str = "3g",
+    slots: int = 1,
+    stage: str = "predict",
+) -> Plan:
     """Cut scenes into blocks. From metadata alone; blocks that do not touch the aoi are left out."""
     memory = parse_memory(worker_memory)
     edge = choose_edge(job, scenes, memory, slots)
     pieces: list[Piece] = []
+    refused: list[Refusal] = []
     evaluated = 0
     touches = shapes.AoiTest(job.aoi) if job.aoi else None
     for scene in scenes:
-        every = job.geometry.blocks(scene.height, scene.width, edge)
-        found = [one for one, hit in zip(every, touches(scene, every), strict=True) if hit] if touches else every
+        try:
+            every = job.geometry.blocks(scene.height, scene.width, edge)
+            found = [one for one, hit in zip(every, touches(scene, every), strict=True) if hit] if touches else every
+        except Exception as error:
+            refused.append(Refusal(scene.url, stage, refusal(error).reason))
+            continue
         pieces.extend(Piece(scene, block) for block in found)
         area = math.prod(job.geometry.input_shape(scene.height, scene.width))
         # Windows of a block differ little from block to block.
@@ -130,7 +147,7 @@ def plan(job: Inference, scenes: Sequence[Scene], *, worker_memory: int | str = 
     warn_of_memory(estimate, memory, f"windows of {job.geometry.input_size} px")
     touched = {piece.scene.scene_id for piece in pieces}
     left = tuple(scene for scene in scenes if scene.scene_id in touched)
-    return Plan(job, left, tuple(pieces), edge, delivered, evaluated, estimate)
+    return Plan(job, left, tuple(pieces), edge, delivered, evaluated, estimate, tuple(refused))
 
 
 def read_aoi(url: str | None) -> tuple[bytes, str] | None:
@@ -197,6 +214,8 @@ def fitting(
 def _misfit(scene: Scene, bundle: Bundle, max_gsd_ratio: float) -> str | None:
     if scene.scene_id[:1] in "._" or scene.scene_id in mosaic.OWN:
         return f"its map would be called {scene.scene_id}, as files of sattile's own are; rename the scene"
+    if len(scene.scene_id.encode()) > LONGEST_NAME:
+        return f"its map would be called {scene.scene_id[:40]}..., too long for a folder's name; rename the scene"
     called = spectrum.match(bundle.bands, scene.band_names)
     if called is None:
         missing = spectrum.missing(bundle.bands, scene.band_names)
@@ -382,6 +401,7 @@ def predict(
         UsageError: before anything is computed.
         TooManyRefused: see max_failed_fraction; what is good is published.
     """
+    engines.check(spark)
     if stale not in STALE:
         raise UsageError(f"stale {stale!r}: use {', '.join(STALE)}")
     bundle = load_models(model)
@@ -430,7 +450,7 @@ def predict(
             sheets.announce_plan(found, refused, job, layout, last_speed(out))
         else:
             todo = plan(job, found, worker_memory=worker_memory, slots=engines.slots(spark))
-            announce_plan(todo, refused, last_speed(out))
+            announce_plan(todo, [*refused, *todo.refused], last_speed(out))
         return out
 
     with Run("predict", out, settings, overwrite, max_failed_fraction) as run:
@@ -498,7 +518,8 @@ def _by_scene(
         todo = plan(job, stale, worker_memory=worker_memory, slots=engines.slots(spark))
     run.skipped = len(found) - len(stale)
     run.extra["plan"] = todo.describe(last_speed(out))
-    outside = len(stale) - len(todo.scenes)
+    run.refuse(todo.refused)
+    outside = len(stale) - len(todo.scenes) - len(todo.refused)
     if outside:
         run.extra["outside_aoi"] = outside
         log.info("predict: %d scenes lie outside the area of interest", outside)
@@ -541,7 +562,8 @@ def _on_grid(
         misfits = sheets.unfit(found, layout)
         fit = [scene for scene in found if scene.scene_id not in misfits]
         run.refuse([Refusal(by_id[one].url, "predict", reason) for one, reason in sorted(misfits.items())])
-        every, outside = sheets.plan_sheets(fit, layout, aoi=job.aoi)
+        every, outside, unplaced = sheets.plan_sheets(fit, layout, aoi=job.aoi)
+        run.refuse([Refusal(by_id[one].url, "predict", reason) for one, reason in sorted(unplaced.items())])
         known: dict[str, dict[str, str]] = {}  # by sheet: what it was done without
         for sheet in every:
             item = mosaic.done_item(out, sheet.target.name, sheet.target.source, product)
@@ -584,7 +606,10 @@ def _on_grid(
                 for row in rows:
                     figures.add(row)
                     if row.staged is None:
-                        fresh |= sheets.refusals(row.reason)
+                        blamed = sheets.refusals(row.reason)
+                        if not blamed:
+                            run.refuse([Refusal(storage.join(out, row.name), "predict", row.reason)])
+                        fresh |= blamed
                 for row in rows:
                     if row.staged is not None and not now[row.name].scenes & set(fresh):
                         run.check_held()

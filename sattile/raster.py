@@ -27,14 +27,17 @@ import numpy as np
 import pyproj
 import rasterio
 from affine import Affine
+from pyproj.exceptions import ProjError
+from rasterio._err import CPLE_BaseError
 from rasterio.abc import MultiByteRangeResourceContainer
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
+from shapely.errors import ShapelyError
 
 from sattile import geography, storage
-from sattile.errors import Refused
+from sattile.errors import Refused, is_outage
 from sattile.grid import Window
 from sattile.schema import IGNORE, Band, Scene
 
@@ -49,6 +52,9 @@ OPEN_FILES = 16
 STRIP = 64
 # Labels much finer than the scene: at most this many of their pixels are held at once.
 MAX_LABEL_PIXELS = 1 << 26
+
+NOT_UNDERSTOOD = (RasterioError, CPLE_BaseError, ProjError, ShapelyError, ValueError, ArithmeticError)
+"""What rasterio, GDAL, pyproj and shapely say of a strange header."""
 
 _IDENTITY = Affine.identity()
 
@@ -100,9 +106,7 @@ def describe_file(url: str) -> FileInfo:
         _check_mask_is_used(source, [storage.name(name) for name in identity if name != url])
         try:
             return _describe(url, source, identity)
-        except Refused:
-            raise
-        except Exception as error:  # whatever a strange header makes rasterio, pyproj or shapely say
+        except NOT_UNDERSTOOD as error:
             reason = _reason(error, storage.local_path(url))
             raise Refused(f"its header is not understood: {type(error).__name__}: {reason}") from None
 
@@ -141,10 +145,19 @@ def _open(url: str) -> rasterio.DatasetReader:
     except PermissionError:
         raise Refused("cannot be opened: permission denied; grant the right to read it") from None
     except OSError as error:  # RasterioIOError is one
+        _check_outage(url, error)
         raise Refused(f"cannot be opened: {_reason(error, path)}") from None
-    except (RasterioError, ValueError, AttributeError) as error:
+    except (RasterioError, ValueError, AttributeError, SystemError) as error:
+        _check_outage(url, error)
         # rasterio raises AttributeError for a TIFF's colour space that it has no name for
         raise Refused(f"cannot be opened: rasterio does not understand its header ({_reason(error, path)})") from None
+
+
+def _check_outage(url: str, error: Exception) -> None:
+    """Raises what is no fault of the file, be it kept by GDAL or not."""
+    for one in (error, *(storage.failed.pop(name) for name in (url, f"{url}.msk") if name in storage.failed)):
+        if is_outage(one):
+            raise one
 
 
 def _driver(url: str) -> str:
@@ -156,7 +169,12 @@ def _driver(url: str) -> str:
         return "GTiff"
     if any(head.startswith(magic) for magic in JPEG2000):
         return "JP2OpenJPEG"
-    raise Refused("is neither GeoTIFF, COG nor JPEG 2000; convert it: gdal_translate -of COG IN OUT.tif")
+    remedy = "convert it: gdal_translate -of COG IN OUT.tif"
+    if head.startswith(b"PK\3\4"):
+        remedy = "it is a ZIP archive: unpack it"
+    elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<", b"{")):
+        remedy = "it is text; shapes (KML, GML, GeoJSON) are converted by: ogr2ogr OUT.gpkg IN"
+    raise Refused(f"is neither GeoTIFF, COG nor JPEG 2000; {remedy}")
 
 
 def masks_of(url: str) -> list[str]:
@@ -346,15 +364,18 @@ def _datetime(source: rasterio.DatasetReader) -> str | None:
 
 
 def iso_datetime(text: str | None) -> str | None:
-    """`2020:05:17 10:11:12` (TIFF) or ISO 8601, with UTC if it names no zone -> ISO 8601 in UTC; None if neither."""
+    """`2020:05:17 10:11:12` (TIFF) or ISO 8601, with UTC if it names no zone -> ISO 8601 in UTC; None if neither.
+
+    None, too, for what lies outside the years 1 to 9999 in UTC.
+    """
     if not text:
         return None
     tiff = re.fullmatch(r"(\d{4}):(\d\d):(\d\d) (\d\d:\d\d:\d\d)\0?", text.strip())
     try:
         when = datetime.fromisoformat("{}-{}-{}T{}".format(*tiff.groups()) if tiff else text.strip())
-    except ValueError:
+        when = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+    except (ValueError, OverflowError):  # year 1 of a zone east of Greenwich is year 0 in UTC
         return None
-    when = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
     return when.isoformat(timespec="milliseconds" if when.microsecond else "seconds").replace("+00:00", "Z")
 
 
@@ -554,7 +575,8 @@ def _read_pixels(
         valid = _valid(source, bands, area, nodata, out)
         _check_whole(bands[0].url)
         return valid
-    except (RasterioError, OSError) as error:
+    except (RasterioError, OSError, SystemError) as error:  # the last where a reader of ours raised amid GDAL
+        _check_outage(bands[0].url, error)
         _check_whole(bands[0].url)
         path = storage.local_path(bands[0].url)
         # GDAL keeps the error until a file is opened; the next question to one that is open already would get it.
@@ -998,6 +1020,7 @@ def read_ids(url: str, shape: tuple[int, int], window: Window) -> np.ndarray:
         _check_whole(url)
         return ids
     except (RasterioError, OSError) as error:
+        _check_outage(url, error)
         _check_whole(url)
         path = storage.local_path(url)
         _files.close()  # as in `_read_pixels`

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 import sattile
 from sattile import schema, storage
-from sattile.errors import SattileError, TooManyRefused, UsageError
+from sattile.errors import SattileError, TooManyRefused, UsageError, unforeseen
 from sattile.memory import peak_mb
 from sattile.schema import Refusal
 
@@ -280,6 +280,7 @@ class Run:
 
         Raises:
             SattileError: if another job has taken the folder over meanwhile.
+            SattileError: if nothing is left, of several, for a reason that nobody foresaw.
             TooManyRefused: if refused / given is above `max_failed_fraction`; everything is written first.
         """
         self.check_held()
@@ -310,12 +311,50 @@ class Run:
         )
         storage.remove(storage.join(self.out, STARTED))
         failed = len({one.url for one in self.refused})
-        if self.given and failed / self.given > self.max_failed_fraction:
+        if not self.given or not failed:
+            return
+        example, count = commonest(self.refused)
+        if failed == self.given and count > 1 and 2 * count > failed and unforeseen(example.reason):
+            raise SattileError(
+                f"all {failed} {self.what} were refused, {count} of them by the same error that nobody foresaw: it is "
+                f"probably sattile's own fault or that of its environment, not theirs; {url} has them all; "
+                f"{why(self.refused)}"
+            )
+        if failed / self.given > self.max_failed_fraction:
             raise TooManyRefused(
                 f"{failed} of {self.given} {self.what} were refused, more than max_failed_fraction "
                 f"{self.max_failed_fraction:g} allows; {url} says why"
                 + (" (the others are published)" if self.done + self.skipped else "")
+                + f"; {why(self.refused)}"
             )
+
+
+def commonest(refused: Sequence[Refusal]) -> tuple[Refusal, int]:
+    """An example of the commonest kind of reason, the first one by URL, and how many scenes were refused for it.
+
+    Reasons are of one kind if they differ in numbers and in the scene's own name alone; what nobody foresaw is of one
+    kind by its type and place.
+    """
+    kinds: dict[str, dict[str, Refusal]] = {}
+    for one in sorted(refused, key=lambda one: (one.url, one.reason)):
+        kinds.setdefault(_kind(one), {}).setdefault(one.url, one)
+    by_url = min(kinds.values(), key=lambda one: (-len(one), min(one)))
+    return next(iter(by_url.values())), len(by_url)
+
+
+def _kind(one: Refusal) -> str:
+    if known := unforeseen(one.reason):
+        return known
+    stem = storage.name(one.url).rpartition(".")[0] or storage.name(one.url)
+    return re.sub(r"\d+(?:\.\d+)?", "0", one.reason.replace(one.url, "URL").replace(stem, "NAME"))
+
+
+def why(refused: Sequence[Refusal]) -> str:
+    """The commonest reason and an example, for the last line that a person reads."""
+    example, count = commonest(refused)
+    every = len({one.url for one in refused})
+    which = "the reason" if count == every else f"the commonest reason ({count} of {every})"
+    return f"{which}: {example.url}: {example.reason}"
 
 
 def read_quarantine(out: str) -> list[Refusal]:

@@ -438,6 +438,7 @@ def _describe_dataset(folder: Folder) -> dict[str, Any]:
         "splits": splits,
         "statistics": statistics,
         "split_rule": dataset.get("split_rule"),
+        "windows": dataset.get("windows"),
         "sources": len(dataset.get("sources", [])),
         "digest": dataset.get("digest"),
     }
@@ -447,8 +448,10 @@ def _describe_model(folder: Folder) -> dict[str, Any]:
     bundle = folder.read("bundle.json") or {}
     history = [row for row in folder.read("history.json") or [] if isinstance(row, dict)]
     scored = [row for row in history if is_number(row.get("val_miou"))]
-    # The first of equals: the checkpoint that training keeps.
+    # The first of equals, if not the last of all: the checkpoint that training keeps.
     best = max(scored, key=lambda row: row["val_miou"], default=None)
+    if (bundle.get("network") or {}).get("keep") == "last" and scored:
+        best = scored[-1]
     split = (bundle.get("metrics") or {}).get("split", "val")  # training tiles, where there are no others
     judged = SPLITS.get(split, split)
     facts = [
@@ -493,11 +496,17 @@ def _describe_evaluation(folder: Folder, colors: dict[str, str]) -> dict[str, An
         )
     settings = folder.run.get("settings", {})
     split = settings.get("split")  # of tiles
+    split = " and ".join(SPLITS.get(name, name) for name in str(split).split(",")) if split else None
+    left_out_shapes = measured.get("shapes") or {}
+    for row in rows if left_out_shapes else ():
+        # One interval for a number: that of the shapes, which holds for a single one, too.
+        row["intervals"] = {**row["intervals"], "recall": (left_out_shapes[row["name"]] or {}).get("interval")}
     samples, left_out = _samples(folder)
     calibration = measured.get("calibration")
     return {
         "url": folder.url,
-        "what": f"the {SPLITS.get(split, split)} split" if split else "scenes with labels",
+        "what": f"the {split} split{'s' * (' and ' in split)}" if split else "scenes with labels",
+        "shapes": left_out_shapes,
         "miou": measured.get("miou"),
         "accuracy": measured.get("accuracy"),
         "pixels": measured.get("pixels") or 0,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from sattile import engine, record, spectrum, storage
-from sattile.errors import Refused, SattileError, UsageError
+from sattile.errors import Refused, UsageError, is_outage, refusal
 from sattile.schema import Band, Refusal, Scene
 from sattile.stac import moment, stated_times, time_properties
 
@@ -353,12 +353,16 @@ def _read_stac(url: str, bands: Sequence[str] | None, seen: set[str] | None = No
     if storage.absolute(url) in seen:
         return
     seen.add(storage.absolute(url))
-    stem = _clean(storage.name(url).rpartition(".")[0] or storage.name(url))
     try:
-        value = storage.read_json(url)
-    except (OSError, SattileError) as error:
-        yield Candidate(stem, url, reason=f"{UNLISTED}the STAC file cannot be read: {error}")
-        return
+        yield from _read_listing(url, bands, seen)
+    except Exception as error:
+        stem = _clean(storage.name(url).rpartition(".")[0] or storage.name(url))
+        yield Candidate(stem, url, reason=f"{UNLISTED}the STAC file cannot be read: {refusal(error)}")
+
+
+def _read_listing(url: str, bands: Sequence[str] | None, seen: set[str]) -> Iterator[Candidate]:
+    """What one STAC file holds and leads to."""
+    value = storage.read_json(url)
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "Feature":
         yield _read_item(url, value, bands)
@@ -368,7 +372,8 @@ def _read_stac(url: str, bands: Sequence[str] | None, seen: set[str] | None = No
             one = _read_item(url, item if isinstance(item, dict) else {}, bands)
             yield replace(one, url=f"{url}#{name}")
     elif kind in ("Collection", "Catalog"):
-        for link in value.get("links") or []:
+        links = value.get("links")
+        for link in links if isinstance(links, list) else ():
             if not isinstance(link, dict) or link.get("rel") not in ("item", "child"):
                 continue
             target = str(link.get("href", ""))
@@ -379,8 +384,7 @@ def _read_stac(url: str, bands: Sequence[str] | None, seen: set[str] | None = No
                 continue
             yield from _read_stac(resolved, bands, seen)
     else:
-        what = 'is JSON but no STAC item, collection or catalogue (no "type" that says so)'
-        yield Candidate(stem, url, reason=UNLISTED + what)
+        raise Refused('it is JSON but no STAC item, collection or catalogue (no "type" that says so)')
 
 
 def _stem(url: str) -> str:
@@ -419,14 +423,19 @@ def _read_item(url: str, value: dict[str, Any], bands: Sequence[str] | None) -> 
     stem = _clean(str(value.get("id") or _stem(url)))
     try:
         item = pystac.Item.from_dict(_with_a_time(value), href=storage.absolute(url), migrate=False, preserve_dict=True)
-        stated = item.datetime.isoformat() if item.datetime else None
-        sources = _item_sources(url, item, bands)
-    except Refused as error:
-        return Candidate(stem, url, reason=error.reason)
     except Exception as error:  # pystac raises KeyError, TypeError, ValueError, ... for what is no item
+        if is_outage(error):
+            raise
         what = f"is no valid STAC item: {type(error).__name__}: {error}"
         return Candidate(stem, url, reason=UNLISTED + what)
-    return Candidate(stem, url, tuple(sources), stated, interval=_interval(item.properties))
+    try:
+        stated = item.datetime.isoformat() if item.datetime else None
+        sources, interval = _item_sources(url, item, bands), _interval(item.properties)
+    except Refused as error:
+        return Candidate(stem, url, reason=error.reason)
+    except Exception as error:
+        return Candidate(stem, url, reason=f"{UNLISTED}{refusal(error)}")
+    return Candidate(stem, url, tuple(sources), stated, interval=interval)
 
 
 def _with_a_time(item: dict[str, Any]) -> dict[str, Any]:
@@ -566,8 +575,9 @@ def resolve(
         same for any order of arguments.
 
     Raises:
-        UsageError: see `find`; for a name that is given twice.
+        UsageError: see `find`; for a name that is given twice; for a session that can't be used.
     """
+    engine.check(spark)
     called = called_otherwise(bands)
     return _resolve(spark, find(arguments, bands=_own(called), pattern=pattern), called, nodata)
 
@@ -612,11 +622,17 @@ def _resolve(
     striped = []
     for at, text, reason, urls in sorted(outcomes):
         striped += urls
-        if text is not None:
+        if text is None:
+            refused.append(Refusal(candidates[at].url, STAGE, reason or "unknown"))
+            continue
+        try:
             scene = Scene.from_json(text)
             scenes.append(scene if called is None else scene.select_as(called))
-        else:
-            refused.append(Refusal(candidates[at].url, STAGE, reason or "unknown"))
+            if (said := candidates[at].datetime) and scene.datetime is None:
+                log.warning("%s: its date %r can't be used and is left out: no time of years 1 to 9999 in UTC",
+                            candidates[at].url, said)  # fmt: skip
+        except Exception as error:
+            refused.append(Refusal(candidates[at].url, STAGE, refusal(error).reason))
     if striped:
         log.warning(
             "%s%s: stored in strips as wide as the file: each window reads whole rows, many times its own bytes; "
@@ -645,11 +661,8 @@ def _describe_all(
         striped.clear()
         try:
             yield at, describe(candidate, read_header, bands=bands, nodata=nodata).to_json(), None, list(striped)
-        except Refused as error:
-            yield at, None, error.reason, []
-        except OSError as error:  # the system's own: no right to look, a disk that fails
-            what = "; grant the right to read it" if isinstance(error, PermissionError) else ""
-            yield at, None, f"cannot be read: {error.strerror or error}{what}", []
+        except Exception as error:
+            yield at, None, refusal(error).reason, []
 
 
 def describe(
@@ -899,6 +912,7 @@ def index(
         UsageError: see `find` and `record.Run`.
         TooManyRefused: the catalogue holds the others.
     """
+    engine.check(spark)
     bands = [name.strip() for name in bands.split(",")] if isinstance(bands, str) else bands
     called = called_otherwise(bands)
     candidates = find(scenes, bands=_own(called), pattern=pattern)  # wrong usage ends it before anything is written
@@ -908,7 +922,11 @@ def index(
         with run.stage("index") as stage:
             resolved = _resolve(spark, candidates, called, nodata)
             stage.pixels = sum(scene.height * scene.width for scene in resolved.scenes)
-            content = _catalog_bytes(resolved.scenes)
+            try:
+                content = _catalog_bytes(resolved.scenes)
+            except Exception:  # of one scene perhaps, and told by it
+                resolved = _listable(resolved)
+                content = _catalog_bytes(resolved.scenes)
             same = storage.exists(url) and storage.read_bytes(url) == content
             if not same:
                 storage.write_bytes(url, content)
@@ -952,6 +970,18 @@ def read_catalog(url: str) -> list[Scene]:
 
 def _read_rows(url: str) -> list[Candidate]:
     return [Candidate(scene.scene_id, scene.url, known=scene.to_json()) for scene in read_catalog(url)]
+
+
+def _listable(resolved: Resolved) -> Resolved:
+    """Refuses scenes of which no row can be made, such as those of a catalogue that was edited by hand."""
+    good, refused = [], list(resolved.refused)
+    for scene in resolved.scenes:
+        try:
+            _catalog_bytes([scene])
+            good.append(scene)
+        except Exception as error:
+            refused.append(Refusal(scene.url, STAGE, refusal(error).reason))
+    return replace(resolved, scenes=good, refused=refused)
 
 
 def _catalog_bytes(scenes: Sequence[Scene]) -> bytes:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from sattile.errors import SattileError, UsageError, said_by_task
+from sattile.errors import Outage, SattileError, UsageError, said_by_task
 
 Scorer = Callable[[np.ndarray], np.ndarray]
 """(N, H, W, bands) of any dtype -> (N, H, W, classes) float32, to be read only: it may be an engine's own memory."""
@@ -199,7 +199,7 @@ def by_tensorflow(network: Any, *, second: bool, device: str = CPU) -> Scorer:
         except tf.errors.ResourceExhaustedError:
             if device == CPU:
                 raise
-            raise SattileError(
+            raise Outage(
                 f"the GPU's memory does not hold an input of {' x '.join(map(str, images.shape[:3]))} pixels beside "
                 f"what else runs on it: give a smaller --size, or let fewer tasks share a GPU (a larger "
                 f"spark.task.resource.gpu.amount)"

@@ -6,6 +6,7 @@ import math
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ import rasterio.features
 import shapely
 from affine import Affine
 from rasterio.errors import NotGeoreferencedWarning
+from shapely.geometry.base import BaseGeometry
 
 from sattile import geography, raster
 from sattile.errors import Refused
@@ -136,21 +138,43 @@ def _drawing(shapes: Sequence[tuple[bytes, int]] | bytes, crs: str | None, scene
     return drawing
 
 
+def in_pixels(shape: BaseGeometry, crs: str | None, scene: OnGrid) -> BaseGeometry:
+    """A shape in (col, row) of a scene, as it is drawn there; of what is far from it nothing, or no more than a border.
+
+    Raises:
+        Refused: as `rasterize`.
+    """
+    at, ring, _, _ = _laid(np.array([shape]), crs, scene)
+    _, ring, length = np.unique(ring, return_inverse=True, return_counts=True)
+    whole = (length >= 4)[ring]  # what was cut to a border may have no area
+    if not whole.any():
+        return shapely.Polygon()
+    rings = shapely.linearrings(at[whole], indices=np.unique(ring[whole], return_inverse=True)[1])
+    # A point is inside if it is so by an odd number of rings: holes, and holes of what lies in holes.
+    return reduce(shapely.symmetric_difference, shapely.make_valid(shapely.polygons(rings)))
+
+
 def _lay(shapes: Sequence[tuple[bytes, int]] | bytes, crs: str | None, scene: OnGrid) -> _Drawing:
-    if (crs is None) != (scene.crs is None):
-        which = "the shapes have" if crs is None else "the scene has"
-        raise Refused(f"{which} no CRS, so the two can't be laid over each other; state it")
     if isinstance(shapes, bytes):
         found, values = unpack(shapes)
     else:
         found = shapely.from_wkb([bytes(wkb) for wkb, _ in shapes])
         values = np.array([value for _, value in shapes], np.uint8)
+    at, ring, owner, turns = _laid(found, crs, scene)
+    return _Drawing(at, ring, owner, np.repeat(values, turns), scene)
+
+
+def _laid(found: np.ndarray, crs: str | None, scene: OnGrid) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Rings of shapes in (col, row) of a scene, as `_rings` has them; and how many owners each shape has: it may be
+    laid once on each side of the antimeridian."""
+    if (crs is None) != (scene.crs is None):
+        which = "the shapes have" if crs is None else "the scene has"
+        raise Refused(f"{which} no CRS, so the two can't be laid over each other; state it")
     transformer = geography.transformer_between(crs, scene.crs) if crs is not None and scene.crs is not None else None
     inverse = ~Affine(*scene.transform)
     if transformer is None:
         at, ring, owner = _rings(found)
-        at = np.column_stack(geography.apply(inverse, at[:, 0], at[:, 1]))
-        return _Drawing(at, ring, owner, values, scene)
+        return np.column_stack(geography.apply(inverse, at[:, 0], at[:, 1])), ring, owner, 1
 
     def project(at: np.ndarray) -> np.ndarray:
         # An array of one point is a scalar to pyproj.
@@ -163,8 +187,7 @@ def _lay(shapes: Sequence[tuple[bytes, int]] | bytes, crs: str | None, scene: On
     if boxes is None:
         at, ring, owner = _rings(found)
         longest = np.ptp(at, axis=0).max() / 64 if len(at) else 0.0
-        at, ring = _bent(at, ring, longest, project)
-        return _Drawing(at, ring, owner, values, scene)
+        return *_bent(at, ring, longest, project), owner, 1
     if len(boxes) > 1:
         beyond = np.nanmax(np.abs(shapely.bounds(found)[:, ::2]), axis=1, initial=0) > 180
         found = found.copy()
@@ -176,7 +199,7 @@ def _lay(shapes: Sequence[tuple[bytes, int]] | bytes, crs: str | None, scene: On
         part, of_ring = _bent(*_held(at, ring, box), np.ptp(box.reshape(2, 2), axis=0).max() / 16, project)
         parts.append((part, of_ring + turn * len(owner), owner * len(boxes) + turn))
     at, ring, owner = (np.concatenate(one) for one in zip(*parts, strict=True))
-    return _Drawing(at, ring, owner, np.repeat(values, len(boxes)), scene)
+    return at, ring, owner, len(boxes)
 
 
 def _rings(shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sattile import engine as engines
-from sattile import geography, mosaic, raster, record, shapes, storage, vectors
+from sattile import errors, geography, mosaic, raster, record, shapes, storage, vectors
 from sattile.decoder import decoder, read_ahead
 from sattile.drift import Sights
 from sattile.errors import Refused, UsageError, nearest
@@ -289,22 +289,28 @@ class Sheet:
 
 def plan_sheets(
     scenes: Sequence[Scene], layout: Layout, *, aoi: tuple[bytes, str] | None = None
-) -> tuple[list[Sheet], list[Scene]]:
-    """Sheets with their blocks, from metadata alone, in order; and scenes that no pixel of the grid lies in.
+) -> tuple[list[Sheet], list[Scene], dict[str, str]]:
+    """Sheets with their blocks, from metadata alone, in order; scenes that no pixel of the grid lies in; and {scene id:
+    reason} of those that can't be laid on the grid.
 
     Blocks that do not touch the aoi are left out.
 
     Args:
         scenes: those that `unfit` says nothing of.
     """
-    ordered = in_order(scenes, layout.rule)
+    ordered, refused = [], {}
     touched: dict[tuple[int, int], dict[Window, list[str]]] = {}
     extents: dict[str, Window | None] = {}
-    for scene in ordered:
-        warp = Warp(layout.grid, scene)
-        for key, block in _blocks_of(warp, layout):
+    for scene in in_order(scenes, layout.rule):
+        try:
+            warp = Warp(layout.grid, scene)
+            blocks_of_scene, extents[scene.scene_id] = list(_blocks_of(warp, layout)), warp.extent()
+        except Exception as error:
+            refused[scene.scene_id] = errors.refusal(error).reason
+            continue
+        ordered.append(scene)
+        for key, block in blocks_of_scene:
             touched.setdefault(key, {}).setdefault(block, []).append(scene.scene_id)
-        extents[scene.scene_id] = warp.extent()
     by_id = {scene.scene_id: scene for scene in ordered}
     sheets = []
     for key in sorted(touched):
@@ -330,19 +336,25 @@ def plan_sheets(
         if window.area:
             sheets.append(_sheet(key, works, used, layout.grid, window))
     inside = {one for sheet in sheets for one in sheet.scenes}
-    return sheets, [scene for scene in by_id.values() if scene.scene_id not in inside]
+    return sheets, [scene for scene in by_id.values() if scene.scene_id not in inside], refused
 
 
 def unfit(scenes: Sequence[Scene], layout: Layout) -> dict[str, str]:
-    """{scene id: reason} of scenes for whose pixels the grid's resolution can't be meant.
+    """{scene id: reason} of scenes for whose pixels the grid's resolution can't be meant, or that have no way onto it.
 
     Raises:
-        UsageError: if that is all of them.
+        UsageError: if it is the resolution of all of them.
     """
-    found = {scene.scene_id: reason for scene in scenes if (reason := Warp(layout.grid, scene).misfit())}
+    found, elsewhere = {}, {}
+    for scene in scenes:
+        try:
+            if reason := Warp(layout.grid, scene).misfit():
+                found[scene.scene_id] = reason
+        except Exception as error:
+            elsewhere[scene.scene_id] = errors.refusal(error).reason
     if found and len(found) == len(scenes):
         raise UsageError(next(iter(found.values())))
-    return found
+    return found | elsewhere
 
 
 def stretched(sheets: Sequence[Sheet], grid: Grid) -> str | None:
@@ -502,30 +514,46 @@ def _warp(grid: Grid, scene_id: str, height: int, width: int, crs: str, transfor
     return Warp(grid, Scene(scene_id, "", height, width, (), crs, transform))  # type: ignore[arg-type]
 
 
-def steps_of(work: Work, scenes: Mapping[str, Scene], job: Inference, layout: Layout) -> Iterator[Step]:
+@dataclass(frozen=True)
+class Unread:
+    """A scene that is refused, and the block that it was for."""
+
+    work: Work
+    scene_id: str
+    reason: str
+
+
+def steps_of(work: Work, scenes: Mapping[str, Scene], job: Inference, layout: Layout) -> Iterator[Step | Unread]:
     """What has to be done for one block, in order; scenes of which it needs no pixel are left out.
 
     A scene much finer than the grid is taken in parts of the block, so that no more of it is held than of others.
     """
-    edge = job.geometry.size if job.geometry.merge == "crop" else layout.block
     for rank, scene_id in enumerate(work.scenes, start=work.first):
-        scene = scenes[scene_id]
-        warp = _warp(layout.grid, scene_id, scene.height, scene.width, str(scene.crs), scene.transform)
-        extent = warp.extent()
-        # A small scene in a block of a coarse grid: the points of all other pixels would be looked up, too. A side that
-        # is a curve on the grid may bulge beyond the extent.
-        near = extent and extent.pad(2 + max(extent.height, extent.width) // 8)
-        parts = [work.block & near if near else work.block]
-        while parts:
-            part = parts.pop()
-            cut = warp.cut(part) if part.area else None
-            if cut is None or not cut.need.area:
-                continue
-            if cut.need.area > 2 * edge**2 and part.area > 1:
-                parts += reversed(part.quarters())
-                continue
-            placements = tuple(job.geometry.cover(scene.height, scene.width, cut.need))
-            yield Step(work, rank, scene, warp, cut, placements, hull(one.read for one in placements))
+        try:
+            yield from _steps(work, rank, scenes[scene_id], job, layout)
+        except Exception as error:
+            yield Unread(work, scene_id, errors.refusal(error).reason)
+
+
+def _steps(work: Work, rank: int, scene: Scene, job: Inference, layout: Layout) -> Iterator[Step]:
+    """Of one scene."""
+    edge = job.geometry.size if job.geometry.merge == "crop" else layout.block
+    warp = _warp(layout.grid, scene.scene_id, scene.height, scene.width, str(scene.crs), scene.transform)
+    extent = warp.extent()
+    # A small scene in a block of a coarse grid: the points of all other pixels would be looked up, too. A side that
+    # is a curve on the grid may bulge beyond the extent.
+    near = extent and extent.pad(2 + max(extent.height, extent.width) // 8)
+    parts = [work.block & near if near else work.block]
+    while parts:
+        part = parts.pop()
+        cut = warp.cut(part) if part.area else None
+        if cut is None or not cut.need.area:
+            continue
+        if cut.need.area > 2 * edge**2 and part.area > 1:
+            parts += reversed(part.quarters())
+            continue
+        placements = tuple(job.geometry.cover(scene.height, scene.width, cut.need))
+        yield Step(work, rank, scene, warp, cut, placements, hull(one.read for one in placements))
 
 
 def read_step(
@@ -600,35 +628,63 @@ def edge_weights(scene: Scene, window: Window) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Got:
-    """A step whose pixels are read, or the reason why its scene is refused."""
+    """A step whose pixels are read."""
 
     step: Step
-    read: BlockRead | None = None
-    clouds: np.ndarray | None = None
-    reason: str = ""
+    read: BlockRead
+    clouds: np.ndarray | None
+
+    @property
+    def work(self) -> Work:
+        return self.step.work
 
 
-def read_steps(items: Iterable[Step | Work], job: Inference, layout: Layout) -> Iterator[Got | Work]:
+@dataclass(frozen=True)
+class Scored:
+    """A step that is on the grid: scores and weights (None for nothing), and what it took.
+
+    Attributes:
+        seen: see `inference.see`.
+        evaluated: pixels that the network ran on.
+        memory_mb: peak of this worker and its decoder.
+    """
+
+    step: Step
+    scores: np.ndarray | None
+    weights: np.ndarray | None
+    seen: np.ndarray | None
+    evaluated: int
+    memory_mb: float
+
+
+def read_steps(
+    items: Iterable[Step | Unread | Work], job: Inference, layout: Layout, bad: Set[str] = frozenset()
+) -> Iterator[Got | Unread | Work]:
     """Read steps one after the other, the next while the present one is used; what is no step passes in its place.
 
     A scene that can't be read is refused once, and its further steps are left out.
+
+    Args:
+        bad: ids of scenes whose further steps are left out, too; may grow.
     """
     how: dict[str, Any] = {
         "scaled": job.bundle.values == "scaled", "nodata": job.nodata, "cloud": layout.weights.cloud,
     }  # fmt: skip
 
-    def call(item: Step | Work) -> Callable[[], Any] | None:
-        return partial(read_step, item.scene, item.region, item.cut.need, **how) if isinstance(item, Step) else None
+    def call(item: Step | Unread | Work) -> Callable[[], Any] | None:
+        if not isinstance(item, Step) or item.scene.scene_id in bad:
+            return None
+        return partial(read_step, item.scene, item.region, item.cut.need, **how)
 
-    def source(item: Step | Work) -> str:
+    def source(item: Step | Unread | Work) -> str:
         return item.scene.scene_id if isinstance(item, Step) else ""
 
     for item, read in read_ahead(items, call, source):
-        if isinstance(item, Work):
+        if not isinstance(item, Step):
             yield item
         elif isinstance(read, Refused):
-            yield Got(item, reason=read.reason)
-        else:
+            yield Unread(item.work, item.scene.scene_id, read.reason)
+        elif read is not None and item.scene.scene_id not in bad:
             yield Got(item, *read)
 
 
@@ -687,13 +743,18 @@ class Sums:
         return rows_of(self.work.name, part, covered[inner], tally)
 
 
-def score_on_grid(got: Got, job: Inference, layout: Layout) -> tuple[np.ndarray | None, np.ndarray | None, int]:
-    """Scores and weights of a step on the grid (None for nothing), and pixels evaluated."""
-    assert got.read is not None
-    scores, weights, evaluated = score_step(got.step, got.read, got.clouds, job, layout)
-    if not weights.any():
-        return None, None, evaluated
-    return *got.step.warp.apply(got.step.cut, scores, weights), evaluated
+def score_on_grid(got: Got, job: Inference, layout: Layout) -> Scored | Unread:
+    """A step on the grid; or why its scene is refused, whatever it was that it raised."""
+    if got.read.wanted.any():
+        _ = job.scorer  # a network that can't be loaded is no scene's fault
+    try:
+        scores, weights, evaluated = score_step(got.step, got.read, got.clouds, job, layout)
+        seen, memory = see(got.read, got.step.cut.need, job), peak_mb() + got.read.memory_mb
+        if not weights.any():
+            return Scored(got.step, None, None, seen, evaluated, memory)
+        return Scored(got.step, *got.step.warp.apply(got.step.cut, scores, weights), seen, evaluated, memory)
+    except Exception as error:
+        return Unread(got.work, got.step.scene.scene_id, errors.refusal(error).reason)
 
 
 def refusal(name: str, scene_id: str, reason: str, memory_mb: float) -> tuple[Any, ...]:
@@ -713,7 +774,7 @@ def stitch(
     """
     import pandas as pd
 
-    def items() -> Iterator[Step | Work]:
+    def items() -> Iterator[Step | Unread | Work]:
         for frame in frames:
             for number in frame["id"]:
                 for work in tasks.value[int(number)]:
@@ -722,8 +783,9 @@ def stitch(
 
     sums: Sums | None = None
     tally = Tally()
-    for item in read_steps(items(), job, layout):
-        work = item if isinstance(item, Work) else item.step.work
+    bad: set[str] = set()
+    for item in read_steps(items(), job, layout, bad):
+        work = item if isinstance(item, Work) else item.work
         if sums is None:
             sums = Sums(work, _frame(layout.grid, windows.value[work.name]), job, layout)
         if isinstance(item, Work):
@@ -731,16 +793,18 @@ def stitch(
             rows = list(sums.rows(tally))
             sums, tally = None, Tally(memory_mb=tally.memory_mb)
             yield pd.DataFrame(rows, columns=columns(INFERRED))
-        elif item.read is None:
-            row = refusal(work.name, item.step.scene.scene_id, item.reason, tally.memory_mb)
+            continue
+        done = score_on_grid(item, job, layout) if isinstance(item, Got) and not sums.is_full else item
+        if isinstance(done, Unread):
+            bad.add(done.scene_id)
+            row = refusal(work.name, done.scene_id, done.reason, tally.memory_mb)
             yield pd.DataFrame([row], columns=columns(INFERRED))
-        elif not sums.is_full:
-            scores, weights, pixels = score_on_grid(item, job, layout)
-            tally.evaluated += pixels
-            tally.seen.add(item.step.scene.scene_id, see(item.read, item.step.cut.need, job))
-            tally.memory_mb = max(tally.memory_mb, peak_mb() + item.read.memory_mb)
-            if scores is not None and weights is not None:
-                sums.add(item.step.cut.window, scores, weights)
+        elif isinstance(done, Scored):
+            tally.evaluated += done.evaluated
+            tally.seen.add(done.step.scene.scene_id, done.seen)
+            tally.memory_mb = max(tally.memory_mb, done.memory_mb)
+            if done.scores is not None and done.weights is not None:
+                sums.add(done.step.cut.window, done.scores, done.weights)
 
 
 SHARES = (
@@ -756,37 +820,38 @@ def infer(
     """Map alone: task numbers in, rows of `SHARES` out; at least one for each block."""
     import pandas as pd
 
-    def items() -> Iterator[Step | Work]:
+    def items() -> Iterator[Step | Unread | Work]:
         for frame in frames:
             for number in frame["id"]:
                 for work in tasks.value[int(number)]:
                     yield work
                     yield from steps_of(work, scenes.value, job, layout)
 
-    for item in read_steps(items(), job, layout):
-        work = item if isinstance(item, Work) else item.step.work
+    bad: set[str] = set()
+    for item in read_steps(items(), job, layout, bad):
+        work = item if isinstance(item, Work) else item.work
         place = work.name, *asdict(work.block).values()
         rows: list[tuple[Any, ...]] = []
         nothing = 0, 0, 0, 0
-        if isinstance(item, Work):
+        done = score_on_grid(item, job, layout) if isinstance(item, Got) else item
+        if isinstance(done, Work):
             rows.append((*place, -1, *nothing, None, None, 0, peak_mb(), None, None, None))
-        elif item.read is None:
-            row = *place, -1, *nothing, None, None, 0, peak_mb(), None, item.step.scene.scene_id, item.reason
-            rows.append(row)
+        elif isinstance(done, Unread):
+            bad.add(done.scene_id)
+            rows.append((*place, -1, *nothing, None, None, 0, peak_mb(), None, done.scene_id, done.reason))
         else:
-            scores, weights, pixels = score_on_grid(item, job, layout)
-            memory = peak_mb() + item.read.memory_mb
             seen = Sights()
-            seen.add(item.step.scene.scene_id, see(item.read, item.step.cut.need, job))
-            rows.append((*place, -1, *nothing, None, None, pixels, memory, seen.to_json(), None, None))
-            if scores is not None and weights is not None:
-                whole = item.step.cut.window
-                step = max(ROW_BYTES // (whole.width * (4 * scores.shape[-1] + 4)), 1)
+            seen.add(done.step.scene.scene_id, done.seen)
+            taken = done.evaluated, done.memory_mb, seen.to_json()
+            rows.append((*place, -1, *nothing, None, None, *taken, None, None))
+            if done.scores is not None and done.weights is not None:
+                whole = done.step.cut.window
+                step = max(ROW_BYTES // (whole.width * (4 * done.scores.shape[-1] + 4)), 1)
                 for top in range(0, whole.height, step):
                     some = slice(top, min(top + step, whole.height))
                     part = whole.row + top, whole.col, some.stop - top, whole.width
-                    packed = mosaic.pack(scores[some]), mosaic.pack(weights[some])
-                    rows.append((*place, item.step.rank, *part, *packed, 0, memory, None, None, None))
+                    packed = mosaic.pack(done.scores[some]), mosaic.pack(done.weights[some])
+                    rows.append((*place, done.step.rank, *part, *packed, 0, done.memory_mb, None, None, None))
         for row in rows:
             yield pd.DataFrame([row], columns=columns(SHARES))
 
@@ -859,11 +924,12 @@ def run_wave(
 
 
 def refusals(reason: str) -> dict[str, str]:
-    """{scene id: reason} of what `refusal` said of a sheet."""
+    """{scene id: reason} of what `refusal` said of a sheet; nothing if it is the sheet that could not be written."""
     found: dict[str, str] = {}
     for line in reason.split("\n"):
-        value = json.loads(line)
-        found.setdefault(value["scene"], value["reason"])
+        with suppress(ValueError):
+            value = json.loads(line)
+            found.setdefault(value["scene"], value["reason"])
     return found
 
 
@@ -906,8 +972,10 @@ def announce_plan(
     """Print the plan of a mosaic of these scenes."""
     misfits = unfit(scenes, layout)
     by_id = {scene.scene_id: scene for scene in scenes}
+    fit = [one for one in scenes if one.scene_id not in misfits]
+    sheets, outside, unplaced = plan_sheets(fit, layout, aoi=job.aoi)
+    misfits |= unplaced
     refused = [*refused, *(Refusal(by_id[one].url, "predict", reason) for one, reason in misfits.items())]
-    sheets, outside = plan_sheets([one for one in scenes if one.scene_id not in misfits], layout, aoi=job.aoi)
     numbers = describe_plan(sheets, by_id, job, layout, speed)
     around = f"halo {job.geometry.halo}" if job.geometry.merge == "crop" else f"stride {job.geometry.stride}"
     a, b, _, d, e, _ = layout.grid.transform

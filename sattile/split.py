@@ -7,7 +7,8 @@ different dates, CRSs and resolutions fall into the same cells. numpy only; posi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,18 +24,21 @@ EARTH_RADIUS = 6_371_008.8
 _COS_30 = float(np.cos(np.pi / 6))  # standard parallels at 30 degrees: cells are near square where people live
 _AROUND = 2 * float(np.pi) * EARTH_RADIUS * _COS_30
 
+Outline = tuple[np.ndarray, np.ndarray]
+"""Longitudes and latitudes of a closed line."""
+
 
 @dataclass(frozen=True)
 class SplitRule:
     """How tiles are dealt to train, val and test.
 
     Attributes:
-        by: `scene` or `block`.
+        by: `scene`, `block`, or `shapes` (groups of them, see `deal_groups`).
         fractions: shares of train, val, test; they sum to 1.
         seed: another seed, another deal.
         cell: edge of a ground cell in metres (`block`).
         buffer: pixels kept between training tiles and the others.
-        fixed: cells (or scene ids) whose split was set, because a hash left a split empty or the user said so.
+        fixed: cells (scene ids, groups) whose split was set, because a hash left a split empty or the user said so.
     """
 
     by: str
@@ -88,12 +92,42 @@ def cells(lon: np.ndarray, lat: np.ndarray, cell: float) -> list[str]:
 
     An outline that goes around the Earth holds the pole on its side.
     """
+    return [key for key, _ in _touched(*_rectangle(lon, lat), cell)]
+
+
+def _rectangle(lon: np.ndarray, lat: np.ndarray) -> tuple[float, float, float, float]:
+    """Left, low, right and high of the bounding rectangle of a closed outline on the plane."""
     x, y = ground(np.append(lon, lon[0]), np.append(lat, lat[0]))
     low, high = float(y.min()), float(y.max())
     if abs(x[-1] - x[0]) > _AROUND / 2:
         pole = float(np.copysign(EARTH_RADIUS / _COS_30, y.mean()))
         low, high = min(low, pole), max(high, pole)
-    return [key for key, _ in _touched(float(x.min()), low, float(x.max()), high, cell)]
+    return float(x.min()), low, float(x.max()), high
+
+
+def near(outlines: Sequence[Outline], padded: Sequence[Outline]) -> Iterator[tuple[int, int]]:
+    """Pairs of outlines of which one, with its buffer, reaches into the other's bounding rectangle.
+
+    Args:
+        outlines, padded: longitudes and latitudes of closed lines, and of the same with their buffers.
+    """
+    # One place seen on many dates is one rectangle.
+    sides = np.array([_rectangle(*one) + _rectangle(*wide) for one, wide in zip(outlines, padded, strict=True)])
+    sides, first, number = np.unique(np.round(sides.reshape(-1, 8), 3), axis=0, return_index=True, return_inverse=True)
+    yield from zip(first[number.ravel()].tolist(), range(len(outlines)), strict=True)
+    turns = np.floor(sides[:, :1] / _AROUND) * _AROUND
+    sides[:, 0::2] -= turns
+    if len(sides) and (sides[:, 4].min() < 0 or sides[:, 6].max() > _AROUND):  # the seam is at 0 E now
+        sides, first = np.concatenate([sides, sides + np.tile([_AROUND, 0], 4)]), np.tile(first, 2)
+    order = np.argsort(sides[:, 4], kind="stable")
+    sides, first = sides[order], first[order]
+    for index, (left, low, right, high, wide_left, wide_low, wide_right, wide_high) in enumerate(sides.tolist()):
+        others = sides[index + 1 : int(np.searchsorted(sides[:, 4], wide_right))]
+        touched = (others[:, 0] < wide_right) & (others[:, 2] > wide_left)
+        touched &= (others[:, 1] < wide_high) & (others[:, 3] > wide_low)
+        touching = (others[:, 4] < right) & (others[:, 6] > left) & (others[:, 5] < high) & (others[:, 7] > low)
+        for other in np.flatnonzero(touched | touching).tolist():
+            yield int(first[index]), int(first[index + 1 + other])
 
 
 def cells_at(lon: np.ndarray, lat: np.ndarray, cell: float) -> list[str]:
@@ -184,6 +218,70 @@ def fill_empty(rule: SplitRule, sizes: Mapping[str, float]) -> SplitRule:
         if len(dealt[giver]) > (split != "train"):  # a single one is for training
             fixed[dealt[giver][0]] = split
     return SplitRule(rule.by, rule.fractions, rule.seed, rule.cell, rule.buffer, fixed)
+
+
+def deal_groups(pixels: np.ndarray, keys: Sequence[str], fractions: tuple[float, float, float], seed: int) -> list[str]:
+    """Deal groups of shapes to splits, so that each class is learned, and measured on ground that was not seen.
+
+    In this order: each class is in training; a class of two groups is in validation, too; one of three also in test;
+    and each class's pixels are dealt as near to the fractions as whole groups allow. Begins with the draw of each
+    group's hash, then moves one group, or exchanges two, as long as that comes nearer; few groups are drawn several
+    times. A split whose fraction is 0 gets nothing.
+
+    Args:
+        pixels: (groups, classes) labelled pixels of each class.
+        keys: names of the groups; their hashes say who comes first.
+
+    Returns:
+        The split of each group.
+    """
+    pixels = np.asarray(pixels, np.float64)
+    names = [name for name, share in zip(SPLITS, fractions, strict=True) if share > 0 or name == "train"]
+    shares = np.array([share for name, share in zip(SPLITS, fractions, strict=True) if name in names])
+    has, totals = (pixels > 0).astype(np.int64), np.maximum(pixels.sum(0), 1)
+    # So many groups a class must have before it is asked for in each of the wanted splits.
+    due = has.sum(0) >= np.arange(1, len(names) + 1)[:, None]
+    order = sorted(range(len(keys)), key=lambda index: (unit_hash(keys[index], seed), keys[index]))
+    is_few = len(keys) <= EXCHANGED
+
+    def cost(place: np.ndarray) -> tuple[float, ...]:
+        own = place == np.arange(len(names))[:, None]
+        lacking = (due & (own @ has == 0)).sum(1)
+        return (*lacking.tolist(), float(np.round(np.abs(own @ pixels / totals - shares[:, None]).mean(), 9)))
+
+    def moves(place: np.ndarray) -> Iterator[tuple[list[int], list[int]]]:
+        """Groups, and the splits that they may go to together."""
+        for one in order:
+            yield from (([one], [to]) for to in range(len(names)) if to != place[one])
+        for one, other in itertools.combinations(order, 2) if is_few else ():
+            if place[one] != place[other]:
+                yield [one, other], [int(place[other]), int(place[one])]
+
+    def settled(place: np.ndarray) -> tuple[tuple[float, ...], np.ndarray]:
+        """What a deal comes to."""
+        best, better = cost(place), True
+        while better:
+            better = False
+            for groups, to in moves(place):
+                tried = place.copy()
+                tried[groups] = to
+                if (found := cost(tried)) < best:
+                    best, place, better = found, tried, True
+                    if len(groups) > 1:  # what may be exchanged has changed
+                        break
+        return best, place
+
+    rule = SplitRule("shapes", fractions, seed, 0, 0)
+    deals = []
+    for turn in range(DRAWS if is_few else 1):
+        drawn = [rule.of(f"{turn}:{key}" if turn else key) for key in keys]
+        deals.append(settled(np.array([names.index(one) if one in names else 0 for one in drawn], np.int64)))
+    _, place = min(deals, key=lambda one: one[0])
+    return [names[one] for one in place]
+
+
+EXCHANGED, DRAWS = 24, 8
+"""Up to so many groups are exchanged in pairs, too, and drawn so often: of more, moves alone come near enough."""
 
 
 def same_place(pairs: Iterable[tuple[int, int]], count: int) -> list[int]:

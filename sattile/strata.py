@@ -194,8 +194,9 @@ def of_tiles(
     if regions is not None and not is_placed:
         raise UsageError("the dataset does not say where its tiles lie, so --regions can't be used; tile it again")
     cell = SMALLEST * gsd if is_placed and gsd else 0.0
-    if cell <= (description.get("split_rule", {}).get("cell") or size * (gsd or 0.0)):
-        cell = 0.0  # the tiles' own are large enough
+    rule = description.get("split_rule", {})
+    if rule.get("by") == "shapes" or cell <= (rule.get("cell") or size * (gsd or 0.0)):
+        cell = 0.0  # the tiles' own are large enough, or groups of shapes that lie apart
     if regions is None and not cell:
         return {tile[:3]: (tile[3], None) for tile in tiles}
     by_scene: dict[str, list[tuple[str, int, int, str]]] = {}

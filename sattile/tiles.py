@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -17,11 +18,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from sattile import engine, grid, legend, schema, storage
+from sattile import engine, geography, grid, legend, schema, shape_windows, storage
 from sattile import labels as label_module  # `labels` and `split` are options of `tile`, by contract
 from sattile import split as split_module
 from sattile.dataset import (
@@ -31,14 +32,16 @@ from sattile.dataset import (
     npy,
     petastorm_metadata,
     read_description,
+    unmeasured_classes,
     unseen_classes,
     wild_bands,
 )
-from sattile.errors import Refused, UsageError
+from sattile.errors import Refused, UsageError, about, refusal
 from sattile.grid import Window
 from sattile.labels import LabelSource
-from sattile.record import QUARANTINE, Run
+from sattile.record import QUARANTINE, Run, why
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
+from sattile.shape_windows import ShapeWindows
 from sattile.split import SPLITS, SplitRule
 from sattile.stac import utc, whole_span
 from sattile.statistics import BandStatistics
@@ -47,7 +50,12 @@ if TYPE_CHECKING:
     import pandas
     from pyspark.sql import SparkSession
 
+T = TypeVar("T")
+
 log = logging.getLogger("sattile")
+
+SIZE = 256
+"""Edge of a tile of the grid, in pixels."""
 
 STRIP_BYTES = 48 << 20
 """Most that one read brings into memory; a strip of tiles is cut where it would be more."""
@@ -69,8 +77,9 @@ def tile(
     scenes: Sequence[str] | None = None,
     labels: str | None = None,
     pairs: str | None = None,
-    size: int = 256,
+    size: int | None = None,
     stride: int | None = None,
+    windows: str = "auto",
     bands: str | Sequence[str] | None = None,
     pattern: str | None = None,
     nodata: float | None = None,
@@ -100,8 +109,11 @@ def tile(
         labels: one file, matched by location, or a folder with a file named after each scene_id; rasters or vectors.
             A layer or a band stands behind a colon: FILE.gpkg:LAYER, FILE.tif:2, FOLDER:2.
         pairs: instead of both, a CSV with columns scene, labels and, if wanted, split (train, val, test).
-        size: edge of a tile in pixels.
+        size: edge of a tile in pixels; if not given 256, or, around shapes, the largest that lets them lie apart.
         stride: distance between tiles in pixels; size if not given.
+        windows: grid, over whole scenes; shapes, around the polygons of vector labels, those within buffer of each
+            other in one split; or auto: shapes where they are few and cover little (see docs/training.md), unless
+            background, stride or split are given, or fractions leave nothing out of training.
         bands: names to take, in this order; all if not given. 'blue=B02,...' gives them other names.
         pattern: how band files are named, such as '{scene}, {band}.tiff'.
         nodata: missing value, whatever the files declare.
@@ -136,6 +148,9 @@ def tile(
     """
     from sattile.scenes import called_otherwise, plain, resolve
 
+    engine.check(spark)
+    asked_size, asked_buffer, asked_stride = size, buffer, stride
+    size = SIZE if size is None else size
     stride = size if stride is None else stride
     if size < 1 or stride < 1:
         raise UsageError(f"size {size}, stride {stride}: both must be at least 1 pixel")
@@ -146,6 +161,8 @@ def tile(
         raise UsageError(f"values {values!r}: use raw or scaled")
     if split not in ("auto", "scene", "block"):
         raise UsageError(f"split {split!r}: use scene, block or auto")
+    if windows not in ("auto", "grid", "shapes"):
+        raise UsageError(f"windows {windows!r}: use grid, shapes or auto")
     shares = split_module.parse_fractions(fractions)
     buffer = size if buffer is None else buffer
     if cell < 1 or buffer < 0:
@@ -165,6 +182,8 @@ def tile(
         "split": split, "fractions": shares, "cell": cell, "buffer": buffer, "min_valid": min_valid,
         "min_labelled": min_labelled, "keep_background": keep_background, "seed": seed,
     }  # fmt: skip
+    if windows != "auto":
+        settings["windows"] = windows
     settings = json.loads(json.dumps(settings))
     listed = label_module.read_pairs(pairs) if pairs else []
     arguments = [row["scene"] for row in listed] if pairs else list(scenes or ())
@@ -206,10 +225,25 @@ def tile(
             for scene in found
             for url, version in {**scene.identity, **matched.sources[scene.scene_id].identity()}.items()
         ]
-        before = read_description(out)
-        state = storage.digest([sources, fixed, _shapes_text(area)])
+        before = read_description(out) if run.finished_before else None
+        of_grid: list[Any] = [sources, fixed, _shapes_text(area)]
+        of_shapes = storage.digest([*of_grid, "shapes", asked_size, asked_buffer])
+        planned: ShapeWindows | None = None
+        aoi_shape = _whole_area(area)
+        if before is None or before.get("state") != of_shapes:
+            against = _not_around_shapes(matched.sources, asked_stride, split, fixed)
+            if windows == "shapes" and against and found:
+                run.finish()
+                raise UsageError(f"windows around shapes: {against}")
+            # Where nothing is left out of training, there is nothing to lay apart.
+            if found and not against and (windows == "shapes" or (windows == "auto" and any(shares[1:]))):
+                planned = _around_shapes(
+                    found, matched.sources, aoi_shape, size=size, must=windows == "shapes",
+                    asked={"size": asked_size, "buffer": asked_buffer, "fractions": shares, "seed": seed},
+                )  # fmt: skip
+        state = of_shapes if planned or (before or {}).get("state") == of_shapes else storage.digest(of_grid)
         if (
-            run.finished_before and before is not None and before.get("state") == state
+            before is not None and before.get("state") == state
             and (
                 before.get("label_rules") == label_module.RULES
                 or label_module.as_before(spark, matched, ignored, {one["scene_id"] for one in before["sources"]})
@@ -222,12 +256,21 @@ def tile(
             return out
         if not found:
             run.finish()
-            raise UsageError(f"no scene is left to tile; {storage.join(out, QUARANTINE)} has the reasons")
+            raise UsageError(_none_left(run))
 
         with run.stage("look through labels"):
             matched = label_module.survey(spark, matched, ignored)
-        rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
-        pixels = sum(scene.height * scene.width for scene in found)
+        if planned:
+            size = stride = planned.size
+            rule = SplitRule("shapes", shares, seed, 0, planned.buffer, dict(planned.dealt))
+            pixels = size * size * sum(map(len, planned.placed.values()))
+            log.info(
+                "tile: windows of %d px around %d shapes in %d groups that lie apart, buffer %d px "
+                "(--windows grid cuts whole scenes)", size, planned.shapes, len(planned.dealt), planned.buffer,
+            )  # fmt: skip
+        else:
+            rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
+            pixels = sum(scene.height * scene.width for scene in found)
         for entry in storage.list_folder(out):
             if storage.name(entry.url).startswith(".work-"):  # of a killed run: the lease is ours
                 storage.remove(entry.url)
@@ -240,7 +283,11 @@ def tile(
             keep_background=keep_background, bands=len(found[0].bands),
         )  # fmt: skip
         try:
-            chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, area, engine.slots(spark), work)
+            slots = engine.slots(spark)
+            if planned:
+                chunks = _plan_around(found, matched.sources, planned, aoi_shape, slots, work)
+            else:
+                chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, aoi_shape, slots, work)
             with run.stage("cut tiles", pixels), engine.progress(spark, "tile"):
                 frame = engine.partitioned(spark, chunks, "chunk binary")
                 pieces = [
@@ -254,15 +301,20 @@ def tile(
             run.peak_memory = max((piece.peak_memory for piece in pieces), default=0.0)
             good = [piece for piece in pieces if piece.scene_id not in bad]
             with run.stage("publish"):
-                description = _describe(found, sources, good, matched.classes, rule, settings, values)
+                description = _describe(found, sources, good, matched.classes, rule, size, stride, settings, values)
                 description |= {
                     "label_rules": label_module.RULES,
                     "state": state,
                     "refused": [asdict(one) for one in cut_refusals],
                 }
+                if planned:
+                    description["windows"] = planned.to_dict()
+                blind = _blind(found, good)
+                for url, names in blind.items():
+                    log.warning("tile: %s: %s", url, _without_valid(names))
                 if not description["splits"]["train"]["tiles"]:
                     run.finish()
-                    raise UsageError(_why_empty(description, rule, size))
+                    raise UsageError(_why_empty(description, rule, size, blind) if good else _none_left(run))
                 run.check_held()
                 _publish(out, work, description)
         finally:
@@ -280,6 +332,8 @@ def tile(
             log.info("tile: %s: %d tiles, %d scenes", name, part["tiles"], part["scenes"])
         if not description["splits"]["val"]["tiles"]:
             log.warning("tile: no validation tiles: training will have to validate on its own tiles")
+        for sentence in unmeasured_classes(description):
+            log.warning("tile: %s", sentence)
         if unseen := unseen_classes(description):
             log.warning("tile: no training tile shows %s: a network can't learn it from these", ", ".join(unseen))
         for band, words in wild_bands(description).items():
@@ -420,6 +474,45 @@ def _rule(
     return split_module.fill_empty(rule, areas)
 
 
+def _not_around_shapes(
+    sources: Mapping[str, LabelSource],
+    stride: int | None,
+    split: str,
+    fixed: Mapping[str, str],
+) -> str | None:
+    """Why windows can't be laid around shapes; None if nothing speaks against it."""
+    if any(source.shapes is None for source in sources.values()):
+        return "the labels are rasters; give vectors, or --windows grid"
+    if any(source.background is not None for source in sources.values()):
+        return "--background labels whole scenes; leave it out, or give --windows grid"
+    if stride is not None:
+        return f"--stride {stride} is for a grid; leave it out, or give --windows grid"
+    if split != "auto" or fixed:
+        said = f"--split {split} deals ground or scenes" if split != "auto" else "the pairs file says a scene's split"
+        return f"{said}, and these are dealt by groups of shapes; leave it out, or give --windows grid"
+    return None
+
+
+def _around_shapes(
+    scenes: Sequence[Scene],
+    sources: Mapping[str, LabelSource],
+    aoi: tuple[bytes, str] | None,
+    *,
+    size: int,
+    must: bool,
+    asked: Mapping[str, Any],
+) -> ShapeWindows | None:
+    """Windows around shapes; None where a grid of this size is better, see `shape_windows.are_few`."""
+    drawn = shape_windows.draw(scenes, sources, aoi, only_few=not must)
+    if not drawn:
+        if must:
+            raise UsageError("windows around shapes: no shape holds the centre of a pixel of a scene")
+        return None
+    if not must and not shape_windows.are_few(drawn, scenes, size):
+        return None
+    return shape_windows.plan(drawn, scenes, **asked)
+
+
 def _touching(shapes: Sequence[Any], share: float) -> Iterator[tuple[int, int]]:
     """Pairs of footprints that share more than this part of the smaller one."""
     import shapely
@@ -475,6 +568,7 @@ class Chunk:
         alone: whether its tiles get part files of their own (pieces of large scenes).
         held: WKB in EPSG:4326 of ground that this scene's tiles must not touch (`scene` rule).
         aoi: WKB and its CRS, or None.
+        placed: instead of rows, windows around shapes with their splits and groups, in (row, col) order.
     """
 
     scene: Scene
@@ -484,6 +578,7 @@ class Chunk:
     split: str | None
     held: bytes | None
     aoi: tuple[bytes, str] | None
+    placed: tuple[tuple[Window, str, str], ...] = ()
 
 
 def _plan(
@@ -493,7 +588,7 @@ def _plan(
     as_given: bool,
     size: int,
     stride: int,
-    area: Any,
+    aoi: tuple[bytes, str] | None,
     slots: int,
     work: str = "",
 ) -> list[list[tuple[bytes]]]:
@@ -503,11 +598,6 @@ def _plan(
     Args:
         work: folder for what is too large to be in each chunk (`FILED_FROM`).
     """
-    import shapely
-
-    aoi = None
-    if area is not None:
-        aoi = (shapely.to_wkb(shapely.union_all(shapely.from_wkb(list(area.wkb)))), area.crs)
     held = {} if as_given or rule.by != "scene" else _held(scenes, rule)
     filed: dict[bytes, str] = {}
     tasks: list[list[tuple[bytes]]] = []
@@ -575,6 +665,30 @@ def _read_large(url: str) -> bytes:
     return storage.read_bytes(url)
 
 
+def _plan_around(
+    scenes: Sequence[Scene],
+    sources: Mapping[str, LabelSource],
+    planned: ShapeWindows,
+    aoi: tuple[bytes, str] | None,
+    slots: int,
+    work: str,
+) -> list[list[tuple[bytes]]]:
+    """Chunks of windows around shapes, a scene each, grouped into tasks of about as many windows; `work` as above."""
+    enough = max(sum(map(len, planned.placed.values())) / (3 * slots), 1)
+    tasks: list[list[tuple[bytes]]] = [[]]
+    filed: dict[bytes, str] = {}
+    count = 0
+    for scene in scenes:
+        placed = planned.placed.get(scene.scene_id, ())
+        if count >= enough:
+            tasks.append([])
+            count = 0
+        chunk = Chunk(scene, sources[scene.scene_id], (), False, None, None, aoi, placed)
+        tasks[-1].append((_pack(chunk, work, filed),))
+        count += len(placed)
+    return tasks
+
+
 def _held(scenes: Sequence[Scene], rule: SplitRule) -> dict[str, bytes]:
     """For each scene, the ground of scenes in splits that come before its own (test, then val, then train)."""
     import shapely
@@ -605,6 +719,7 @@ class Piece:
         tiles, class_pixels, valid_pixels: per split.
         dropped: tiles left out, by reason.
         read, undeclared: pixels of labels read, and those that are 255 though nobody says what that means.
+        seen: bands of which a valid pixel was seen; of a piece without a valid pixel, else all.
         digest: sum of the rows' sha256, modulo 2**256: the same whatever the order.
         statistics: of the training tiles, per band.
     """
@@ -618,6 +733,7 @@ class Piece:
     dropped: Counter[str] = field(default_factory=Counter)
     read: int = 0
     undeclared: int = 0
+    seen: set[str] | None = None
     digest: int = 0
     statistics: list[BandStatistics] = field(default_factory=list)
     peak_memory: float = 0.0
@@ -661,7 +777,7 @@ class _Cutter:
         key = f"{len(self.pieces):05d}" if chunk.alone else "shared"
         rows: list[tuple[str, dict[str, Any]]] = []
         try:
-            for part, row in self._tiles(chunk, piece):
+            for part, row in _refusing(self._tiles(chunk, piece)):
                 if chunk.alone:
                     self._part(part, key).add(row)
                 else:
@@ -715,14 +831,16 @@ class _Cutter:
         how: dict[str, Any] = {"nodata": self.nodata, "scaled": self.scaled, "aoi": chunk.aoi}
 
         def call(strip: _Strip) -> Callable[[], Any]:
-            return partial(read_labelled, scene, strip.window, chunk.source, **how)
+            look = len(piece.seen or ()) < self.bands  # for bands without a valid pixel
+            return partial(read_labelled, scene, strip.window, chunk.source, look=look, **how)
 
         for strip, read in read_ahead(self._strips(chunk, piece), call, lambda _: scene.scene_id):
             if isinstance(read, Refused):
                 raise read
-            data, valid, labelled, undeclared = read
-            piece.read += labelled.size
-            piece.undeclared += undeclared
+            piece.read += read.labels.size
+            piece.undeclared += read.undeclared
+            piece.seen = {*(piece.seen or ()), *read.seen}
+            data, valid, labelled = read.data, read.valid, read.labels
             data = data.astype(self.dtype, copy=False)
             labelled = np.where(valid, labelled, np.uint8(IGNORE))
             for window, part, cell in strip.tiles:
@@ -735,29 +853,33 @@ class _Cutter:
 
     def _strips(self, chunk: Chunk, piece: Piece) -> Iterator[_Strip]:
         """Runs of kept tiles side by side, each read in one go."""
-        scene, size = chunk.scene, self.size
-        pixel_bytes = self.bands * np.dtype(self.dtype).itemsize + 2
-        widest = max(STRIP_BYTES // (size * pixel_bytes), size)
-        stride_cols = grid.starts(scene.width, size, self.stride)
-        for row in chunk.rows:
-            windows = [Window(row, col, size, size) for col in stride_cols]
-            dealt = self._deal(chunk, windows)
-            left_out = sum(part is None for part, _ in dealt)
-            if left_out:
-                piece.dropped["across a border between splits, or outside the aoi"] += left_out
-            kept = [(window, part, cell) for window, (part, cell) in zip(windows, dealt, strict=True) if part]
+        for row, kept in self._kept_by_row(chunk, piece):
+            pixel_bytes = self.bands * np.dtype(self.dtype).itemsize + 2
+            widest = max(STRIP_BYTES // (self.size * pixel_bytes), self.size)
             while kept:
                 run = [kept.pop(0)]
                 while kept and kept[0][0].col <= run[-1][0].stop_col and kept[0][0].stop_col - run[0][0].col <= widest:
                     run.append(kept.pop(0))
                 first, last = run[0][0], run[-1][0]
-                yield _Strip(Window(row, first.col, size, last.stop_col - first.col), run)
+                yield _Strip(Window(row, first.col, self.size, last.stop_col - first.col), run)
+
+    def _kept_by_row(self, chunk: Chunk, piece: Piece) -> Iterator[tuple[int, list[tuple[Window, str, str]]]]:
+        """(first pixel row, tiles with their splits and ground cells) of each row of tiles."""
+        if chunk.placed:
+            for row, run in itertools.groupby(chunk.placed, key=lambda one: one[0].row):
+                yield row, list(run)
+        stride_cols = grid.starts(chunk.scene.width, self.size, self.stride)
+        for row in chunk.rows:
+            windows = [Window(row, col, self.size, self.size) for col in stride_cols]
+            dealt = self._deal(chunk, windows)
+            left_out = sum(part is None for part, _ in dealt)
+            if left_out:
+                piece.dropped["across a border between splits, or outside the aoi"] += left_out
+            yield row, [(window, part, cell) for window, (part, cell) in zip(windows, dealt, strict=True) if part]
 
     def _deal(self, chunk: Chunk, windows: Sequence[Window]) -> list[tuple[str | None, str]]:
         """(split, ground cell) of each tile; split None leaves it out."""
         import shapely
-
-        from sattile import geography
 
         scene = chunk.scene
         if scene.footprint is None:
@@ -795,6 +917,9 @@ class _Cutter:
         pixels = self.size * self.size
         counts = np.bincount(labelled.ravel(), minlength=256)
         known = pixels - int(counts[IGNORE])
+        if not known and not valid.any():
+            piece.dropped["without a valid pixel"] += 1
+            return None
         if not known or known < self.min_labelled * pixels:
             piece.dropped["too few labelled pixels"] += 1
             return None
@@ -823,10 +948,37 @@ class _Cutter:
         return {"tile_id": tile_id, **arrays}
 
 
+def _refusing(items: Iterator[T]) -> Iterator[T]:
+    """Turns what the items' own making raises into a refusal; what is done with them stays outside."""
+    try:
+        yield from items
+    except Exception as error:
+        raise refusal(error) from None
+
+
 @dataclass(frozen=True)
 class _Strip:
     window: Window
     tiles: list[tuple[Window, str, str]]
+
+
+class LabelledWindow(NamedTuple):
+    """A window of a scene with its labels.
+
+    Attributes:
+        data: (height, width, bands), a plane for each band in memory.
+        valid: (height, width) bool.
+        labels: (height, width) uint8.
+        undeclared: how many labels are 255 though nobody says what that means.
+        seen: names of the bands that have a valid pixel, where no pixel is valid in all; if they were looked for, else
+            all names.
+    """
+
+    data: np.ndarray
+    valid: np.ndarray
+    labels: np.ndarray
+    undeclared: int
+    seen: list[str]
 
 
 def read_labelled(
@@ -837,39 +989,38 @@ def read_labelled(
     nodata: float | None = None,
     scaled: bool = False,
     aoi: tuple[bytes, str] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Image (h, w, bands) with a plane for each band in memory, valid (h, w) bool and labels (h, w) uint8 of a window,
-    and how many labels are 255 though nobody says what that means.
+    look: bool = False,
+) -> LabelledWindow:
+    """Read a window of a scene with its labels. Runs in the decoder's process.
 
-    Runs in the decoder's process.
+    Args:
+        look: for the bands that have a valid pixel, where no pixel is valid in all.
     """
     from sattile import raster, shapes
 
     data, valid = raster.read(scene, window, nodata=nodata, scaled=scaled, by_band=True)
-    labelled, undeclared = label_module.read(source, scene, window)
+    seen = list(scene.band_names)
+    if look and not valid.any():  # rare, and GDAL has the window's blocks still: which band is it?
+        seen = [name for name in seen if raster.read(scene.select([name]), window, nodata=nodata)[1].any()]
+    with about(f"labels {source.url}"):
+        labelled, undeclared = label_module.read(source, scene, window)
     if aoi is not None:
         labelled = np.where(shapes.aoi_mask(aoi[0], aoi[1], scene, window), labelled, np.uint8(IGNORE))
-    return data, valid, labelled, undeclared
+    return LabelledWindow(data, valid, labelled, undeclared, seen)
 
 
-def _outlines(scene: Scene, windows: Sequence[Window], pad: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Longitudes and latitudes along the outline of each window, 5 points a side."""
-    from pyproj import Transformer
-
-    steps = np.linspace(0, 1, 5)
-    around = np.concatenate(
-        [
-            np.column_stack([np.zeros(4), steps[:-1]]), np.column_stack([steps[:-1], np.ones(4)]),
-            np.column_stack([np.ones(4), steps[:0:-1]]), np.column_stack([steps[:0:-1], np.zeros(4)]),
-        ]
-    )  # fmt: skip
+def _outlines(scene: Scene, windows: Sequence[Window], pad: int) -> list[split_module.Outline]:
+    """Longitudes and latitudes along the outline of each window with so many pixels around it."""
     wide = [window.pad(pad) for window in windows]
-    rows = np.array([[window.row + around[:, 0] * window.height] for window in wide])[:, 0]
-    cols = np.array([[window.col + around[:, 1] * window.width] for window in wide])[:, 0]
-    a, b, c, d, e, f = scene.transform
-    transformer = Transformer.from_crs(scene.crs, 4326, always_xy=True)
-    lon, lat = transformer.transform(a * cols + b * rows + c, d * cols + e * rows + f)
-    return list(zip(lon, lat, strict=True))
+    sides = np.array([[one.row, one.col, one.stop_row, one.stop_col] for one in wide])
+    return geography.outlines(str(scene.crs), scene.transform, sides)
+
+
+def _whole_area(area: label_module.Features | None) -> tuple[bytes, str] | None:
+    """The area of interest as one shape: WKB and its CRS."""
+    import shapely
+
+    return None if area is None else (shapely.to_wkb(shapely.union_all(shapely.from_wkb(list(area.wkb)))), area.crs)
 
 
 @lru_cache(maxsize=1)
@@ -894,6 +1045,8 @@ def _describe(
     pieces: Sequence[Piece],
     classes: tuple[SegmentClass, ...] | None,
     rule: SplitRule,
+    size: int,
+    stride: int,
     settings: Mapping[str, Any],
     values: str,
 ) -> dict[str, Any]:
@@ -936,8 +1089,8 @@ def _describe(
         "bands": list(scenes[0].band_names),
         "dtype": dtype,
         "values": values,
-        "size": settings["size"],
-        "stride": settings["stride"],
+        "size": size,
+        "stride": stride,
         "gsd": float(np.median(gsds)) if gsds else None,
         **_whereabouts([one for one in scenes if one.scene_id in trained]),
         "classes": schema.describe_classes(classes),
@@ -986,17 +1139,53 @@ def _whereabouts(scenes: Sequence[Scene]) -> dict[str, Any]:
     }
 
 
-def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int) -> str:
-    if not description["sources"]:
-        return "no scene is left to tile: each was refused while it was cut; the warnings above say why"
+def _none_left(run: Run) -> str:
+    table = storage.join(run.out, QUARANTINE)
+    return f"no scene is left to tile; {table} has the reasons" + (f"; {why(run.refused)}" if run.refused else "")
+
+
+def _blind(scenes: Sequence[Scene], pieces: Sequence[Piece]) -> dict[str, list[str]]:
+    """{URL: bands without one valid pixel in all that was read} of scenes that have such bands."""
+    seen: dict[str, set[str]] = {}
+    for piece in pieces:
+        if piece.seen is not None:
+            seen.setdefault(piece.scene_id, set()).update(piece.seen)
+    read = [one for one in scenes if one.scene_id in seen]
+    missing = {one.url: [name for name in one.band_names if name not in seen[one.scene_id]] for one in read}
+    return {url: names for url, names in missing.items() if names}
+
+
+def _without_valid(names: Sequence[str]) -> str:
+    return (
+        f"band {', '.join(names)} has no valid pixel (missing values or NaN everywhere), so no pixel of the scene "
+        f"counts; leave it out with --bands, or replace the file"
+    )
+
+
+def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int, blind: Mapping[str, Sequence[str]]) -> str:
+    every = len(description["sources"])
+    told = ""
+    if blind:
+        url = min(blind)
+        told = f"{url}: {_without_valid(blind[url])}"
+        told += f" ({len(blind)} of {every} scenes are so)" if every > 1 else ""
+    if len(blind) == every:
+        return f"no training tile is left: {told}"
     counts = ", ".join(f"{number} {reason}" for reason, number in description["dropped"].items()) or "none was cut"
+    if rule.by == "shapes":
+        return (
+            f"no training tile is left (windows of {size} px around shapes left out: {counts}): no shape holds a valid "
+            f"pixel; look at --nodata, and whether labels and scenes state the right CRS"
+        )
     remedy = (
         f"ground blocks are {rule.cell:.0f} m wide and a buffer of {rule.buffer} px is kept: give a smaller --size, "
         f"--cell or --buffer, or more scenes"
         if rule.by == "block"
         else "give more scenes, a smaller --buffer, or --split block"
     )
-    return f"no training tile is left (tiles of {size} px left out: {counts}); {remedy}"
+    return f"no training tile is left (tiles of {size} px left out: {counts}); {remedy}" + (
+        f"; and {told}" if told else ""
+    )
 
 
 def _publish(out: str, work: str, description: dict[str, Any]) -> None:

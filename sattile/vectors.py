@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from sattile import engine, storage
 from sattile.decoder import decoder
-from sattile.errors import Refused, SattileError, UsageError
+from sattile.errors import Refused, SattileError, UsageError, refusal
 from sattile.grid import Window, blocks
 from sattile.schema import SegmentClass
 
@@ -316,7 +316,10 @@ def _outline_all(
 
         def read(window: Window, at: Map = at) -> tuple[np.ndarray, ...]:
             inside = Window(window.row - at.row, window.col - at.col, window.height, window.width)
-            return decoder().call(shapes.outlines, at.url, (at.height, at.width), inside, wanted)
+            try:
+                return decoder().call(shapes.outlines, at.url, (at.height, at.width), inside, wanted)
+            except Exception as error:
+                raise refusal(error) from None
 
         parts = _Parts(layout)
         cut = None

@@ -545,7 +545,8 @@ class _Places:
 
     def mix(self, scores: np.ndarray, weights: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Warp.apply`; a pixel has `points` x `points` of these points."""
-        first, last = int(min(self.top.min(), self.row.min())), int(max(self.bottom.max(), self.row.max())) + 1
+        # And the row below, which decides how a pixel of the last one is computed.
+        first, last = int(min(self.top.min(), self.row.min())), int(max(self.bottom.max(), self.row.max())) + 2
         scores, weights = scores[first:last], weights[first:last]
         height, width = weights.shape
         flat, flat_weights = scores.reshape(height * width, -1), weights.reshape(-1)

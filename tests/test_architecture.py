@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ LAYERS = [
     {"tiles", "training", "prediction", "doctor"},
     {"sheets", "processors"},
     {"mapreduce"},
-    {"inference", "strata", "reporting"},
+    {"inference", "strata", "reporting", "shape_windows"},
     {"warp", "scenes", "labels", "model", "mosaic", "vectors", "pictures", "comparison", "demo"},
     {"versions", "card", "shapes", "sidecars", "foreign"},
     {
@@ -67,6 +68,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def modules() -> dict[str, set[str]]:
     """{module: what it imports}; training's files are one module."""
     found: dict[str, set[str]] = {}

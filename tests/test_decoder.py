@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 from sattile.decoder import GDAL_SETTINGS, Decoder, decoder, read_ahead
-from sattile.errors import Refused, SattileError, UsageError
+from sattile.errors import Outage, Refused, SattileError, UsageError
 
 
 def pid() -> int:
@@ -313,3 +315,53 @@ def test_parent_and_child_forget_the_same_large_bytes():
             found = reader.call(whereabouts, *large)
             assert [one[1:] for one in found] == [(len(one), one[:1], one[-1:]) for one in large]
         assert len(pickle.dumps(reader._kept)) < 60_000_000
+
+
+def of_kind(item: tuple[str, int, type[Exception]]) -> Callable[[], Any]:
+    return partial(fail_if_bad, *item)
+
+
+def fail_if_bad(name: str, number: int, kind: type[Exception]) -> int:
+    if name == "bad":
+        raise kind("because")
+    return number * number
+
+
+@pytest.mark.parametrize("kind", [ValueError, RecursionError, UnicodeError, SattileError])
+def test_whatever_an_item_raises_is_its_refusal(as_in_production, kind):
+    items = [("a", 1, kind), ("bad", 2, kind), ("a", 3, kind), ("bad", 4, kind), ("a", 5, kind)]
+    read = read_ahead(items, of_kind, lambda item: item[0])
+    found = [(item[1], one.reason if isinstance(one, Refused) else one) for item, one in read]
+    assert [number for number, _ in found] == [1, 2, 3, 5]
+    assert [one for number, one in found if number != 2] == [1, 9, 25]
+    reason = str(dict(found)[2])
+    if kind is SattileError:
+        assert reason == "because"
+    else:
+        assert reason.startswith(f"unexpected {kind.__name__}: because (decoder.py, line ")
+
+
+def test_what_cannot_be_sent_to_the_decoder_is_refused(as_in_production):
+    def call(item: int) -> Callable[[], Any]:
+        return partial(add, item, b=threading.Lock()) if item == 2 else partial(add, item, b=1)  # type: ignore[arg-type]
+
+    found = [one for _, one in read_ahead([1, 2, 3], call, str)]
+    assert [one for one in found if not isinstance(one, Refused)] == [2, 4]
+    assert "unexpected TypeError" in next(one.reason for one in found if isinstance(one, Refused))
+
+
+def test_an_exception_that_cannot_travel_is_told_with_type_and_place(as_in_production):
+    ((_, told),) = read_ahead([1], lambda _: fail_unpicklable, str)
+    assert re.match(r"unexpected Unpicklable: only one argument is kept \(decoder.py, line \d+\)", told.reason)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, ConnectionRefusedError, TimeoutError, Outage, UsageError])
+def test_outages_end_the_reading(as_in_production, kind):
+    with pytest.raises(kind, match="because"):
+        list(read_ahead([("a", 1, kind), ("bad", 2, kind), ("a", 3, kind)], of_kind, lambda item: item[0]))
+    assert decoder().call(add, 1, b=2) == 3
+
+
+def test_a_test_finds_what_nobody_foresaw():
+    with pytest.raises(ValueError, match="because"):
+        list(read_ahead([("bad", 2, ValueError)], of_kind, lambda item: item[0]))

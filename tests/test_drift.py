@@ -12,8 +12,8 @@ import pytest
 import rasterio
 from hypothesis import given
 from hypothesis import strategies as st
+from maps_for_tests import record_of
 from scenes_for_tests import write_scene
-from test_prediction import models, record_of  # noqa: F401
 
 from sattile import drift, mosaic
 from sattile.drift import ENOUGH, STEP, Known, Sights, judge, look
@@ -158,13 +158,13 @@ def stopped_after(count: int) -> Any:
 @pytest.mark.parametrize("grid", [None, "EPSG:32632@20"])
 def test_a_prediction_says_which_scenes_are_unlike_what_it_was_trained_on(
     spark: Any,
-    models: Path,  # noqa: F811
+    models: Path,
     tmp_path: Path,
     grid: str | None,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scenes, model, out = tmp_path / "scenes", models / f"known-{grid}", tmp_path / "out"
+    scenes, model, out = tmp_path / "scenes", tmp_path / "known", tmp_path / "out"
     model.mkdir()
     for path in (models / "convolutions").iterdir():
         (model / path.name).symlink_to(path)

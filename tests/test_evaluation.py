@@ -393,3 +393,63 @@ def test_pictures_take_red_green_and_blue_where_they_are_named() -> None:
     assert picture[0, 49].tolist() == [255, 0, 0]
     picture = pictures.stretch(image, np.zeros((2, 50), bool), ["a"])
     assert not picture.any()
+
+
+def test_shapes_that_were_left_out_are_measured_together_and_told_on_the_page(
+    spark: Any, model: str, tmp_path: Path
+) -> None:
+    """Ten squares of water, three of land; the network is wrong where its bands say the other."""
+    import geopandas
+    import shapely
+
+    from sattile.reporting import report
+    from sattile.tiles import tile
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 2000, (2, 420, 700)).astype(np.uint16)
+    write_scene(tmp_path / "s.tif", image, names=("x", "y"))
+    tops, lefts = np.repeat([30, 170, 310], 5)[:13], np.tile([40, 180, 320, 460, 600], 3)[:13]
+    shapes = [
+        shapely.box(600_000 + 10 * left, 5_000_000 - 10 * (top + 8), 600_000 + 10 * (left + 12), 5_000_000 - 10 * top)
+        for top, left in zip(tops.tolist(), lefts.tolist(), strict=True)
+    ]
+    kinds = ["land" if number % 5 == 2 else "water" for number in range(13)]
+    geopandas.GeoDataFrame({"kind": kinds}, geometry=shapes, crs=32632).to_file(tmp_path / "l.gpkg")
+    dataset = tile(
+        spark, scenes=[str(tmp_path / "s.tif")], labels=str(tmp_path / "l.gpkg"), attribute="kind",
+        classes="land=0,water=7", out=str(tmp_path / "out" / "tiles"),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="no tiles in split 'tset'; it has train, val, test"):
+        evaluate(spark, model=model, dataset=dataset, split="val,tset", out=str(tmp_path / "wrong"))
+    url = evaluate(spark, model=model, dataset=dataset, split="val,test", out=str(tmp_path / "out" / "evaluation"))
+    found = read(url)
+
+    left_out, correct, groups = {"land": 0, "water": 0}, {"land": 0, "water": 0}, {"land": 0, "water": 0}
+    fixed = json.loads((tmp_path / "out" / "tiles" / "dataset.json").read_text())["split_rule"]["fixed"]
+    for kind, top, left in zip(kinds, tops, lefts, strict=True):
+        (part,) = (
+            part for name, part in fixed.items()
+            if all(0 <= at - int(first) < 64 for at, first in zip((top, left), name.split("/")[1:], strict=True))
+        )  # fmt: skip
+        if part != "train":
+            x, y = image[:, top : top + 8, left : left + 12]
+            left_out[kind] += 96
+            groups[kind] += 1
+            correct[kind] += int(((y > x) == (kind == "water")).sum())
+    assert min(groups.values()) == 2
+    for kind, one in found["shapes"].items():
+        assert (one["pixels"], one["groups"]) == (left_out[kind], groups[kind])
+        assert one["recall"] == pytest.approx(correct[kind] / left_out[kind])
+        assert one["interval"] == pytest.approx(metrics.wilson(one["recall"], groups[kind]))
+    assert found["pixels"] == sum(left_out.values())
+    again = read(url)
+    evaluate(spark, model=model, dataset=dataset, split="val,test", out=str(tmp_path / "out" / "evaluation"))
+    assert read(url) == again
+
+    page = Path(report([str(tmp_path / "out")], out=str(tmp_path / "report"))).read_text()
+    assert "Measured on the validation and test splits" in page
+    assert "They lie around 13 shapes in 13 groups, each in one split and 64 px apart from the others." in page
+    table = page[page.index("Recall on shapes that were left out") : page.index("<h3>By class</h3>")]
+    low, high = found["shapes"]["land"]["interval"]
+    assert f"[{low:.3f}, {high:.3f}]" in table
+    assert f">{left_out['water']}</td>" in table

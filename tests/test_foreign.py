@@ -44,7 +44,8 @@ def network(end: Callable[[Any], Any], size: tuple[int | None, int | None] = (No
 
 
 def bundled(folder: Path, made: Any, classes: str = "land,wood,water", **options: Any) -> str:
-    made.save(folder / "net.keras")
+    if not (folder / "net.keras").exists():  # it says when it was saved
+        made.save(folder / "net.keras")
     return bundle(str(folder / "net.keras"), bands="a,b,c,d", classes=classes, out=str(folder / "model"), **options)
 
 
@@ -238,6 +239,13 @@ def test_probabilities_are_taken_and_the_file_is_kept(
     assert "activation" not in load_bundle(url).network
 
 
+def test_a_softmax_over_other_channels_does_not_make_them_sum_to_1(tmp_path: Path) -> None:
+    made = network(lambda x: L.Reshape((8, 8, 3))(L.Conv2D(12, 1, strides=2, activation="softmax")(x)), size=(8, 8))
+    seen, each, _ = record(bundled(tmp_path, made))["notes"]
+    assert SEEN in seen
+    assert EACH in each
+
+
 NUMBERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "one channel": (
         lambda x: L.Conv2D(1, 1, name="last")(x),
@@ -285,7 +293,9 @@ def test_what_is_missing_is_added_in_the_bundle(channels: int, activation: str, 
     np.testing.assert_allclose(again, expected[..., -channels:], atol=1e-5)
     assert load_bundle(url).network["activation"] == activation
     assert record(url)["settings"]["activation"] == activation
-    assert record(url)["notes"] == [f"{activation} added behind its last layer"]
+    for _ in range(2):  # a rerun, which makes nothing, says the same
+        assert record(url)["notes"] == [f"{activation} added behind its last layer"]
+        assert bundled(tmp_path / out, made, classes_of(made), activation=activation) == url
     assert f"| `activation` | {activation} |" not in Path(url, "README.md").read_text()  # no setting of a training
 
 
@@ -333,6 +343,7 @@ def test_a_dict_of_one_is_told_and_a_list_of_one_is_that_one(tmp_path: Path) -> 
     made = network(lambda x: {"mask": L.Conv2D(3, 1, activation="softmax")(x)})
     with pytest.raises(UsageError, match=r"gives its output as a dict: mask; .* --output mask"):
         bundled(tmp_path, made)
+    (tmp_path / "net.keras").unlink()
     single = keras.Model([made.inputs[0]], [made.outputs[0]], name="net")
     np.testing.assert_allclose(scores_of(bundled(tmp_path, single)), made(IMAGE)["mask"], atol=1e-5)
     with pytest.raises(UsageError, match="one tensor without a name; leave --output out"):
@@ -351,6 +362,7 @@ def test_inputs_and_outputs_of_other_forms_are_told(tmp_path: Path) -> None:
     joined = L.Conv2D(3, 1, activation="softmax")(L.Concatenate()([image, height]))
     with pytest.raises(UsageError, match=r"takes 2 inputs \(image, height\); one tensor"):
         bundled(tmp_path, keras.Model([image, height], joined))
+    (tmp_path / "net.keras").unlink()
     flat = network(lambda x: ops.squeeze(L.Conv2D(1, 1, activation="sigmoid")(x), -1))
     with pytest.raises(UsageError, match=r"output is \(None, None, None\); .* no argmax, no flattening"):
         bundled(tmp_path, flat, "land,water")

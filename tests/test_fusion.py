@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sattile.fusion import fuse
@@ -33,10 +33,13 @@ def trained(network: Any, seed: int = 0) -> Any:
 
 
 def differ(network: Any, shape: tuple[int, int] = (16, 24)) -> float:
-    """How far the fused network's scores are from the network's, of the largest that there is."""
+    """How far the fused network's scores are from the network's, of the largest that there is and a tenth.
+
+    The tenth is for rounding: inputs and weights are around 1, but a network's scores can all be next to 0.
+    """
     values = np.random.default_rng(1).normal(0, 1, (2, *shape, network.input_shape[-1])).astype(np.float32)
     was = np.asarray(network(values, training=False))
-    return float(np.abs(np.asarray(fuse(network)(values, training=False)) - was).max() / np.abs(was).max())
+    return float(np.abs(np.asarray(fuse(network)(values, training=False)) - was).max() / (0.1 + np.abs(was).max()))
 
 
 def kinds(network: Any) -> set[str]:
@@ -88,6 +91,7 @@ def way_up(join: Callable[[Any, Any], Any], convolution: Any = None) -> Any:
     norm=st.booleans(),
     seed=st.integers(0, 99),
 )
+@example(kernel=(1, 1), grown=[(4, 3)], activation="relu", bias=True, norm=False, seed=43)  # all its scores are 0
 def test_a_convolution_of_repeated_pixels(
     kernel: tuple[int, int],
     grown: list[tuple[int, int]],

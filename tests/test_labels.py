@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import geopandas
@@ -227,3 +229,46 @@ def test_a_scene_gets_the_shapes_that_touch_it_in_the_order_of_the_file(tmp_path
             expected[1, :, col : col + 2] = col
     for scene, right in zip((near, far), expected, strict=True):
         assert np.array_equal(drawn(matched.sources[scene.scene_id], scene), right)
+
+
+def test_subfolders_that_mirror_the_scenes_hold_their_labels(tmp_path):
+    new, old, more = (scene_of(tmp_path / name / "t1.tif") for name in ("scenes/2020", "scenes/2021", "scenes"))
+    new, old, more = (replace(one, scene_id=f"t1-{n}") for n, one in enumerate((new, old, more)))
+    flat, other = scene_of(tmp_path / "scenes" / "2021" / "t2.tif"), scene_of(tmp_path / "scenes" / "2021" / "t3.tif")
+    for name in ("2020/t1.tif", "2021/t1.tif", "t2.tif", "2021/t2.tif", "2020/t3.tif", "t1.tif"):
+        write_scene(tmp_path / "labels" / name, np.ones((1, 40, 60), np.uint8))
+    matched = labels.match(str(tmp_path / "labels"), [new, old, more, flat, other])
+    found = {name: source.url.removeprefix(f"{tmp_path}/labels/") for name, source in matched.sources.items()}
+    assert found == {"t1-0": "2020/t1.tif", "t1-1": "2021/t1.tif", "t2": "2021/t2.tif"}
+    # Of `scenes/t1.tif`, whose id is not its name, it is not sure; `t3` lies in another year's folder.
+    assert {Path(one.url).name for one in matched.refused} == {"t1.tif", "t3.tif"}
+
+
+def test_labels_that_may_be_of_two_scenes_are_of_none(tmp_path):
+    one, two = (scene_of(tmp_path / name / "2020" / "t1.tif") for name in ("scenes", "more"))
+    one, two = replace(one, scene_id="t1-a"), replace(two, scene_id="t1-b")
+    write_scene(tmp_path / "labels" / "2020" / "t1.tif", np.ones((1, 40, 60), np.uint8))
+    matched = labels.match(str(tmp_path / "labels"), [one, two])
+    assert not matched.sources
+    assert {one.reason for one in matched.refused} == {
+        f"its labels {tmp_path}/labels/2020/t1.tif may be those of t1-a or of t1-b; say which by --pairs"
+    }
+    write_scene(tmp_path / "labels" / "2020" / "t1.tiff", np.ones((1, 40, 60), np.uint8))
+    (refused,) = labels.match(str(tmp_path / "labels"), [one]).refused
+    assert refused.reason.startswith("has several label files: ")
+    assert "t1.tif, " in refused.reason
+    assert "t1.tiff" in refused.reason
+
+
+def test_a_scene_is_not_its_own_label(tmp_path):
+    scene = scene_of(tmp_path / "all" / "scenes" / "t1.tif")
+    label = write_scene(tmp_path / "all" / "t1.tif", np.ones((1, 40, 60), np.uint8))
+    assert labels.match(str(tmp_path / "all"), [scene]).sources["t1"].url == label
+
+
+@pytest.mark.parametrize(("form", "other"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_composed_and_decomposed_unicode_are_the_same(tmp_path, form, other):
+    scene = scene_of(tmp_path / unicodedata.normalize(form, "scènes/é") / unicodedata.normalize(form, "Zürich.tif"))
+    label = tmp_path / "labels" / unicodedata.normalize(other, "é/Zürich.tif")
+    write_scene(label, np.ones((1, 40, 60), np.uint8))
+    assert [one.url for one in labels.match(str(tmp_path / "labels"), [scene]).sources.values()] == [str(label)]

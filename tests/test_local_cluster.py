@@ -10,18 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from maps_for_tests import maps_of
+from networks_for_tests import weights
 from scenes_for_tests import write_scene
-from test_prediction import maps_of
 from tiles_for_tests import write_splits
 
 from sattile import engine
+
+pytestmark = pytest.mark.cluster
 
 HOW = {"epochs": 3, "batch_size": 12}
 
@@ -59,17 +61,6 @@ def die():
         (HERE / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-def weights(model: Path) -> list[np.ndarray]:
-    """All weights of a `.keras` file, by name, without TensorFlow."""
-    import h5py
-
-    found: list[np.ndarray] = []
-    with zipfile.ZipFile(model / "model.keras") as archive, archive.open("model.weights.h5") as file:
-        content = h5py.File(file, "r")
-        content.visititems(lambda _, node: found.append(node[()]) if isinstance(node, h5py.Dataset) else None)
-    return found
 
 
 @pytest.fixture(scope="module")

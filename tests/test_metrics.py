@@ -287,3 +287,42 @@ def test_scores_that_are_no_probabilities_have_no_calibration(strange: list[floa
     truth[1, 1] = 255  # what is not counted may be anything
     assert metrics.calibration(metrics.reliability(scores, truth, truth, (0, 3))) is not None
     assert metrics.calibration(np.zeros_like(table)) is None
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "low", "high"),
+    # Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_intervals_of_shares_are_those_of_the_literature(right: int, of: int, low: float, high: float) -> None:
+    assert metrics.wilson(right / of, of) == pytest.approx([low, high], abs=5e-5)
+
+
+def test_recall_on_few_shapes_is_as_sure_as_there_are_shapes() -> None:
+    """Not as there are pixels; and shapes of unlike size count for fewer."""
+    classes = [SegmentClass(index, name, "#000000") for index, name in enumerate(("sand", "marsh", "sea"))]
+    tables = np.zeros((3, 3, 3), np.int64)
+    tables[0, 0] = 30, 0, 0
+    tables[1, 0] = 30, 0, 0
+    tables[2, 1] = 10, 30, 0
+    found = metrics.recall_of_groups(tables, classes)
+    assert found["sea"] is None
+    assert found["sand"] == {"groups": 2, "pixels": 60, "recall": 1.0, "interval": metrics.wilson(1.0, 2)}
+    assert found["marsh"] == {"groups": 1, "pixels": 40, "recall": 0.75, "interval": metrics.wilson(0.75, 1)}
+    assert metrics.wilson(1.0, 1)[0] == pytest.approx(1 / (1 + metrics.NORMAL**2))
+    tables[1, 0] = 3, 0, 0
+    low, _ = metrics.recall_of_groups(tables, classes)["sand"]["interval"]
+    assert low == metrics.wilson(1.0, 33**2 / (30**2 + 3**2))[0]
+    assert metrics.wilson(1.0, 1)[0] < low < metrics.wilson(1.0, 2)[0]
+
+
+def test_groups_of_shapes_are_called_so() -> None:
+    classes = [SegmentClass(0, "sand", "#111111"), SegmentClass(1, "marsh", "#222222")]
+    one, other = np.array([[9, 0], [0, 4]]), np.array([[7, 1], [0, 0]])
+    counted = {("s", "g1", None): one, ("s", "g2", None): other}
+    nothing = np.zeros((metrics.BINS + 1, 3), np.int64)
+    assert "shapes" not in metrics.assess(counted, nothing, classes)
+    found = metrics.assess(counted, nothing, classes, around_shapes=True)
+    assert found["shapes"]["sand"]["groups"] == 2
+    assert found["shapes"]["marsh"]["groups"] == 1
+    assert found["notes"][1].startswith("intervals follow from 2 groups of shapes")

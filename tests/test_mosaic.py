@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import random
 from pathlib import Path
@@ -18,6 +17,7 @@ import rasterio.shutil
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from maps_for_tests import validate
 from rasterio.crs import CRS
 from rio_cogeo import cog_validate
 
@@ -77,27 +77,6 @@ def files_of(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def validate(path: Path, schemas: Path) -> None:
-    """A STAC file as it is, against the core schemas that pystac carries and those of the extensions; no network.
-
-    (pystac's own objects are migrated to extension versions whose schemas are not here.)
-    """
-    from pystac.validation.local_validator import get_local_schema_cache
-    from pystac.validation.stac_validator import JsonSchemaSTACValidator
-
-    cache: dict[str, Any] = dict(get_local_schema_cache())
-    for schema in schemas.glob("*.json"):
-        name, version = schema.stem.rsplit("-", 1)
-        # Not by "$id": that of processing 1.1.0 says 1.0.0.
-        cache[f"{stac.EXTENSION}/{name}/{version}/schema.json"] = json.loads(schema.read_text())
-    projjson = Path(rasterio.__file__).parent / "proj_data" / "projjson.schema.json"
-    cache["https://proj.org/schemas/v0.7/projjson.schema.json"] = json.loads(projjson.read_text())
-    validator = JsonSchemaSTACValidator()
-    validator.schema_cache = cache
-    pystac.validation.RegisteredValidator.set_validator(validator)
-    pystac.validation.validate_dict(json.loads(path.read_text()), href=str(path))
 
 
 @pytest.mark.parametrize(

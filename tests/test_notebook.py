@@ -10,6 +10,7 @@ import pytest
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "quickstart.ipynb"
 
 
+@pytest.mark.real
 @pytest.mark.filterwarnings("ignore")  # the kernel's machinery is not ours
 def test_quickstart_runs(tmp_path: Path, all_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbformat

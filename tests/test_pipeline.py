@@ -110,3 +110,64 @@ def test_where_all_scenes_are_refused_that_is_the_reason(spark, tmp_path):
             spark, scenes=[str(tmp_path / "scenes")], labels=str(tmp_path / "labels"), out=str(tmp_path / "out"),
             classes="land,water", settings={"tile": {"size": 32}},
         )  # fmt: skip
+
+
+def few_shapes(folder, classes: int = 4, each: int = 3):
+    """A scene of 260 x 412 px, and so many squares of 7 px of each class, 50 px apart, with values of their own."""
+    import geopandas
+    import numpy as np
+    import shapely
+    from scenes_for_tests import write_scene
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(90, 110, (2, 260, 412)).astype(np.uint16)
+    kinds, shapes = [], []
+    for number in range(classes * each):
+        kind, top, left = number % classes, 20 + 56 * (number // 7), 12 + 57 * (number % 7)
+        image[:, top - 4 : top + 12, left - 4 : left + 12] = rng.integers(0, 12, (2, 16, 16)) + 40 * kind + 200
+        image[1, top - 4 : top + 12, left - 4 : left + 12] -= np.uint16(35 * (kind % 2))
+        kinds.append(f"kind {kind}")
+        west, north = 600_000 + 10 * left, 5_000_000 - 10 * top
+        shapes.append(shapely.box(west, north - 70, west + 70, north))
+    # One more class, with a single shape.
+    kinds.append("lone")
+    shapes.append(shapely.box(603_700, 4_997_450, 603_790, 4_997_550))
+    write_scene(folder / "scenes" / "a.tif", image)
+    geopandas.GeoDataFrame({"kind": kinds}, geometry=shapes, crs=32632).to_file(folder / "l.gpkg")
+    return {"scenes": [str(folder / "scenes")], "labels": str(folder / "l.gpkg"), "out": str(folder / "out")}
+
+
+def test_on_few_shapes_a_network_of_pixels_is_trained_and_measured_on_all_that_were_left_out(
+    spark, tmp_path, monkeypatch, caplog
+):
+    import functools
+    import importlib
+    import json
+
+    seen = []
+    for name in ("training:train", "evaluation:evaluate", "prediction:predict", "reporting:report"):
+        module, _, function = name.partition(":")
+        real = getattr(importlib.import_module(f"sattile.{module}"), function)
+
+        @functools.wraps(real)  # its options are those that may be set
+        def noted(*_, _name=function, **given):
+            seen.append((_name, given))
+
+        monkeypatch.setattr(f"sattile.{module}.{function}", noted)
+    given = few_shapes(tmp_path)
+    settings = {"tile": {"attribute": "kind"}}
+    with caplog.at_level("INFO", "sattile"):
+        pipeline.run(spark, **given, settings=settings)
+    told = {"arch": "pixel-mlp", "epochs": 100, "batch_size": 4, "class_weights": "balanced", "keep": "last"}
+    asked = dict(seen)
+    assert {name: asked["train"][name] for name in told} == told
+    assert asked["evaluate"]["split"] == "val,test"
+    assert "few shapes: training with arch pixel-mlp, epochs 100" in caplog.text
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["train"] == told
+    # What the user says goes before.
+    seen.clear()
+    settings["train"] = {"arch": "unet-tiny", "patience": 3, "workers": 2}
+    pipeline.run(spark, **given, settings=settings, overwrite=True)
+    asked = dict(seen)
+    assert (asked["train"]["arch"], asked["train"]["epochs"], asked["train"]["patience"]) == ("unet-tiny", 100, 3)
+    assert not {"batch_size", "keep"} & asked["train"].keys()

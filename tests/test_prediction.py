@@ -20,6 +20,8 @@ import pytest
 import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maps_for_tests import maps_of, record_of
+from networks_for_tests import box, bundle_of, pooling_network, whole, window_network
 from scenes_for_tests import write_scene
 
 from sattile import inference, mapreduce, mosaic, prediction, scorers
@@ -28,19 +30,9 @@ from sattile.grid import Geometry, Window, blocks, ceil_to
 from sattile.inference import BlockRead, Inference, Piece, label_block
 from sattile.model import Bundle, load_bundle, load_models
 from sattile.prediction import predict
-from sattile.schema import Band, Scene, SegmentClass
+from sattile.schema import Band, Scene
 
 quick = settings(deadline=None, max_examples=40)
-
-CLASSES = (SegmentClass(0, "land", "#ddcc77"), SegmentClass(7, "water", "#332288"))
-
-
-def bundle_of(**changes: Any) -> Bundle:
-    made = Bundle(
-        url="/m", bands=("x", "y"), classes=CLASSES, values="raw", fill=(3.0, 5.0), total_stride=1,
-        receptive_radius=0, input_shape=None, activation_bytes=100.0, gsd=None, output="scores", digest="d",
-    )  # fmt: skip
-    return replace(made, **changes)
 
 
 def scene_of(height: int, width: int, scene_id: str = "s", **changes: Any) -> Scene:
@@ -50,30 +42,6 @@ def scene_of(height: int, width: int, scene_id: str = "s", **changes: Any) -> Sc
 
 
 # --- laws 1, 2 and 4 on networks of numpy -------------------------------------------------------------------------
-
-
-def box(images: np.ndarray, radius: int) -> np.ndarray:
-    """Sum over a square of 2 radius + 1, zeros outside: what a convolution of ones with `same` padding gives."""
-    padded = np.pad(images, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
-    height, width = images.shape[1:3]
-    reach = range(2 * radius + 1)
-    return sum(padded[:, down : down + height, right : right + width] for down in reach for right in reach)  # type: ignore[return-value]
-
-
-def pooling_network(images: np.ndarray) -> np.ndarray:
-    """Convolution, 2x2 maximum, convolution, back to full size, plus the input: stride 2, radius 1 + 2 + 1.
-
-    On whole numbers it is exact in float32, so that results are compared to the bit.
-    """
-    full = box(images, 1)
-    count, height, width, bands = full.shape
-    small = full.reshape(count, height // 2, 2, width // 2, 2, bands).max((2, 4))
-    return box(small, 1).repeat(2, 1).repeat(2, 2) + images
-
-
-def window_network(images: np.ndarray) -> np.ndarray:
-    """Each pixel depends on its whole window: its receptive field has no bound."""
-    return images + images.sum((1, 2), keepdims=True) % 7
 
 
 def run(job: Inference, scorer: Callable[..., Any], data: np.ndarray, valid: np.ndarray, edge: int) -> dict[str, Any]:
@@ -97,16 +65,6 @@ def run(job: Inference, scorer: Callable[..., Any], data: np.ndarray, valid: np.
         hits[here] += 1
     assert (hits == 1).all()
     return {"labels": labels, "scores": scores, "coverage": coverage}
-
-
-def whole(job: Inference, scorer: Callable[..., Any], data: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Whole-image inference: the scene extended right and bottom to the stride's multiple, missing pixels filled."""
-    height, width = valid.shape
-    step = job.geometry.total_stride
-    image = np.empty((ceil_to(height, step), ceil_to(width, step), 2), np.float32)
-    image[:] = job.fill
-    image[:height, :width][valid] = data[valid]
-    return scorer(image[None])[0, :height, :width]
 
 
 @st.composite
@@ -364,34 +322,6 @@ def test_what_cannot_be_is_refused_before_anything_runs(wish: dict[str, Any], me
 # --- runs on Spark ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundles of small Keras networks: `identity`, `constant`, `convolutions`, `pooling`."""
-    import keras
-
-    from sattile.model import bundle
-
-    folder = tmp_path_factory.mktemp("models")
-    keras.utils.set_random_seed(1)
-    given = keras.Input((None, None, 2))
-    conv = keras.layers.Conv2D(6, 3, padding="same", activation="relu")(given)
-    pooled = keras.layers.Conv2D(6, 3, padding="same", activation="relu")(keras.layers.MaxPooling2D(2)(conv))
-    back = keras.layers.Concatenate()([keras.layers.UpSampling2D(2)(pooled), conv])
-    networks = {
-        "identity": keras.Model(given, keras.layers.Activation("linear")(given)),
-        "constant": keras.Model(
-            given, keras.layers.Conv2D(2, 1, kernel_initializer="zeros", bias_initializer="ones")(given)
-        ),
-        "convolutions": keras.Model(given, keras.layers.Conv2D(2, 3, padding="same")(conv)),
-        "pooling": keras.Model(given, keras.layers.Conv2D(2, 1)(back)),
-    }
-    for name, network in networks.items():
-        network.save(folder / f"{name}.keras")
-        described = {"bands": "x,y", "classes": "land=0,water=7", "fill": "3,5", "activation": "none"}
-        bundle(str(folder / f"{name}.keras"), **described, out=str(folder / name))
-    return folder
-
-
 def noise(seed: int, height: int, width: int) -> np.ndarray:
     """(2, height, width) uint16 with a collar of zeros."""
     data = np.random.default_rng(seed).integers(1, 2000, (2, height, width)).astype(np.uint16)
@@ -411,19 +341,6 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tiled=True, blockxsize=64, blockysize=64,
         )  # fmt: skip
     return folder
-
-
-def maps_of(out: Path) -> dict[str, str]:
-    """Digests of all that is published but the run's own records."""
-    return {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and not path.name.startswith(("_", "."))
-    }
-
-
-def record_of(out: Path) -> dict[str, Any]:
-    return json.loads((out / "_run.json").read_text())
 
 
 def read(path: Path) -> np.ndarray:

@@ -20,10 +20,13 @@ from hypothesis import strategies as st
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 
-from sattile import raster
-from sattile.errors import Refused
+from sattile import raster, storage
+from sattile.errors import Outage, Refused
 from sattile.grid import Window
 from sattile.schema import IGNORE, Band, Scene
+from sattile.storage import hdfs
+from sattile.storage.elsewhere import Elsewhere
+from sattile.storage.files import Entry, LocalFiles
 
 UTM = Affine(10, 0, 500_000, 0, -10, 5_000_000)
 
@@ -173,11 +176,8 @@ def test_declared_nodata_is_gdals(tmp_path, dtype, nodata):
         values[1] = [nodata, np.inf, 2.5]
     values = values.astype(dtype)[..., None]
     url = write(tmp_path / "a.tif", values)
-    try:
-        with rasterio.open(url, "r+") as out:
-            out.nodata = nodata
-    except ValueError:
-        pytest.skip("rasterio does not write this nodata in this type")
+    with rasterio.open(url, "r+") as out:
+        out.nodata = nodata
     with rasterio.open(url) as source:
         expected = (source.read_masks(1) != 0) & np.isfinite(source.read(1))
     scene = scene_of(url)
@@ -727,3 +727,44 @@ def test_jpeg2000_is_read(tmp_path):
     scene = scene_of(str(tmp_path / "a.jp2"))
     assert scene.crs == "EPSG:32618"
     assert_is_part(scene, Window(-3, 40, 50, 90), raster.read(scene_of(tif), Window(0, 0, 70, 110)))
+
+
+class Away(Elsewhere):
+    """Files of a disk as if they were on another machine, which goes away once so many bytes were asked for."""
+
+    def __init__(self, budget: int, error: Exception):
+        self.budget, self.error = budget, error
+
+    def stat(self, url: str) -> Entry | None:
+        entry = LocalFiles().stat("/" + url.partition("://")[2].partition("/")[2])
+        return entry and replace(entry, url=url)
+
+    def fetch(self, url: str, offset: int, length: int) -> bytes:
+        self.budget -= length
+        if self.budget < 0:
+            raise self.error
+        return Path("/" + url.partition("://")[2].partition("/")[2]).read_bytes()[offset : offset + length]
+
+    rename = remove = fill = None  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of rasterio's callbacks
+@pytest.mark.parametrize("error", [Outage("HDFS did not answer for 90 s"), ConnectionResetError(104, "reset")])
+def test_storage_that_goes_away_is_not_the_files_fault(tmp_path, monkeypatch, error):
+    """GDAL keeps what Python raises to itself, and says that the pixels can't be read."""
+    path = write(tmp_path / "a.tif", positions(900, 700).astype("uint16"), tiled=True, blockxsize=256, blockysize=256)
+    url, away = f"hdfs://nn/{path.lstrip('/')}", Away(1 << 30, error)
+    monkeypatch.setitem(storage._HDFS, "webhdfs", away)
+    monkeypatch.setattr(hdfs, "_access", storage.Access("nn"))
+    scene = scene_of(url)
+    assert raster.read(scene, whole(scene))[1].all()
+    raster.close_files()
+    away.budget = 200_000
+    with pytest.raises(type(error)) as caught:
+        raster.read(scene, whole(scene))
+    assert caught.value is error
+    away.budget = 10
+    raster.close_files()
+    with pytest.raises(type(error)):
+        raster.describe_file(url)
+    raster.close_files()

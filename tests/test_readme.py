@@ -41,6 +41,7 @@ def archive(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.real
 def test_the_commands_run_one_after_the_other(archive, all_cores):
     ran = commands()
     assert [line.split()[1] for line in ran] == ["index", "tile", "train", "evaluate", "predict", "report"]

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import rasterio
 from rio_cogeo import cog_validate
 
 from sattile.dataset import read_dataset
 from sattile.evaluation import evaluate
+from sattile.pipeline import run
 from sattile.prediction import predict
 from sattile.tiles import tile
 from sattile.training import train
@@ -32,6 +34,7 @@ def pixels(dataset: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(values).astype(np.float32), np.concatenate(labels)
 
 
+@pytest.mark.real
 def test_a_unet_beats_a_per_pixel_classifier_on_water(spark, shared_data, all_cores, tmp_path):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -91,6 +94,7 @@ def other_provider(image: Path, truth: Path, scenes: Path, labels: Path) -> None
     write(labels / "S2A.tif", marks, 3, nodata=255)
 
 
+@pytest.mark.real
 def test_beaufort_as_band_files_to_a_cog_whose_collar_is_nodata(spark, shared_data, tmp_path):
     scene, bands = shared_data / "beaufort", "B02,B03,B04,B08"
     reading = {"bands": bands, "pattern": PATTERN, "nodata": 255}
@@ -134,3 +138,40 @@ def test_beauforts_polygons_are_labels(spark, shared_data, tmp_path):
     assert all(count > 10 for count in first.values())
     # One file is the other in degrees: outlines may differ by a pixel here and there.
     assert all(abs(first[key] - second[key]) <= 0.1 * first[key] + 3 for key in first)
+
+
+def test_beauforts_23_polygons_are_enough_to_begin(spark, shared_data, all_cores, tmp_path):
+    """All defaults: recall by class on shapes that were left out, with its interval, on the page."""
+    from sklearn.ensemble import RandomForestClassifier
+
+    scene = shared_data / "beaufort"
+    page = run(
+        spark, scenes=[str(scene)], labels=str(scene / "rcr_landcover.shp"), pattern=PATTERN, nodata=255,
+        settings={"tile": {"attribute": "Classname"}}, out=str(tmp_path / "out"),
+    )  # fmt: skip
+    description = read_dataset(str(tmp_path / "out" / "tiles"))
+    assert description["windows"]["shapes"] == 23
+    assert sum(part["labelled_pixels"] for part in description["splits"].values()) == 598
+    found = json.loads((tmp_path / "out" / "evaluation" / "metrics.json").read_text())
+    recall = found["shapes"]
+    assert {name for name, one in recall.items() if one} == {
+        "Emergent Wetland", "Forested Wetland", "Herbaceous", "Sand", "WetSand"
+    }  # fmt: skip
+    assert all(one["interval"][0] < one["recall"] <= one["interval"][1] + 1e-9 for one in recall.values() if one)
+    assert all(one["groups"] == (1 if name == "WetSand" else 2) for name, one in recall.items() if one)
+    html = Path(page).read_text()
+    table = html[html.index("Recall on shapes that were left out") : html.index("<h3>By class</h3>")]
+    assert table.count('class="ci"> [') == 5
+    assert "no shape of it was left out: no recall can be told" in table
+    assert "Class Subtidal Haline has 1 shape: it is in training alone" in html
+
+    # Not far behind a forest on the same pixels, which sees the same colours.
+    dataset = str(tmp_path / "out" / "tiles")
+    forest = RandomForestClassifier(300, class_weight="balanced", random_state=0).fit(*pixels(dataset, "train"))
+    held = [np.concatenate(parts) for parts in zip(pixels(dataset, "val"), pixels(dataset, "test"), strict=True)]
+    assert found["pixels"] == len(held[1])
+    assert found["accuracy"] > (forest.predict(held[0]) == held[1]).mean() - 0.1
+    # And the map is one of all classes.
+    with rasterio.open(tmp_path / "out" / "mosaics" / BEAUFORT / "labels.tif") as file:
+        counts = np.bincount(file.read(1).ravel(), minlength=256)
+    assert (counts[:6] > 1000).all()

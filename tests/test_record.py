@@ -193,3 +193,39 @@ def test_a_share_is_from_0_to_1(tmp_path, share):
     with pytest.raises(UsageError, match="a share from 0 to 1"):
         finished(tmp_path / "out", max_failed_fraction=share)
     assert not (tmp_path / "out").exists()
+
+
+def refused_by(folder, refusals, **options):
+    with Run("tile", str(folder), {}, **options) as run:
+        run.given = len(refusals)
+        run.refuse(refusals)
+        run.finish()
+
+
+def test_the_last_line_says_the_commonest_reason_with_an_example(tmp_path):
+    refusals = [Refusal(f"/in/s{n}.tif", "tile", f"s{n}.tif has {n} bands, and 4 are wanted") for n in (3, 2, 1)]
+    refusals += [Refusal("/in/a.tif", "tile", "the file is empty")]
+    with pytest.raises(TooManyRefused) as told:
+        refused_by(tmp_path / "out", refusals)
+    assert str(told.value) == (
+        "4 of 4 scenes were refused, more than max_failed_fraction 0.1 allows; "
+        f"{tmp_path}/out/_quarantine.parquet says why; "
+        "the commonest reason (3 of 4): /in/s1.tif: s1.tif has 1 bands, and 4 are wanted"
+    )
+    with pytest.raises(TooManyRefused, match=r"; the reason: /in/s1\.tif: s1\.tif has 1 bands"):
+        refused_by(tmp_path / "out", refusals[:3])
+
+
+def test_one_error_that_nobody_foresaw_for_all_is_not_theirs(tmp_path):
+    at = "({}.py, line 7); please report it, with its traceback from the log"
+    same = [Refusal(f"/in/s{n}.tif", "tile", f"unexpected KeyError: {n} {at.format('raster')}") for n in (1, 2)]
+    other = Refusal("/in/s3.tif", "tile", f"unexpected KeyError: 1 {at.format('warp')}")
+    for options in ({}, {"max_failed_fraction": 1.0}):
+        with pytest.raises(SattileError, match="all 2 scenes were refused, 2 of them by the same error") as told:
+            refused_by(tmp_path / "out", same, **options)
+        assert told.value.exit_status == 1
+    with pytest.raises(SattileError, match="all 3 scenes were refused, 2 of them"):
+        refused_by(tmp_path / "out", [*same, other])
+    for few in ([same[0]], [same[0], other]):
+        with pytest.raises(TooManyRefused):
+            refused_by(tmp_path / "out", few)

@@ -768,3 +768,37 @@ def test_a_scene_named_by_path_and_by_url_is_one(spark, tmp_path):
     ways = [str(path), f"file:{path}", f"file://{path}", f"file://{path}".replace(" ", "%20")]
     (scene,) = scenes.resolve(spark, ways).scenes
     assert (scene.scene_id, scene.url) == ("a b", str(path))
+
+
+def test_a_date_that_utc_has_not_is_left_out_and_told(spark, tmp_path, caplog):
+    """Year 1 east of Greenwich began in year 0; year 9999 west of it ends in 10000."""
+    caplog.set_level("WARNING", "sattile")
+    for name in ("early", "late", "good"):
+        tiff(tmp_path / f"{name}.tif")
+        item(tmp_path / f"{name}.json", {"data": {"href": f"./{name}.tif", "type": TIFF_TYPE}})
+        value = json.loads((tmp_path / f"{name}.json").read_text())
+        value["properties"]["datetime"] = {
+            "early": "0001-01-01T00:00:00+02:00", "late": "9999-12-31T23:00:00-03:00", "good": "2023-05-06T10:11:12Z",
+        }[name]  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    url = scenes.index(spark, f"{tmp_path}/*.json", out=str(tmp_path / "out"))
+    assert {one.scene_id.rpartition("/")[2]: one.datetime for one in scenes.read_catalog(url)} == {
+        "early": None, "late": None, "good": "2023-05-06T10:11:12Z",
+    }  # fmt: skip
+    told = [record.getMessage() for record in caplog.records if "can't be used" in record.getMessage()]
+    assert [line.partition(": ")[0] for line in told] == [f"{tmp_path}/early.json", f"{tmp_path}/late.json"]
+    assert "0001-01-01" in told[0]
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"type": "Catalog", "links": 7}', '{"type": "Feature", "assets": 3}']
+)
+def test_odd_json_costs_itself(tmp_path, as_in_production, content):
+    tiff(tmp_path / "a.tif")
+    item(tmp_path / "a.json", {"data": {"href": "a.tif", "type": TIFF_TYPE}})
+    (tmp_path / "b.json").write_text(content)
+    (tmp_path / "all.json").write_text(
+        json.dumps({"type": "Catalog", "links": [{"rel": "item", "href": href} for href in ("b.json", "a.json")]})
+    )
+    good, _ = described(f"{tmp_path}/all.json")
+    assert [scene.scene_id for scene in good] == ["a"]

@@ -24,11 +24,11 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from maps_for_tests import maps_of, record_of, validate
+from networks_for_tests import bundle_of, pooling_network, whole, window_network
 from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from scenes_for_tests import write_scene
-from test_mosaic import validate
-from test_prediction import bundle_of, maps_of, pooling_network, record_of, whole, window_network
 
 from sattile import inference, mosaic, raster, sheets
 from sattile.errors import TooManyRefused, UsageError
@@ -107,7 +107,7 @@ def stitched(
     tasks: int = 3,
 ) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
     """{sheet: its rasters} as the tasks of a wave make them, in this process."""
-    planned, _ = sheets.plan_sheets(scenes, layout, aoi=job.aoi)
+    planned, *_ = sheets.plan_sheets(scenes, layout, aoi=job.aoi)
     by_id = {scene.scene_id: scene for scene in scenes}
     works = [work for sheet in planned for work in sheet.works]
     windows = sent({sheet.target.name: sheet.window for sheet in planned})
@@ -470,7 +470,7 @@ def test_no_block_decides_about_a_pixel_at_the_edge_of_an_area() -> None:
 def test_a_small_scene_in_a_block_of_a_coarse_grid_is_looked_up_where_it_lies(archive: Path, network: Any) -> None:
     scenes, job, layout = scenes_of(archive), job_of(Geometry("crop", 64, 64, 6, 2)), layout_of("EPSG:32632@200", 448)
     by_id = {one.scene_id: one for one in scenes}
-    [sheet], _ = sheets.plan_sheets(scenes, layout)
+    [sheet], *_ = sheets.plan_sheets(scenes, layout)
     steps = [step for work in sheet.works for step in sheets.steps_of(work, by_id, job, layout)]
     assert {step.scene.scene_id for step in steps} == set("abc")
     assert max(step.cut.window.area for step in steps) < 100
@@ -484,7 +484,7 @@ def test_a_small_scene_in_a_block_of_a_coarse_grid_is_looked_up_where_it_lies(ar
 def test_an_estimate_is_of_what_is_left_to_do(archive: Path) -> None:
     scenes, job, layout = scenes_of(archive, ("x", "y")), job_of(), layout_of(SAME, block=16)
     by_id = {scene.scene_id: scene for scene in scenes}
-    planned, _ = sheets.plan_sheets(scenes, layout)
+    planned, *_ = sheets.plan_sheets(scenes, layout)
     whole = sheets.describe_plan(planned, by_id, job, layout, None)["evaluated_pixels"]
     assert whole >= sum(scene.height * scene.width for scene in scenes)
     one = [replace(sheet, works=sheet.works[:1]) for sheet in planned[:1]]
@@ -493,13 +493,13 @@ def test_an_estimate_is_of_what_is_left_to_do(archive: Path) -> None:
 
 def test_sheets_keep_name_and_source_when_the_archive_grows_elsewhere(tmp_path: Path) -> None:
     layout = layout_of(SAME, 64)
-    first, _ = sheets.plan_sheets(scenes_of(write_archive(tmp_path)), layout)
+    first, *_ = sheets.plan_sheets(scenes_of(write_archive(tmp_path)), layout)
     write_scene(tmp_path / "far.tif", image_of("far", (30, 40)), west=700_000, north=5_100_000, names=("x", "y"))
-    second, _ = sheets.plan_sheets(scenes_of(tmp_path), layout)
+    second, *_ = sheets.plan_sheets(scenes_of(tmp_path), layout)
     assert [one for one in second if one.target.name == first[0].target.name] == first
     assert len(second) == 2
     write_scene(tmp_path / "near.tif", image_of("near", (30, 40)), west=600_100, north=4_999_900, names=("x", "y"))
-    third, _ = sheets.plan_sheets(scenes_of(tmp_path), layout)
+    third, *_ = sheets.plan_sheets(scenes_of(tmp_path), layout)
     changed = [one.target.name for one, before in zip(third, second, strict=True) if one != before]
     assert changed == [first[0].target.name]
 
@@ -518,7 +518,7 @@ def test_a_grid_whose_pixels_are_not_what_its_crs_calls_them_is_told(
     archive: Path, grid: str, says: str | None
 ) -> None:
     layout = layout_of(grid)
-    planned, _ = sheets.plan_sheets(scenes_of(archive), layout)
+    planned, *_ = sheets.plan_sheets(scenes_of(archive), layout)
     said = sheets.stretched(planned, layout.grid)
     assert (said is None) == (says is None)
     if said and says:
@@ -897,3 +897,56 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
     with pytest.raises(UsageError, match="--grid or --like"):
         predict(spark, model=model, scenes=[str(archive)], out=str(tmp_path / "out"), rule="newest")
     assert list(itertools.chain(tmp_path.iterdir())) == []
+
+
+def test_a_scene_with_no_way_onto_the_grid_costs_that_scene(spark: Any, model: str, tmp_path: Path) -> None:
+    """A drawing's CRS lies nowhere on Earth."""
+    scenes, out = write_archive(tmp_path / "scenes", ["a", "b"]), tmp_path / "out"
+    drawing = 'LOCAL_CS["drawing",UNIT["metre",1]]'
+    write_scene(scenes / "drawn.tif", image_of("q", (70, 60)), names=("x", "y"), crs=drawing)
+    with pytest.raises(TooManyRefused, match=r"1 of 3 scenes were refused.*drawn\.tif: there is no way from CRS"):
+        go(spark, model, scenes, out)
+    assert record_of(out)["done"]
+    (row,) = pq.read_table(out / "_quarantine.parquet").to_pylist()
+    assert row["url"] == str(scenes / "drawn.tif")
+
+
+@pytest.mark.parametrize("way", ["together", "apart", "by scene"])
+def test_a_scene_that_the_network_fails_on_costs_that_scene(
+    tmp_path: Path, network: Any, as_in_production: None, way: str
+) -> None:
+    folder = write_archive(tmp_path, ["a", "b"])
+    hot = np.full((2, 150, 60), 60_000, np.uint16)
+    write_scene(folder / "hot.tif", hot, west=600_100, north=5_000_000, names=("x", "y"))
+    scenes, job, layout = scenes_of(folder), job_of(), layout_of(SAME)
+
+    def fails(images: np.ndarray) -> np.ndarray:
+        if images.max() > 50_000:
+            raise FloatingPointError("overflow")
+        return images
+
+    network(fails)
+    by_id = {scene.scene_id: scene for scene in scenes}
+    if way == "by scene":
+        pieces = [
+            inference.Piece(scene, block)
+            for scene in scenes
+            for block in job.geometry.blocks(scene.height, scene.width, 48)
+        ]
+        done = list(inference.label_blocks(pieces, job))
+        told = [(one.piece.scene.scene_id, one.reason) for one in done if one.reason]
+        assert sum(one.labels is not None for one in done) == sum(one.scene.scene_id != "hot" for one in pieces)
+    else:
+        planned, *_ = sheets.plan_sheets(scenes, layout)
+        tasks = [[work for sheet in planned for work in sheet.works]]
+        windows = {"windows": sent({sheet.target.name: sheet.window for sheet in planned})}
+        work, extra = (sheets.stitch, windows) if way == "together" else (sheets.infer, {})
+        frames = [pd.DataFrame({"id": [0]})]
+        rows = joined(list(work(frames, tasks=sent(tasks), scenes=sent(by_id), job=job, layout=layout, **extra)))
+        if way == "together":
+            told = [one for text in rows["reason"].dropna() for one in sheets.refusals(text).items()]
+        else:
+            told = list(rows[["scene", "reason"]].dropna().itertuples(index=False, name=None))
+    ((scene_id, reason),) = told  # once: its further blocks are left out
+    assert scene_id == "hot"
+    assert reason.startswith("unexpected FloatingPointError: overflow (")

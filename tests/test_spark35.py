@@ -12,7 +12,7 @@ import pytest
 from scenes_for_tests import position_image, write_scene
 from spark35 import VERSION, spark35
 
-pytestmark = pytest.mark.timeout(1800)  # the first run fetches 320 MB
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]  # the first run fetches 320 MB
 
 SIZES = {"a": (96, 150), "b": (130, 70)}
 TILING = {"size": 32, "fractions": "0.6,0.2,0.2"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sattile import storage
-from sattile.errors import SattileError, UsageError
+from sattile.errors import Outage, SattileError, UsageError
 from sattile.storage import hdfs, jni, libhdfs
 
 AWKWARD = ["plain.tif", "a b, c.tif", "50%.tif", "20%20.tif", "ü+#;.tif", "q?.tif"]
@@ -194,8 +196,13 @@ def test_unknown_schemes_are_refused():
 
 
 def test_too_small_scratch_says_so():
-    with pytest.raises(SattileError, match="TMPDIR"), storage.scratch(needed=1 << 60):
+    with pytest.raises(Outage) as told, storage.scratch(needed=1 << 60):
         pass
+    assert re.fullmatch(
+        rf"local scratch {re.escape(tempfile.gettempdir())} has [\d,]+ MB free, and 1,152,921,504,607 MB are needed; "
+        "point TMPDIR at a larger disk",
+        str(told.value),
+    )
 
 
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()))

@@ -173,3 +173,16 @@ def test_tiles_that_lie_near_are_one_spatial_block() -> None:
     for without in ({"gsd": None}, {"sources": [{"scene_id": "s"}]}, {"size": 128}):
         kept = strata.of_tiles(tiles, described | without, None)
         assert [block for block, _ in kept.values()] == [tile[3] for tile in tiles]
+
+
+def test_groups_of_shapes_are_spatial_blocks_however_small_they_are() -> None:
+    """They were laid apart, and nothing else says how many observations there are."""
+    tiles = [("a", 0, 0, "a/0/0"), ("a", 0, 16, "a/0/0"), ("a", 0, 48, "a/0/48")]
+    description = {
+        "size": 16, "gsd": 10.0, "split_rule": {"by": "shapes", "cell": 0},
+        "sources": [{"scene_id": "a", "url": "a", "crs": "EPSG:32632", "transform": (10, 0, 6e5, 0, -10, 5e6)}],
+    }  # fmt: skip
+    assert strata.of_tiles(tiles, description, None) == {tile[:3]: (tile[3], None) for tile in tiles}
+    # Cells of a grid that are as small are joined to blocks of 128 px.
+    description["split_rule"] = {"by": "block", "cell": 160}
+    assert not {block for block, _ in strata.of_tiles(tiles, description, None).values()} & {"a/0/0", "a/0/48"}

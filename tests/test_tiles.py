@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+import rasterio.features
 import rasterio.transform
 import rasterio.warp
 import shapely
@@ -583,3 +585,204 @@ def test_a_scene_that_no_line_of_the_pairs_names_is_said(spark, tmp_path):
     (row,) = pq.read_table(tmp_path / "out" / "_quarantine.parquet").to_pylist()
     assert row["url"].endswith("s1.tif")
     assert "no line of the pairs file names" in row["reason"]
+
+
+def test_a_band_without_a_valid_pixel_is_named_with_its_scene(spark, tmp_path, caplog):
+    given = archive(tmp_path, count=3, height=97, width=130, nodata=None)
+    names = ("B02", "B03", "B11")
+
+    def without(*numbers: int) -> None:
+        for number in numbers:
+            image = position_image(97, 130, 3, col0=1000 * number).astype(np.float32)
+            image[2] = np.nan
+            image[0, :50] = np.nan
+            write_scene(tmp_path / "scenes" / f"s{number}.tif", image, names=names, west=600_000 + 5_000 * number)
+
+    for number in range(3):
+        image = position_image(97, 130, 3, col0=1000 * number).astype(np.float32)
+        write_scene(tmp_path / "scenes" / f"s{number}.tif", image, names=names, west=600_000 + 5_000 * number)
+    without(1)
+    caplog.set_level("WARNING", "sattile")
+    options = {"size": 32, "classes": "even,odd", "split": "scene", "fractions": "1,0,0", "buffer": 0}
+    out = tile(spark, **given, **options, out=str(tmp_path / "out"))
+    assert set(rows_of(out)["scene_id"]) == {"s0", "s2"}
+    (told,) = [record.getMessage() for record in caplog.records if "no valid pixel" in record.getMessage()]
+    assert told.startswith(f"tile: {tmp_path}/scenes/s1.tif: band B11 has no valid pixel")
+    assert read_dataset(out)["dropped"]["without a valid pixel"] > 0
+    without(0, 2)
+    says = r"no training tile is left: \S*s0\.tif: band B11 has no valid pixel .*--bands.*\(3 of 3 scenes are so\)"
+    with pytest.raises(UsageError, match=says):
+        tile(spark, **given, **options, out=str(tmp_path / "none"))
+    tile(spark, **given, **options, bands="B02,B03", out=str(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("l.kml", b"<?xml version='1.0'?><kml/>", "is neither GeoTIFF, COG nor JPEG 2000; it is text; shapes (KML"),
+        ("l.zip", b"PK\3\4and more of it", "is neither GeoTIFF, COG nor JPEG 2000; it is a ZIP archive: unpack it"),
+        ("l.tif", b"", "the file is empty"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_blamed_themselves(spark, tmp_path, name, content, says):
+    url = write_scene(tmp_path / "s.tif", position_image(50, 70, 2))
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "pairs.csv").write_text(f"scene,labels\n{url},{name}\n")
+    with pytest.raises(TooManyRefused, match="1 of 1"):
+        tile(
+            spark, pairs=str(tmp_path / "pairs.csv"), out=str(tmp_path / "out"), size=32, split="scene",
+            fractions="1,0,0", buffer=0,
+        )  # fmt: skip
+    (row,) = pq.read_table(tmp_path / "out" / "_quarantine.parquet").to_pylist()
+    assert row["reason"].startswith(f"labels {tmp_path}/{name}: {says}")
+
+
+def few_shapes(folder: Path) -> dict:
+    """Two overlapping scenes, 600 x 560 and 220 x 190 px, and squares of 9 px: kind 0 has one, kind 1 two, the others
+    three each; a bar of 60 px, with a square beside it, is of kind 3, too."""
+    import geopandas
+
+    write_scene(folder / "scenes" / "a.tif", position_image(600, 560, 2), names=("x", "y"))
+    write_scene(
+        folder / "scenes" / "b.tif", position_image(220, 190, 2), names=("x", "y"), west=600_930, north=4_999_510
+    )
+    kinds, shapes = [], []
+    for number, (top, left) in enumerate(itertools.product((20, 200, 380), (20, 200, 380))):
+        kinds.append(f"kind {[0, 1, 2, 3, 1, 2, 3, 2, 3][number]}")
+        shapes.append(square(top, left, 9))
+    kinds += ["kind 3", "kind 3"]
+    shapes += [shapely.box(*square(540, 100, 9).bounds[:2], *square(540, 151, 9).bounds[2:]), square(527, 165, 6)]
+    geopandas.GeoDataFrame({"kind": kinds}, geometry=shapes, crs=32632).to_file(folder / "l.gpkg")
+    return {"scenes": [str(folder / "scenes")], "labels": str(folder / "l.gpkg"), "attribute": "kind"}
+
+
+def square(top: float, left: float, edge: float) -> shapely.Polygon:
+    west, north = 600_000 + 10 * left, 5_000_000 - 10 * top
+    return shapely.box(west, north - 10 * edge, west + 10 * edge, north)
+
+
+def test_windows_lie_around_few_shapes(spark, tmp_path, caplog):
+    given = few_shapes(tmp_path)
+    with caplog.at_level("INFO", "sattile"):
+        out = tile(spark, **given, out=str(tmp_path / "out"))
+    description, rows = read_dataset(out), rows_of(out)
+    assert description["windows"]["shapes"] == 11
+    # The bar and the square beside it are one place, as is each other square.
+    assert description["windows"]["groups"] == 10
+    assert description["split_rule"]["by"] == "shapes"
+    size = description["size"]
+    assert size == description["stride"] == description["split_rule"]["buffer"] == 64
+    assert f"windows of {size} px around 11 shapes in 10 groups that lie apart, buffer {size} px" in caplog.text
+    # Each labelled pixel of each scene once, as the whole scene has it.
+    import geopandas
+
+    frame = geopandas.read_file(given["labels"])
+    drawn = [(one, int(kind[-1])) for one, kind in zip(frame.geometry, frame.kind, strict=True)]
+    for name in ("a", "b"):
+        with rasterio.open(tmp_path / "scenes" / f"{name}.tif") as file:
+            whole = rasterio.features.rasterize(drawn, file.shape, 255, transform=file.transform, dtype=np.uint8)
+            image = np.moveaxis(file.read(), 0, -1)
+        found, times = np.full((700, 700), 255, np.uint8), np.zeros((700, 700), int)
+        for row in rows[rows["scene_id"] == name].itertuples():
+            where = slice(row.row, row.row + size), slice(row.col, row.col + size)
+            found[where] = np.minimum(found[where], row.labels)
+            times[where] += 1
+            inside = image[where]
+            assert (row.image[: inside.shape[0], : inside.shape[1]] == inside).all()
+        assert times.max() == 1
+        assert (found[: whole.shape[0], : whole.shape[1]] == whole).all()
+    # Each class where it can be, and what can't be is told.
+    parts = {
+        class_id: [name for name in ("train", "val", "test") if description["splits"][name]["class_pixels"][class_id]]
+        for class_id in "0123"
+    }
+    assert parts == {"0": ["train"], "1": ["train", "val"]} | {key: ["train", "val", "test"] for key in "23"}
+    assert "class kind 0 has 1 shape: it is in training alone, and no recall can be told for it" in caplog.text
+    assert "class kind 1 has 2 shapes: none is left for test" in caplog.text
+    # Law 7, in pixels of 10 m.
+    shift = rows["scene_id"].map({"a": 0, "b": 1})
+    top, left = rows["row"] + 49 * shift, rows["col"] + 93 * shift
+    boxes = shapely.box(left, top, left + size, top + size)
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        first, second = (shapely.union_all(boxes[rows["split"] == name]) for name in (one, other))
+        assert shapely.distance(first, second) >= size - 1
+
+
+def test_tiles_around_shapes_are_the_same_for_any_order_and_are_not_cut_again(spark, tmp_path):
+    given = few_shapes(tmp_path)
+    out = tile(spark, **given, out=str(tmp_path / "out"))
+    again = tile(
+        spark, **given | {"scenes": [str(tmp_path / "scenes" / f"{one}.tif") for one in "ba"]}, out=str(tmp_path / "o")
+    )
+    assert read_dataset(again)["digest"] == read_dataset(out)["digest"]
+    before = {entry.url: (entry.size, entry.mtime) for entry in storage.walk(out)}
+    tile(spark, **given, out=out)
+    assert before == {entry.url: (entry.size, entry.mtime) for entry in storage.walk(out)}
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["skipped"] == 2
+
+
+def test_the_size_of_windows_by_hand_is_kept_and_a_grid_is_what_it_was(spark, tmp_path):
+    given = few_shapes(tmp_path)
+    chosen = read_dataset(tile(spark, **given, out=str(tmp_path / "s"), size=16, buffer=20))
+    assert (chosen["size"], chosen["split_rule"]["by"], chosen["split_rule"]["buffer"]) == (16, "shapes", 20)
+    plain = read_dataset(tile(spark, **given, out=str(tmp_path / "g"), windows="grid"))
+    assert (plain["size"], plain["split_rule"]["by"]) == (256, "block")
+    assert "windows" not in plain
+    # Who asks for other splits, other strides or no validation at all gets them.
+    for number, options in enumerate(
+        ({"split": "scene"}, {"size": 32, "stride": 16, "buffer": 0, "cell": 2}, {"fractions": "1,0,0"})
+    ):
+        assert "windows" not in read_dataset(tile(spark, **given, out=str(tmp_path / str(number)), **options))
+
+
+def test_tiles_of_before_are_taken_up_but_for_those_that_would_differ(spark, tmp_path, monkeypatch):
+    """As they were made before there were windows around shapes: the same settings, the same state."""
+    rasters = archive(tmp_path / "r", count=2)
+    options = {"classes": "even,odd", "out": str(tmp_path / "r" / "out")}
+    tile(spark, **rasters, **options)
+    written = json.loads((tmp_path / "r" / "out" / "_run.json").read_text())["settings"]
+    assert written == {
+        "size": 256, "stride": 256, "bands": None, "pattern": None, "nodata": None, "values": "raw",
+        "classes": "even,odd", "attribute": None, "ignore": [], "background": None, "aoi": None, "split": "auto",
+        "fractions": [0.7, 0.15, 0.15], "cell": 6, "buffer": 256, "min_valid": 0.0, "min_labelled": 0.0,
+        "keep_background": 1.0, "seed": 0,
+    }  # fmt: skip
+    description = read_dataset(options["out"])
+    sources = [
+        {name: one[name] for name in ("scene_id", "url", "identity", "labels")} for one in description["sources"]
+    ]
+    assert description["state"] == storage.digest([sources, {}, "None"])
+
+    given = few_shapes(tmp_path)
+    out = str(tmp_path / "out")
+    monkeypatch.setattr("sattile.shape_windows.are_few", lambda *_: False)
+    tile(spark, **given, out=out)
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["settings"] == written | {
+        "classes": None,
+        "attribute": "kind",
+    }
+    tile(spark, **given, out=out)
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["skipped"] == 2
+    monkeypatch.undo()
+    tile(spark, **given, out=out)
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["done"] == 2
+    assert read_dataset(out)["windows"]["shapes"] == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"background": "kind 1"}, "--background labels whole scenes"),
+        ({"stride": 16, "size": 32}, "--stride 16 is for a grid"),
+        ({"split": "block"}, "--split block deals ground or scenes"),
+        ({"windows": "squares"}, "windows 'squares': use grid, shapes or auto"),
+    ],
+)
+def test_windows_around_shapes_that_cannot_be_are_refused(spark, tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        tile(spark, **few_shapes(tmp_path), out=str(tmp_path / "out"), **({"windows": "shapes"} | options))
+
+
+def test_windows_around_the_shapes_of_rasters_are_refused(spark, tmp_path):
+    with pytest.raises(UsageError, match="windows around shapes: the labels are rasters; give vectors"):
+        tile(spark, **archive(tmp_path, count=1), out=str(tmp_path / "out"), windows="shapes")

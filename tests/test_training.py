@@ -56,6 +56,29 @@ def test_it_learns(undisturbed: Any) -> None:
     assert any((work / "tensorboard").iterdir())
 
 
+def test_the_last_epoch_is_kept_if_asked_for(dataset: str, tmp_path: Path) -> None:
+    import keras
+
+    how = replace(SMALL, keep="last")
+    result, weights = weights_of(dataset, tmp_path, how)
+    with np.load(tmp_path / loop.CHECKPOINT) as saved:
+        now = [saved[f"now{number}"] for number in range(len(weights))]
+    assert result["best"] == 3
+    assert result["metrics"]["miou"] == result["history"][-1]["val_miou"]
+    assert all((one == other).all() for one, other in zip(weights, now, strict=True))
+    # Also where an earlier one was better.
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    for last, kept in ((True, 2), (False, 1)):
+        state = loop._State()
+        for epoch, score in enumerate((0.9, 0.4), 1):
+            state.add({"epoch": epoch, "val_miou": score}, {"miou": score}, network, last=last)
+        assert (state.best, state.metrics["miou"]) == (kept, (0.9, 0.4)[kept - 1])
+    # Trainings of before had no such setting: theirs are the same.
+    assert "keep" not in SMALL.to_dict()
+    assert how.to_dict()["keep"] == "last"
+    assert Settings.from_dict(how.to_dict()) == how
+
+
 def test_a_killed_training_goes_on_to_the_same_weights(dataset: str, undisturbed: Any, tmp_path: Path) -> None:
     weights_of(dataset, tmp_path, stop_after=1)
     result, weights = weights_of(dataset, tmp_path)
@@ -188,16 +211,24 @@ def test_balanced_draws_and_hard_pixels_learn(dataset: str, tmp_path: Path) -> N
 # --- The command ---------------------------------------------------------------------------------------------------
 
 
-def test_one_worker_and_two_train_the_same_weights(spark: Any, dataset: str, tmp_path: Path) -> None:
-    how = {"dataset": dataset, "arch": "unet-tiny", "epochs": 1, "batch_size": 2, "learning_rate": 1e-3}
+TRAINED: dict[str, Any] = {"arch": "unet-tiny", "epochs": 3, "batch_size": 12, "learning_rate": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def trained(spark: Any, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What one worker made; tests read it."""
+    return train(spark, dataset=dataset, out=str(tmp_path_factory.mktemp("trained") / "model"), workers=1, **TRAINED)
+
+
+def test_one_worker_and_two_train_the_same_weights(spark: Any, dataset: str, trained: str, tmp_path: Path) -> None:
+    how = {"dataset": dataset, "out": str(tmp_path / "both"), "workers": 2, **TRAINED}
     loaded = "tensorflow" in sys.modules
-    alone = train(spark, out=str(tmp_path / "alone"), workers=1, **how)
-    both = train(spark, out=str(tmp_path / "both"), workers=2, **how)
+    both = train(spark, **how)
     assert ("tensorflow" in sys.modules) == loaded
     import keras
 
-    networks = [keras.models.load_model(f"{url}/model.keras") for url in (alone, both)]  # plain: no code of ours
-    for one, other in zip(*(network.get_weights() for network in networks), strict=True):  # after 22 steps
+    networks = [keras.models.load_model(f"{url}/model.keras") for url in (trained, both)]  # plain: no code of ours
+    for one, other in zip(*(network.get_weights() for network in networks), strict=True):  # after 12 steps
         np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
     found = load_bundle(both)
@@ -209,12 +240,12 @@ def test_one_worker_and_two_train_the_same_weights(spark: Any, dataset: str, tmp
         "tensorboard",
     ]  # fmt: skip
 
-    before = {path: path.stat().st_mtime_ns for path in Path(alone).rglob("*") if path.is_file()}
-    train(spark, out=alone, workers=1, **how)
+    before = {path: path.stat().st_mtime_ns for path in Path(both).rglob("*") if path.is_file()}
+    train(spark, **how)
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"_run.json"}
     with pytest.raises(UsageError, match="learning_rate"):
-        train(spark, out=alone, **(how | {"learning_rate": 0.01}))
+        train(spark, **(how | {"learning_rate": 0.01}))
 
 
 @pytest.mark.parametrize("arch", ["pixel-mlp", "tile-classifier"])
@@ -240,9 +271,8 @@ def test_baselines_are_trained_and_map_scenes_by_the_same_commands(
 
 
 def test_training_goes_on_from_an_earlier_bundle(spark: Any, dataset: str, tmp_path: Path) -> None:
-    how = {"arch": "unet-tiny", "batch_size": 12, "learning_rate": 5e-3}
-    first = train(spark, dataset=dataset, out=str(tmp_path / "first"), indices="nir~swir", epochs=3, **how)
-    how |= {"indices": "nir~swir,ndwi", "epochs": 1, "learning_rate": 1e-6, "start_from": first}
+    first = train(spark, dataset=dataset, out=str(tmp_path / "first"), **TRAINED, indices="nir~swir")
+    how = TRAINED | {"indices": "nir~swir,ndwi", "epochs": 1, "learning_rate": 1e-6, "start_from": first}
     second = train(spark, dataset=dataset, out=str(tmp_path / "second"), **how)
     before, after = (load_bundle(url) for url in (first, second))
     assert after.network["indices"] == ["nir~swir", "ndwi"]
@@ -252,19 +282,17 @@ def test_training_goes_on_from_an_earlier_bundle(spark: Any, dataset: str, tmp_p
 
 
 def test_training_goes_on_from_a_keras_file_and_from_a_bundle_made_of_it(
-    spark: Any, dataset: str, tmp_path: Path
+    spark: Any, dataset: str, trained: str, tmp_path: Path
 ) -> None:
-    how: dict[str, Any] = {"dataset": dataset, "arch": "unet-tiny", "batch_size": 12}
-    first = train(spark, out=str(tmp_path / "first"), epochs=3, learning_rate=5e-3, **how)
-    how |= {"epochs": 1, "learning_rate": 1e-6}  # which learns nothing
-    file = f"{first}/model.keras"
+    how = TRAINED | {"dataset": dataset, "epochs": 1, "learning_rate": 1e-6}  # which learns nothing
+    file = f"{trained}/model.keras"
     names = {"bands": ",".join(BANDS), "classes": "land=2,water=7"}
     made = bundle(keras=file, out=str(tmp_path / "made"), **names)
     scores = [
         load_bundle(train(spark, out=str(tmp_path / f"{number}"), start_from=url, **how)).metrics["miou"]
-        for number, url in enumerate((first, file, made))
+        for number, url in enumerate((trained, file, made))
     ]
-    assert scores[0] == pytest.approx(load_bundle(first).metrics["miou"], abs=0.02)
+    assert scores[0] == pytest.approx(load_bundle(trained).metrics["miou"], abs=0.02)
     assert scores == [scores[0]] * 3
 
 
@@ -389,6 +417,8 @@ def test_a_missing_value_that_nobody_declared_is_said(spark: Any, tmp_path: Path
         ({"learning_rate": float("nan")}, "learning_rate nan"),
         ({"weight_decay": -1.0}, "or 0"),
         ({"patience": -3}, "patience"),
+        ({"keep": "first"}, "best or last"),
+        ({"keep": "last", "patience": 2}, "leave one of them out"),
         ({"dataset": "/nowhere/tiles"}, "no tiles dataset"),
     ],
 )

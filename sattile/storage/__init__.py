@@ -23,13 +23,15 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, BinaryIO
 
-from sattile.errors import SattileError, UsageError
-from sattile.storage.elsewhere import cut_short, own_folder
+from sattile.errors import Outage, SattileError, UsageError
+from sattile.storage.elsewhere import cut_short, failed, own_folder, too_small
 from sattile.storage.files import Entry, FileSystem, LocalFiles, join, local_path, name, parent
 from sattile.storage.hdfs import Access, WebHdfsFiles, access, current, use
 from sattile.storage.libhdfs import LibHdfsFiles
 
-__all__ = ["Access", "Entry", "access", "cut_short", "join", "local_path", "name", "own_folder", "parent", "use"]
+__all__ = [
+    "Access", "Entry", "access", "cut_short", "failed", "join", "local_path", "name", "own_folder", "parent", "use",
+]  # fmt: skip
 
 GLOB = re.compile(r"[*?\[]")
 
@@ -151,7 +153,7 @@ def read_text(url: str) -> str:
 def read_json(url: str) -> Any:
     try:
         return json.loads(read_bytes(url))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets in brackets
         raise SattileError(f"{url} is not JSON, it is damaged or cut short ({error}); make it again") from error
 
 
@@ -241,15 +243,12 @@ def scratch(needed: int = 0) -> Iterator[str]:
         needed: bytes that will be written there.
 
     Raises:
-        SattileError: if less is free; says how much, where, and how to choose another disk.
+        Outage: if less is free; says how much, where, and how to choose another disk.
     """
     base = tempfile.gettempdir()
     free = shutil.disk_usage(base).free
     if free < needed:
-        raise SattileError(
-            f"local scratch {base} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
-            f"point TMPDIR at a larger disk"
-        )
+        raise Outage(f"local scratch {base} {too_small(free, needed)}")
     with tempfile.TemporaryDirectory(prefix="sattile-", ignore_cleanup_errors=True) as folder:
         yield folder
 

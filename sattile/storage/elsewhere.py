@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO
 
-from sattile.errors import SattileError
+from sattile.errors import Outage
 from sattile.storage.files import Entry, join, name, parent
 
 PAGE = 1 << 16
@@ -69,7 +69,7 @@ class Elsewhere(ABC):
             self.fill(part, source)
             entry = self.stat(part)
             if entry is None or entry.size != size:
-                raise SattileError(f"{part}: {size} bytes were sent and {entry.size if entry else 'none'} arrived")
+                raise Outage(f"{part}: {size} bytes were sent and {entry.size if entry else 'none'} arrived")
             rename(part, url)
         except BaseException:
             with suppress(Exception):
@@ -106,9 +106,8 @@ class _Copies:
             if key not in self._found:
                 free = shutil.disk_usage(folder).free
                 if free < entry.size + (1 << 26):
-                    raise SattileError(
-                        f"{url} is copied to local scratch {folder}, which has {free / 1e9:.1f} GB free, and "
-                        f"{entry.size / 1e9:.1f} GB are needed; point TMPDIR at a larger disk"
+                    raise Outage(
+                        f"{url} is copied to local scratch {folder}, which {too_small(free, entry.size + (1 << 26))}"
                     )
                 path = os.path.join(folder, f"{len(self._found)}-{name(url)}")
                 with Reader(fetch, url, entry.size) as source, open(path, "wb") as target:
@@ -116,6 +115,12 @@ class _Copies:
                         target.write(data)
                 self._found[key] = path
             return self._found[key]
+
+
+def too_small(free: int, needed: int) -> str:
+    """What to say of scratch that does not hold so many bytes; the two numbers never round to the same."""
+    has, wants = free // 1_000_000, -(-needed // 1_000_000)
+    return f"has {has:,} MB free, and {wants:,} MB are needed; point TMPDIR at a larger disk"
 
 
 _own: tuple[int, str, Any] = (0, "", None)
@@ -164,6 +169,10 @@ bytes_fetched = 0
 
 cut_short: set[str] = set()
 """URLs of files that end before what their own directory says is in them, as this process found when it read there."""
+
+
+failed: dict[str, Exception] = {}
+"""What this process was told when it last read a URL and got nothing: GDAL keeps such exceptions to itself."""
 
 
 class Reader(io.RawIOBase):
@@ -255,4 +264,10 @@ class Reader(io.RawIOBase):
     def _counted(self, start: int, length: int) -> bytes:
         global bytes_fetched
         bytes_fetched += length
-        return self._fetch(self.url, start, length)
+        try:
+            data = self._fetch(self.url, start, length)
+        except Exception as error:
+            failed[self.url] = error
+            raise
+        failed.pop(self.url, None)
+        return data

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from sattile.errors import SattileError, UsageError
+from sattile.errors import Outage, SattileError, UsageError
 from sattile.storage.elsewhere import CHUNK, Elsewhere, Source
 from sattile.storage.files import Entry, join, name, parent
 
@@ -356,7 +356,7 @@ def _ask(url: str, request: Callable[[Any, str], T], *, again: Callable[[Any, st
                 raise found from None
             problem = error
         if time.monotonic() + wait > end:
-            raise SattileError(f"{url}: HDFS did not answer for {PATIENCE:.0f} s: {_short(problem)}") from None
+            raise Outage(f"{url}: HDFS did not answer for {PATIENCE:.0f} s: {_short(problem)}") from None
         time.sleep(wait)
         wait = min(wait * 2, 5)
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sattile.errors import SattileError, UsageError
+from sattile.errors import Outage, UsageError
 from sattile.storage.elsewhere import CHUNK, Elsewhere, Source
 from sattile.storage.files import Entry, join, name, parent
 from sattile.storage.hdfs import Access, current, place, translated
@@ -66,7 +66,7 @@ def _client(url: str) -> tuple[Client, str]:
     authority, path = place(url, access)
     with _lock:
         if _owner not in (0, os.getpid()):
-            raise SattileError(f"{url}: this process was forked from one in which libhdfs has a JVM, and can't use it")
+            raise Outage(f"{url}: this process was forked from one in which libhdfs has a JVM, and can't use it")
         if access.tokens != _tokens:
             _log_in(authority, access)
         if authority not in _clients:
@@ -179,13 +179,13 @@ def _translating(url: str) -> Iterator[None]:
         yield
     except JavaError as error:
         text = error.text.strip().splitlines()[0][:300] if error.text.strip() else error.kind
-        raise (translated(url, error.kind, text) or SattileError(f"{url}: {text}")) from None
+        raise (translated(url, error.kind, text) or Outage(f"{url}: {text}")) from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{url} does not exist") from None
     except PermissionError:
         raise PermissionError(f"{url}: HDFS does not permit it") from None
     except OSError as error:  # pyarrow's
-        raise SattileError(f"{url}: {str(error).splitlines()[0][:300]}") from None
+        raise Outage(f"{url}: {str(error).splitlines()[0][:300]}") from None
 
 
 class LibHdfsFiles(Elsewhere):

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from sattile import engine, storage
-from sattile.dataset import unseen_classes
+from sattile.dataset import unmeasured_classes, unseen_classes
 from sattile.errors import SattileError, UsageError, said_by_task
 from sattile.record import Run
 from sattile.scorers import NOISE
@@ -71,6 +71,7 @@ def train(
     sampling: str = "uniform",
     augment: bool = True,
     haze: float = 0.0,
+    keep: str = "best",
     patience: int = 0,
     seed: int = 0,
     max_restarts: int = 3,
@@ -113,6 +114,8 @@ def train(
         augment: flips, quarter turns, brightness and band jitter.
         haze: add up to so much haze to half of the tiles (1 doubles the bluest band), for networks that will see scenes
             of another atmospheric correction, or none; on scenes like the training tiles it costs accuracy.
+        keep: the weights of the best epoch on the validation tiles, or of the last, for few tiles: the best of them is
+            chance, and those that chose no weights measure them as test tiles do.
         patience: stop after so many epochs without a better validation mIoU; 0 never does.
         seed: of weights, order and augmentation.
         max_restarts: how often several workers begin again from the last epoch when one of them is lost.
@@ -129,6 +132,7 @@ def train(
         UsageError: for settings that cannot be, before anything runs.
         SattileError: if the training fails; it says why.
     """
+    engine.check(spark)
     described = load_dataset(dataset)
     settings = make_settings(
         described,
@@ -137,12 +141,14 @@ def train(
             "accumulate": accumulate, "learning_rate": learning_rate, "weight_decay": weight_decay,
             "precision": precision, "dice": dice, "label_smoothing": label_smoothing, "hard_share": hard_share,
             "class_weights": class_weights, "sampling": sampling, "augment": augment, "haze": haze,
-            "patience": patience, "seed": seed,
+            "keep": keep, "patience": patience, "seed": seed,
         },
     )  # fmt: skip
     check(settings, described, workers=workers, devices=max(_gpus(spark), 1))
     if unseen := unseen_classes(described.description):
         log.warning("train: no training tile shows %s: the network can't learn it", ", ".join(unseen))
+    for sentence in unmeasured_classes(described.description):
+        log.warning("train: %s", sentence)
     if max_restarts < 0:
         raise UsageError(f"max_restarts {max_restarts}: give 0 or more")
     if reader not in READERS:

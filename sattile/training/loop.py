@@ -156,7 +156,7 @@ def fit(
                 "tiles_per_s": round(len(split) / seconds, 1),
                 "waiting": round(batches.waited / seconds, 4),
             }
-            state.add(logs, {**measured, "split": held_out.name}, network)
+            state.add(logs, {**measured, "split": held_out.name}, network, last=settings.keep == "last")
             # Every worker reads the weights (that may take all of them), one writes.
             saved = state.to_bytes(key, network, optimizer)
             if worker == 0:
@@ -344,10 +344,10 @@ class _State:
         """Epochs since the best."""
         return len(self.history) - self.best
 
-    def add(self, logs: dict[str, Any], measured: dict[str, Any], network: Any) -> None:
+    def add(self, logs: dict[str, Any], measured: dict[str, Any], network: Any, *, last: bool = False) -> None:
         # Without a labelled validation pixel there is no mIoU: then the latest is kept.
         score = logs["val_miou"] if logs["val_miou"] is not None else 0.0
-        if score > self.score or logs["val_miou"] is None:
+        if last or score > self.score or logs["val_miou"] is None:
             self.best, self.score, self.metrics = logs["epoch"], score, measured
             self.weights = network.get_weights()
         self.history.append({**logs, "best": self.best == logs["epoch"]})

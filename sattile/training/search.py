@@ -62,6 +62,7 @@ def search(
     """
     from sattile.training import built
 
+    engine.check(spark)
     described = load_dataset(dataset)
     dataset, out = storage.absolute(dataset), storage.absolute(out)
     shared = dict((settings or {}).get("train", {}))

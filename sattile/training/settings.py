@@ -23,6 +23,7 @@ CHOICES = {
     "precision": tuple(PRECISIONS),
     "class_weights": ("none", "balanced"),
     "sampling": ("uniform", "balanced"),
+    "keep": ("best", "last"),
 }
 """Settings that are one of some words."""
 
@@ -44,6 +45,7 @@ class Settings:
         dice, label_smoothing, hard_share: see `losses.Loss`.
         class_weights: `none`, or `balanced`: (1 / share of a class) ** 0.5, mean 1 over the labelled pixels.
         sampling: `uniform`, each tile once an epoch, or `balanced`: see `batches.draw_weights`.
+        keep: the weights of which epoch: `best` by validation mIoU, or `last`.
         patience: epochs without a better validation mIoU after which it ends; 0 is never.
         augment, haze: see `augmentation`.
         seed: of weights, order and augmentation.
@@ -67,12 +69,14 @@ class Settings:
     patience: int = 0
     augment: bool = True
     haze: float = 0.0
+    keep: str = "best"
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; what came later and is not used is left out, so that earlier trainings have the same settings."""
         values = asdict(self) | {"indices": list(self.indices)}
-        return {name: value for name, value in values.items() if name != "haze" or value}
+        unused = {"haze": 0.0, "keep": "best"}
+        return {name: value for name, value in values.items() if name not in unused or value != unused[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
@@ -143,6 +147,11 @@ def check(settings: Settings, dataset: Dataset, *, workers: int = 1, devices: in
         raise UsageError(f"label_smoothing {settings.label_smoothing:g}: give a share below 1, such as 0.1")
     if not 0 < settings.hard_share <= 1:
         raise UsageError(f"hard_share {settings.hard_share:g}: give a share above 0, such as 0.25; 1 counts all pixels")
+    if settings.keep == "last" and settings.patience:
+        raise UsageError(
+            f"patience {settings.patience}: it waits for a better epoch than the one that is kept, and keep says the "
+            f"last; leave one of them out"
+        )
     if settings.haze and not settings.augment:
         raise UsageError(f"haze {settings.haze:g}: it is a part of augment, which is off; leave one of them out")
     if settings.haze and not spectrum.haze(dataset.bands, np.ones(len(dataset.bands))).any():

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from networks_for_tests import weights
 from scenes_for_tests import write_scene
 from spark35 import VERSION, spark35
-from test_local_cluster import weights
 
 from hadoop.cluster import Cluster
 from hadoop.conftest import SMALL
