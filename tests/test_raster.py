@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 
+from sattile import labels as label_module
 from sattile import raster, storage
 from sattile.errors import Outage, Refused
 from sattile.grid import Window
+from sattile.labels import LabelSource
 from sattile.schema import IGNORE, Band, Scene
 from sattile.storage import hdfs
 from sattile.storage.elsewhere import Elsewhere
@@ -72,6 +74,11 @@ def scene_of(*urls: str, names: tuple[str, ...] = ()) -> Scene:
         "s", urls[0], finest.height, finest.width, named, finest.crs, finest.transform, finest.gsd, finest.datetime,
         finest.footprint, {url: one for info in infos for url, one in info.identity.items()},
     )  # fmt: skip
+
+
+def read_labels(url: str, scene: Scene, window: Window) -> np.ndarray:
+    """As the commands read a raster whose values are ids."""
+    return label_module.read(LabelSource(url), scene, window)[0]
 
 
 def whole(scene: Scene) -> Window:
@@ -545,10 +552,10 @@ def test_a_damaged_file_leaves_the_next_ones_alone(tmp_path):
     with open(bad, "r+b") as file:
         file.truncate(os.path.getsize(bad) - 2000)
     damaged = replace(damaged, identity={})
-    expected = raster.read_labels(labels, scene, whole(scene))
+    expected = read_labels(labels, scene, whole(scene))
     with pytest.raises(Refused, match="cannot be read"):
         raster.read(damaged, whole(damaged))
-    assert np.array_equal(raster.read_labels(labels, scene, whole(scene)), expected)
+    assert np.array_equal(read_labels(labels, scene, whole(scene)), expected)
 
 
 def test_a_file_that_changed_or_went_is_refused(tmp_path):
@@ -584,7 +591,7 @@ def read_in_pieces(url: str, scene: Scene, window: Window, limit: int) -> np.nda
     """Labels of a window, of which at most so many of the raster's pixels are read at once."""
     raster.MAX_LABEL_PIXELS, before = limit, raster.MAX_LABEL_PIXELS
     try:
-        return raster.read_labels(url, scene, window)
+        return read_labels(url, scene, window)
     finally:
         raster.MAX_LABEL_PIXELS = before
 
@@ -605,11 +612,11 @@ def test_labels_of_the_whole_earth_are_right_at_the_antimeridian(tmp_path, crs, 
     assert lon.min() < -179
     assert lon.max() > 179
     expected = classes[np.floor((90 - lat) / 0.5).astype(int), np.floor((lon + 180) / 0.5).astype(int), 0]
-    labels = raster.read_labels(url, scene, whole(scene))
+    labels = read_labels(url, scene, whole(scene))
     # Pixels whose centre lies on an edge may fall on either side of it.
     inside = np.minimum(*(np.abs(one / 0.5 - np.round(one / 0.5)) for one in (lon, lat))) > 1e-4
     np.testing.assert_array_equal(labels[inside], expected[inside])
-    np.testing.assert_array_equal(raster.read_labels(url, scene, Window(19, 23, 30, 41)), labels[19:49, 23:64])
+    np.testing.assert_array_equal(read_labels(url, scene, Window(19, 23, 30, 41)), labels[19:49, 23:64])
 
 
 def test_labels_on_the_scenes_grid_are_as_stored(tmp_path):
@@ -617,7 +624,7 @@ def test_labels_on_the_scenes_grid_are_as_stored(tmp_path):
     classes = (positions(40, 60) % 5).astype("uint8")
     classes[3, 4] = 9
     url = write(tmp_path / "labels.tif", classes, nodata=9)
-    labels = raster.read_labels(url, scene, Window(-2, -3, 50, 70))
+    labels = read_labels(url, scene, Window(-2, -3, 50, 70))
     expected = np.full((50, 70), IGNORE)
     expected[2:42, 3:63] = np.where(classes[..., 0] == 9, IGNORE, classes[..., 0])
     assert labels.dtype == np.uint8
@@ -630,7 +637,7 @@ def test_labels_of_another_resolution_are_the_nearest(tmp_path, finer):
     height, width = int(40 * finer), int(60 * finer)
     classes = (np.add.outer(np.arange(height) * 3, np.arange(width)) % 200).astype("uint8")[..., None]
     url = write(tmp_path / "labels.tif", classes, transform=UTM @ Affine.scale(1 / finer))
-    labels = raster.read_labels(url, scene, whole(scene))
+    labels = read_labels(url, scene, whole(scene))
     rows, cols = np.floor((np.arange(40) + 0.5) * finer), np.floor((np.arange(60) + 0.5) * finer)
     assert np.array_equal(labels, classes[np.ix_(rows.astype(int), cols.astype(int))][..., 0])
 
@@ -698,10 +705,10 @@ def test_labels_that_are_no_class_ids_are_refused(tmp_path):
     ):
         url = write(tmp_path / "labels.tif", values)
         with pytest.raises(Refused, match="whole numbers"):
-            raster.read_labels(url, scene, whole(scene))
+            read_labels(url, scene, whole(scene))
     good = np.full((40, 60, 1), 3, "float32")
     good[0, 0] = -9999
-    labels = raster.read_labels(write(tmp_path / "labels.tif", good, nodata=-9999), scene, whole(scene))
+    labels = read_labels(write(tmp_path / "labels.tif", good, nodata=-9999), scene, whole(scene))
     assert labels[0, 0] == IGNORE
     assert (labels.ravel()[1:] == 3).all()
 
@@ -709,14 +716,14 @@ def test_labels_that_are_no_class_ids_are_refused(tmp_path):
 def test_labels_without_a_crs_must_be_the_scenes_pixels(tmp_path):
     scene = small_scene(tmp_path)
     same = write(tmp_path / "same.tif", (positions(40, 60) % 5).astype("uint8"), crs=None, transform=None)
-    assert np.array_equal(raster.read_labels(same, scene, whole(scene)), positions(40, 60)[..., 0] % 5)
+    assert np.array_equal(read_labels(same, scene, whole(scene)), positions(40, 60)[..., 0] % 5)
     other = write(tmp_path / "other.tif", (positions(20, 30) % 5).astype("uint8"), crs=None, transform=None)
     with pytest.raises(Refused, match="no CRS"):
-        raster.read_labels(other, scene, whole(scene))
+        read_labels(other, scene, whole(scene))
     nowhere = replace(scene, crs=None)
     placed = write(tmp_path / "placed.tif", (positions(40, 60) % 5).astype("uint8"))
     with pytest.raises(Refused, match="no CRS"):
-        raster.read_labels(placed, nowhere, whole(scene))
+        read_labels(placed, nowhere, whole(scene))
 
 
 def test_jpeg2000_is_read(tmp_path):

@@ -13,6 +13,7 @@ from sattile.grid import Window
 from sattile.labels import LabelSource
 from sattile.schema import Scene
 from sattile.shape_windows import Drawn, ShapeWindows, are_few, draw, lattices, plan
+from sattile.shapes import pack
 
 UTM = "EPSG:32632"
 SHARES = (0.7, 0.15, 0.15)
@@ -31,7 +32,7 @@ def on_ground(top: float, left: float, bottom: float, right: float) -> shapely.P
 
 
 def labelled(shapes: list[tuple[shapely.Geometry, int]]) -> LabelSource:
-    return LabelSource("l.gpkg", shapes=tuple((shapely.to_wkb(shape), value) for shape, value in shapes), crs=UTM)
+    return LabelSource("l.gpkg", shapes=pack([(shapely.to_wkb(shape), value) for shape, value in shapes]), crs=UTM)
 
 
 def planned(scenes: list[Scene], source: LabelSource, **asked) -> tuple[list[Drawn], ShapeWindows]:
@@ -103,7 +104,7 @@ def test_each_labelled_pixel_is_in_one_window_of_its_scene(seed: int) -> None:
     where = scene("a", 203, 331)
     source = labelled(scattered(seed, 15, 4, 203, 331))
     _, found = planned([where], source)
-    whole = drawing.rasterize(list(source.shapes or ()), UTM, where, Window(0, 0, 203, 331)) != 255
+    whole = drawing.rasterize(source.shapes or b"", UTM, where, Window(0, 0, 203, 331)) != 255
     times = np.zeros((203 + 64, 331 + 64), int)
     for window, _, _ in found.placed["a"]:
         times[window.slices()] += 1
@@ -214,7 +215,7 @@ def test_a_shape_of_several_windows_is_one_group_without_a_buffer_too() -> None:
     transform = (1e-4, 0.0, 9.0, 0.0, -1e-4, 45.0)
     where = Scene("a", "a", 400, 560, (), "EPSG:4326", transform, gsd=10.0)
     shapes = [shapely.box(9.005, 44.9942, 9.017, 44.995), shapely.box(9.005, 44.9792, 9.006, 44.98)]
-    source = LabelSource("l.gpkg", shapes=tuple((shapely.to_wkb(one), 0) for one in shapes), crs="EPSG:4326")
+    source = LabelSource("l.gpkg", shapes=pack([(shapely.to_wkb(one), 0) for one in shapes]), crs="EPSG:4326")
     _, found = planned([where], source, size=16, buffer=0)
     assert len(found.dealt) == 2
     assert len(found.placed["a"]) == 8 + 1
@@ -231,3 +232,9 @@ def test_rectangles_meet_across_all_meridians(middle: float) -> None:
     assert split.same_place(split.near(own, wide), 3) == [0, 0, 2]
     narrow = [outline(middle - 0.25, middle - 0.05), outline(other + 0.03, other + 0.15), outline(89.8, 90.3)]
     assert split.same_place(split.near(own, narrow), 3) == [0, 1, 2]
+
+
+def test_shapes_that_take_labels_away_have_no_windows() -> None:
+    shapes = [(on_ground(20, 20, 29, 31), 3), (on_ground(120, 200, 131, 209), 255)]
+    drawn = draw([scene("a", 203, 331)], {"a": labelled(shapes)})
+    assert [one.class_id for one in drawn or ()] == [3]

@@ -273,3 +273,22 @@ def test_an_area_on_both_sides_of_the_antimeridian_is_not_turned_inside_out(gap,
     beyond = shapely.box(-180 + turned, -25, -175 + turned, -10)
     for area, expected in ((fiji, 1.0), (shapely.box(175, -25, 185, -10), 1.0), (beyond, 0.0)):
         assert shapes.aoi_mask(shapely.to_wkb(area), "EPSG:4326", grid, whole).mean() == expected
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32618", "EPSG:4326"])
+def test_a_shape_in_pixels_holds_the_centres_that_are_drawn(crs):
+    """With its holes, and what lies in these."""
+    scene = Grid(90, 130, "EPSG:32618", GRID.transform)
+    rings = [shapely.Point(60, 40).buffer(radius, quad_segs=5) for radius in (35, 22, 9)]
+    whole = shapely.union(shapely.difference(rings[0], rings[1]), rings[2])
+    ground = shapely.transform(whole, lambda at: at * [10, -10] + [UTM.c, UTM.f])
+    if crs != scene.crs:
+        transformer = pyproj.Transformer.from_crs(scene.crs, crs, always_xy=True)
+        ground = shapely.transform(ground, lambda at: np.column_stack(transformer.transform(*at.T)))
+    found = shapes.in_pixels(ground, crs, scene)
+    rows, cols = np.mgrid[:90, :130] + 0.5
+    drawn = shapes.rasterize([(shapely.to_wkb(ground), 1)], crs, scene, Window(0, 0, 90, 130)) == 1
+    assert 1000 < drawn.sum() < 4000
+    assert np.array_equal(shapely.contains_xy(found, cols, rows), drawn)
+    far = shapely.transform(ground, lambda at: at + ([300_000, 0] if crs == scene.crs else [40, 0]))
+    assert not shapely.intersection(shapes.in_pixels(far, crs, scene), shapely.box(0, 0, 130, 90)).area

@@ -370,7 +370,7 @@ def test_a_sheet_is_of_the_whole_time_of_its_scenes(
     archive: Path, times: list[dict[str, Any]], datetime: str | None, interval: tuple[str, str] | None
 ) -> None:
     scenes = [replace(one, **stated) for one, stated in zip(scenes_of(archive)[:2], times, strict=True)]
-    [sheet], _ = sheets.plan_sheets(scenes, layout_of(SAME, 64))
+    [sheet], *_ = sheets.plan_sheets(scenes, layout_of(SAME, 64))
     assert (sheet.target.datetime, sheet.target.interval) == (datetime, interval)
 
 
