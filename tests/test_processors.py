@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +194,31 @@ def test_bfloat16_is_what_the_cpu_says_and_not_openvino_alone(monkeypatch, flags
     assert scorers.cpu.__wrapped__() == Cpu("Some CPU @ 2 GHz", native)
     monkeypatch.setattr(scorers, "openvino_has_bfloat16", lambda: False)
     assert not scorers.cpu.__wrapped__().bfloat16
+
+
+SCRIPT = """
+import json, sys
+from sattile import engine, processors
+from sattile.model import load_bundle
+
+if __name__ == "__main__":
+    conf = {"spark.executor.memory": "512m", "spark.executorEnv.PYTHONPATH": sys.path[0]}
+    spark = engine.session("local-cluster[2,1,1024]", conf=conf)
+    print(json.dumps(processors.choose(spark, load_bundle(sys.argv[1])).describe()))
+    spark.stop()
+"""
+
+
+@pytest.mark.cluster
+def test_executors_say_what_they_are_and_measure(bundle, tmp_path):
+    (tmp_path / "choose.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(tmp_path / "choose.py"), bundle.url], env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    assert said["cpus"] == [str(scorers.cpu())]
+    (speeds,) = said["mpix_per_s"].values()
+    assert min(speeds.values()) > 0
+    assert set(speeds) == {"tensorflow", "openvino"}
+    assert Path(bundle.url, "speeds.json").exists()
