@@ -197,12 +197,12 @@ def test_bfloat16_is_what_the_cpu_says_and_not_openvino_alone(monkeypatch, flags
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from sattile import engine, processors
 from sattile.model import load_bundle
 
 if __name__ == "__main__":
-    conf = {"spark.executor.memory": "512m", "spark.executorEnv.PYTHONPATH": sys.path[0]}
+    conf = {"spark.executor.memory": "512m", "spark.executorEnv.PYTHONPATH": os.environ["PYTHONPATH"]}
     spark = engine.session("local-cluster[2,1,1024]", conf=conf)
     print(json.dumps(processors.choose(spark, load_bundle(sys.argv[1])).describe()))
     spark.stop()
