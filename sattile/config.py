@@ -316,4 +316,10 @@ def convert(option: Option, value: Any, where: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         quoted = "; put words such as yes, no, on and off in quotes" if option.kind in ("str", "list") else ""
         raise UsageError(f"{where}: {option.name} {value!r} is no {option.kind}{quoted}") from None
-    return ",".join(str(one) for one in value) if isinstance(value, list | tuple) else str(value)
+    return ",".join(map(_part, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _part(value: Any) -> str:
+    """An item of a list as a part of an option's text: one with a comma stands in quotes, where options know them."""
+    text = str(value)
+    return '"' + text.replace('"', '""') + '"' if "," in text and not text.startswith('"') else text

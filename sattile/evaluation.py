@@ -262,6 +262,7 @@ def _on_scenes(
             ignore=ignore,
             background=background,
             encoding=encoding,
+            of_model=True,
         )
         run.refuse(matched.refused)
     found = [scene for scene in found if scene.scene_id in matched.sources]

@@ -223,6 +223,9 @@ KEEPING = AUGMENTING | {
 }  # fmt: skip
 """Layers and operations that give what they are given, or means of neighbours: of probabilities, probabilities."""
 
+MEANS = (None, "nearest", "bilinear", "area")
+"""Interpolations that give means of neighbours; others overshoot."""
+
 MARGIN = 1e-3
 """How far from 0, from 1 and from a sum of 1 probabilities may be: 16 bits have no more."""
 
@@ -322,7 +325,7 @@ def _of_graph(network: keras.Model) -> tuple[str | None, str]:
         elif found is not None:
             said = where if found in (*EACH, *TOGETHER) else f"its last layer, {where}, has the activation {found}"
             return found, said if found != "linear" else f"its last layer, {where}, has no activation"
-        elif kind not in KEEPING:
+        elif kind not in KEEPING or getattr(step.operation, "interpolation", None) not in MEANS:
             return None, where
         channels_stay = channels_stay and step.shape[-1] == step.input_shapes[0][-1]
         step = made[step.inputs[0]]

@@ -15,7 +15,7 @@ MODELS = {"Functional": "functional", "Model": "functional", "Sequential": "sequ
 GONE = {
     "Conv2DTranspose": ("groups",),
     "DepthwiseConv2D": ("groups",),
-    "MultiHeadAttention": ("query_shape", "key_shape", "value_shape"),
+    "MultiHeadAttention": ("query_shape", "key_shape", "value_shape", "softmax_robust_masking"),
     "SeparableConv2D": ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"),
     "SpatialDropout2D": ("trainable", "noise_shape"),
 }
@@ -91,7 +91,7 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
     policy = config.get("dtype")
     if isinstance(policy, dict) and "config" in policy:
         config["dtype"] = policy["config"]["name"]
-    for gone in GONE.get(name, ()):
+    for gone in (*GONE.get(name, ()), "rng_type"):  # of layers that augment: how their dice are thrown
         config.pop(gone, None)
     if name == "LeakyReLU" and "alpha" in config:
         config["negative_slope"] = config.pop("alpha")
@@ -119,7 +119,11 @@ def _renumbered(config: dict[str, Any], inner: set[str]) -> dict[str, Any]:
     look([[layer.get("inbound_nodes") for layer in config["layers"]], [config.get(name) for name in links]])
     layers = [layer | {"inbound_nodes": moved(layer.get("inbound_nodes", []))} for layer in config["layers"]]
     # One tensor is a list of one for Keras 2 alone.
-    ends = {name: one[0] if len(one) == 1 and _is_link(one[0]) else one for name in links if (one := config.get(name))}
+    ends = {
+        name: one[0] if isinstance(one, list) and len(one) == 1 and _is_link(one[0]) else one
+        for name in links
+        if (one := config.get(name))
+    }
     return config | {"layers": layers} | {name: moved(one) for name, one in ends.items()}
 
 

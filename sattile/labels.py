@@ -11,6 +11,8 @@ import csv
 import io
 import logging
 import os
+import re
+import shlex
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -40,6 +42,8 @@ _BEGINNINGS = {
 VECTORS = tuple(_BEGINNINGS)
 RASTERS = (".tif", ".tiff", ".jp2")
 
+
+NO_COLORS = "label_encoding rgb needs the colour of each class: --classes land=0=#00ff00,water=1=#0000ff"
 
 RULES = 2
 """Version of the rules for labels, as datasets and metrics record it; those without it were made by the first ones."""
@@ -88,11 +92,13 @@ class Matched:
         sources: by scene id.
         refused: scenes that have none.
         classes: known beforehand (named by the user, or from an attribute), else None.
+        values: of an attribute, where the classes follow from it; else None.
     """
 
     sources: Mapping[str, LabelSource]
     refused: tuple[Refusal, ...]
     classes: tuple[SegmentClass, ...] | None
+    values: frozenset[Value] | None = None
 
 
 def check(classes: Sequence[SegmentClass] | None, ignore: Sequence[Value], encoding: str) -> None:
@@ -104,7 +110,9 @@ def check(classes: Sequence[SegmentClass] | None, ignore: Sequence[Value], encod
     if encoding not in legend.ENCODINGS:
         raise UsageError(f"label_encoding {encoding!r}: use {', '.join(legend.ENCODINGS)}")
     if encoding == "rgb" and not classes:
-        raise UsageError("label_encoding rgb needs the colour of each class: --classes land=0=#00ff00,water=1=#0000ff")
+        raise UsageError(NO_COLORS)
+    if encoding == "rgb" and len({one.color.lower() for one in classes or ()}) < len(classes or ()):
+        raise UsageError(f"label_encoding rgb: two classes have the same colour: {legend.called(classes or ())}")
     both = [value for value in ignore if value in legend.lookup(classes or ())]
     if both:
         raise UsageError(f"{legend.shown(both)} is a class and to be ignored; leave it out of --classes or of --ignore")
@@ -119,6 +127,7 @@ def match(
     ignore: Sequence[Value] = (),
     background: str | None = None,
     encoding: str = "index",
+    of_model: bool = False,
 ) -> Matched:
     """Find the labels of each scene.
 
@@ -132,6 +141,7 @@ def match(
         ignore: values that mean "unlabelled".
         background: class (name or value) of pixels outside all shapes.
         encoding: of rasters, one of `legend.ENCODINGS`.
+        of_model: the classes are a model's.
 
     Raises:
         UsageError: if `labels` does not exist, or a vector's attribute or classes are not as said.
@@ -142,11 +152,13 @@ def match(
         raise UsageError(f"--labels {labels} does not exist")
     if not entry.is_folder:
         return match_pairs({scene.scene_id: _with_part(labels, part) for scene in scenes}, scenes, classes=classes,
-                           attribute=attribute, ignore=ignore, background=background, encoding=encoding)  # fmt: skip
+                           attribute=attribute, ignore=ignore, background=background, encoding=encoding,
+                           of_model=of_model)  # fmt: skip
     named, shared = _by_name(labels, scenes)
     found = {scene_id: _with_part(urls[0], part) for scene_id, urls in named.items() if len(urls) == 1}
     matched = match_pairs(found, [scene for scene in scenes if scene.scene_id in found], classes=classes,
-                          attribute=attribute, ignore=ignore, background=background, encoding=encoding)  # fmt: skip
+                          attribute=attribute, ignore=ignore, background=background, encoding=encoding,
+                          of_model=of_model)  # fmt: skip
     missing = []
     for scene in scenes:
         several = named[scene.scene_id]
@@ -157,7 +169,7 @@ def match(
         elif not several:
             reason = f"no labels: {labels} has no file named {scene.scene_id}.tif (or .geojson, ...)"
             missing.append(Refusal(scene.url, "labels", reason))
-    return Matched(matched.sources, (*matched.refused, *missing), matched.classes)
+    return replace(matched, refused=(*matched.refused, *missing))
 
 
 def _by_name(folder: str, scenes: Sequence[Scene]) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -234,6 +246,7 @@ def match_pairs(
     ignore: Sequence[Value] = (),
     background: str | None = None,
     encoding: str = "index",
+    of_model: bool = False,
 ) -> Matched:
     """The labels of scenes whose label files are known: {scene_id: url}. See `match`."""
     from sattile.shapes import pack
@@ -249,7 +262,7 @@ def match_pairs(
             if is_vector(file):
                 features[url] = read_vector(url, attribute)
                 if classes is not None and attribute is not None:
-                    _check_named(features[url], attribute, classes, ignore)
+                    _check_named(features[url], attribute, classes, ignore, of_model)
         except UsageError as error:
             unread[url] = str(error)
         except Exception as error:
@@ -257,11 +270,16 @@ def match_pairs(
     if unread and len(unread) == len(parts) and not any(map(unforeseen, unread.values())):
         raise UsageError(unread[min(unread)])  # nothing is left: the first one says why
     ignored = {*ignore}
+    values: frozenset[Value] | None = None
+    if features and attribute is None and classes is not None:
+        left = f", and --ignore {', '.join(map(legend.written, ignore))} has no part in it" if ignore else ""
+        if len(classes) > 1 or left:
+            log.warning("labels: no --attribute was given: all shapes are taken for class %s%s", classes[-1].name, left)
     if features:
         named = classes
-        classes = classes or _classes_of(
-            [one for url, one in features.items() if url not in unread], attribute, ignored
-        )
+        if classes is None:
+            values = _values_of([one for url, one in features.items() if url not in unread], attribute, ignored)
+            classes = legend.classes_of(values)
         ids = legend.lookup(classes)
         outside = background_id(background, classes)
         default = classes[-1].id
@@ -272,7 +290,7 @@ def match_pairs(
             if url in unread or not storage.exists(file):
                 raise Refused(unread.get(url) or f"its labels {file} do not exist")
             if url not in features:
-                sources[scene_id] = LabelSource(file, part, Legend(encoding, classes, tuple(ignore)))
+                sources[scene_id] = LabelSource(file, part, Legend(encoding, classes, tuple(ignore), of_model))
                 continue
             if scene.crs is None or scene.footprint is None:
                 raise Refused(f"the scene has no CRS, so {url} cannot be laid over it")
@@ -284,11 +302,11 @@ def match_pairs(
             )
         except Exception as error:
             refused.append(Refusal(scene.url, "labels", refusal(error).reason))
-    return Matched(sources, tuple(refused), classes)
+    return Matched(sources, tuple(refused), classes, values)
 
 
 def _check_named(
-    features: Features, attribute: str, classes: tuple[SegmentClass, ...], ignore: Sequence[Value]
+    features: Features, attribute: str, classes: tuple[SegmentClass, ...], ignore: Sequence[Value], of_model: bool
 ) -> None:
     """Whether each value of an attribute is a class.
 
@@ -305,9 +323,12 @@ def _check_named(
         raise UsageError(
             f"{features.url}: attribute {attribute!r} has values that are no class: {legend.shown(strange)} "
             f"({shapes} of {len(features.values)} shapes); it has {legend.shown(counts)}, and the classes are "
-            f"{legend.called(classes)}. Name them: {legend.named_line(classes, counts)}; or leave them unlabelled: "
-            f"{legend.ignore_line(strange)}"
+            f"{legend.called(classes)}. "
+            + ("Leave" if of_model else f"Name them: {legend.named_line(classes, counts)}; or leave")
+            + f" them unlabelled: {legend.ignore_line(strange)}"
         )
+    for value in {*ignore} - {legend.value_of(text) for text in features.values}:
+        log.warning("%s: no shape has %s, which --ignore names", features.url, legend.written(value))
 
 
 def _are_mended(features: Iterable[Features], named: tuple[SegmentClass, ...] | None, ignored: set[Value]) -> bool:
@@ -394,11 +415,17 @@ def is_vector(url: str) -> bool:
 
 
 def split_part(url: str) -> tuple[str, str | None]:
-    """`FILE.gpkg:LAYER` -> (file, layer), `FILE.tif:2` -> (file, band); None where no part is named."""
-    head, colon, part = url.rpartition(":")
-    if not colon or "/" in part or not part or storage.exists(url) or not storage.exists(head):
-        return url, None
-    return head, part
+    """`FILE.gpkg:LAYER` -> (file, layer), `FILE.tif:2`, `FOLDER:2` -> (file, band); None where no part is named.
+
+    Names of layers and bands may have colons and slashes; what lies there under the whole name goes before.
+    """
+    if ":" in url and not storage.exists(url):
+        for at in (found.start() for found in re.finditer(":", url)):
+            head, part = url[:at], url[at + 1 :]
+            entry = storage.stat(head) if head and part and not part.startswith("//") else None
+            if entry is not None and not (entry.is_folder and "/" in part):
+                return head, part
+    return url, None
 
 
 def _with_part(url: str, part: str | None) -> str:
@@ -465,7 +492,9 @@ def _layer(path: str, url: str, wanted: str | None) -> str | None:
         what = "has no shapes" if wanted in layers else "is none of its layers"
         raise UsageError(f"{url}: {wanted!r} {what}; there are {', '.join(shapes) or 'none with shapes'}")
     if wanted is None and len(shapes) > 1:
-        raise UsageError(f"{url} has several layers: {', '.join(shapes)}; name one: {url}:{shapes[0]}")
+        raise UsageError(
+            f"{url} has several layers: {', '.join(shapes)}; name one: {shlex.quote(f'{url}:{shapes[0]}')}"
+        )
     return wanted or (shapes[0] if shapes else None)
 
 
@@ -541,14 +570,15 @@ def _text(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _classes_of(features: Iterable[Features], attribute: str | None, ignored: set[Value]) -> tuple[SegmentClass, ...]:
-    """The classes of an attribute's values, see `legend.classes_of`."""
+def _values_of(features: Iterable[Features], attribute: str | None, ignored: set[Value]) -> frozenset[Value]:
+    """The values of an attribute that are to be classes."""
     if attribute is None:
         raise UsageError("vector labels need --attribute (the one that names the class) or --classes NAME")
     values = {legend.value_of(text) for one in features for text in one.values} - ignored - {None}
     if not values:
-        raise UsageError(f"attribute {attribute!r}: --ignore leaves out all of its values")
-    return legend.classes_of(value for value in values if value is not None)
+        why = "--ignore leaves out all of its values" if ignored else "no shape has a value of it"
+        raise UsageError(f"attribute {attribute!r}: {why}")
+    return frozenset(value for value in values if value is not None)
 
 
 def background_id(background: str | None, classes: Sequence[SegmentClass]) -> int | None:
@@ -650,33 +680,52 @@ def survey(spark: SparkSession, matched: Matched, ignore: Sequence[Value], *, mo
         (one.url, one.part) for one in matched.sources.values() if one.shapes is None and one.legend.encoding == "index"
     }
     said = IGNORE in ignore or (classes is not None and IGNORE in legend.lookup(classes))
-    if not rasters or (classes is not None and said):
+    # Classes that somebody named are as they are; those of an attribute make room for what rasters hold beside it.
+    free = classes is None or matched.values is not None
+    if not rasters or (said and not free):
         return matched
-    ignored = {value for value in ignore if not isinstance(value, str)}
-    found = _look(spark, sorted(rasters, key=str), ignored, every=False)
-    seen = {value for values in found.values() for value in values or ()}
-    strange = {value for value in seen if not legend.is_id(value) and value != IGNORE}
+    files, ignored = sorted(rasters, key=str), {value for value in ignore if not isinstance(value, str)}
+    seen = _seen(spark, files, ignored, every=matched.values is not None)
     if not said and seen <= {0, IGNORE} and IGNORE in seen:
         named = (
             classes if classes and len(classes) == 2 else (SegmentClass(0, "land", ""), SegmentClass(1, "water", ""))
         )
-        what = "a model that was made with" if model else "a class of its own:"
+        line = legend.named_line(named, {0, IGNORE} - ignored)
+        what = "A class, by a model that was made with" if model else "A class of its own:"
         raise UsageError(
             f"the labels hold nothing but {legend.shown(seen)}, and 255 may be a class or mean unlabelled: say which. "
-            f"{what[0].upper()}{what[1:]} {legend.named_line(named, [0, 255])}; unlabelled: --ignore 255"
+            f"{what} {line}; unlabelled: {legend.ignore_line({*ignored, IGNORE})}"
         )
-    if classes is not None or not strange:
+    strange = {value for value in seen if not legend.is_id(value) and value != IGNORE}
+    if not free or not (strange or matched.values is not None):
         return matched
-    found = _look(spark, sorted(rasters, key=str), ignored, every=True)
-    seen = {value for values in found.values() for value in values or ()} - {IGNORE}
-    made = legend.classes_of(seen)
-    log.info("labels: %s", ", ".join(f"{legend.written(one.id if one.value is None else one.value)} is class {one.id} "
-                                     f"({one.name})" for one in made))  # fmt: skip
-    sources = {
-        key: one if one.shapes is not None else replace(one, legend=replace(one.legend, classes=made))
-        for key, one in matched.sources.items()
-    }
+    if matched.values is None:
+        seen = _seen(spark, files, ignored, every=True)
+    made = legend.classes_of({*(seen - {IGNORE}), *(matched.values or ())})
+    log.info("labels: classes are %s", ", ".join(f"{one.name} (id {one.id})" for one in made))
+    return _renumbered(matched, made)
+
+
+def _renumbered(matched: Matched, made: tuple[SegmentClass, ...]) -> Matched:
+    """The same with other classes, in which the values of an attribute may have other ids."""
+    from sattile.shapes import renumber
+
+    before, now = legend.lookup(matched.classes or ()), legend.lookup(made)
+    ids = {before[value]: now[value] for value in matched.values or ()}
+    sources = {}
+    for key, one in matched.sources.items():
+        if one.shapes is None:
+            sources[key] = replace(one, legend=replace(one.legend, classes=made))
+        else:
+            background = None if one.background is None else ids[one.background]
+            sources[key] = replace(one, shapes=renumber(one.shapes, ids), background=background)
     return replace(matched, sources=sources, classes=made)
+
+
+def _seen(
+    spark: SparkSession, files: Sequence[tuple[str, str | None]], ignored: Collection[Value], *, every: bool
+) -> set[Value]:
+    return {value for values in _look(spark, files, ignored, every=every).values() for value in values or ()}
 
 
 def _look(

@@ -12,6 +12,7 @@ stands in the label files. The same rules hold for rasters and vectors:
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 import shlex
@@ -28,7 +29,8 @@ from sattile.schema import IGNORE, SegmentClass, colored
 Value = int | float | str
 """As it stands in label files: a whole number is an int, whatever its type there."""
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
+# An exponent has its sign, as Python writes it: 1e3 may be somebody's code, 1e-05 and -3.4e+38 are numbers.
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]\d+)?", re.ASCII)
 _COLOR = re.compile("#[0-9A-Fa-f]{6}")
 
 MOST_SHOWN = 8
@@ -47,10 +49,11 @@ def value_of(stored: Any) -> Value | None:
         if not _NUMBER.fullmatch(text):
             return text or None
         stored = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
-    number = stored if isinstance(stored, int) else float(str(stored))  # 0.1 of float32 is 0.1
+    # 0.1 of float32 is 0.1; whole numbers keep all their digits.
+    number = int(stored) if isinstance(stored, int | np.integer) else float(str(stored))
     if isinstance(number, float) and not math.isfinite(number):
         return None
-    return int(number) if number == int(number) else number
+    return int(number) if number == int(number) and abs(number) < 1 << 63 else number
 
 
 def order(value: Value) -> tuple[bool, float, str]:
@@ -108,7 +111,8 @@ def classes_of(values: Iterable[Value]) -> tuple[SegmentClass, ...]:
 def parse_classes(text: str | Sequence[str] | None, *, by_id: bool = True) -> tuple[SegmentClass, ...] | None:
     """Read `land,water` (ids 0, 1), `land=0,water=255` (the values in the files; also `0:land`), `clouds=C` (a text).
 
-    Names with commas stand in double quotes. A colour may follow: `water=1=#332288`.
+    Names with commas stand in double quotes; `=`, `:` and `#` of a name itself behind a backslash. A colour may follow:
+    `water=1=#332288`.
 
     Args:
         by_id: in the order of their ids; else in that in which they are named.
@@ -118,16 +122,20 @@ def parse_classes(text: str | Sequence[str] | None, *, by_id: bool = True) -> tu
     """
     if not text:
         return None
-    parts = next(csv.reader([text], skipinitialspace=True)) if isinstance(text, str) else list(text)
+    parts = _split(text) if isinstance(text, str) else list(text)
     names: list[str] = []
     values: list[Value | None] = []
     colors: list[str | None] = []
     for part in parts:
-        fields = [one.strip() for one in re.sub(r"^\s*([+-]?[\d.]+)\s*:", r"\1=", part).split("=")]
-        color = fields.pop() if len(fields) > 1 and _COLOR.fullmatch(fields[-1]) else None
-        said = [value_of(field) for field in fields]
+        pairs = re.sub(r"^\s*([+-]?[\d.]+)\s*:", r"\1=", part)
+        fields = [one.strip() for one in re.split(r"(?<!\\)=", pairs)]
+        color = fields.pop() if len(fields) > 1 and is_color(fields[-1]) else None
+        said = [value_of(re.sub(r"\\([\\=:#])", r"\1", field)) for field in fields]
         if len(fields) not in (1, 2) or None in said or any(field.startswith("#") for field in fields):
-            raise UsageError(f"classes: {part!r} is not NAME, NAME=VALUE or NAME=VALUE=#rrggbb")
+            raise UsageError(
+                f"classes: {part!r} is not NAME, NAME=VALUE or NAME=VALUE=#rrggbb (= : and # of a name itself: "
+                f"\\= \\: \\#)"
+            )
         if len(said) == 2 and not isinstance(said[0], str):
             said.reverse()  # 0:land
         name, value = (said[0], said[1]) if len(said) == 2 else (said[0], None)
@@ -156,6 +164,12 @@ def parse_classes(text: str | Sequence[str] | None, *, by_id: bool = True) -> tu
     return found if by_id else tuple(sorted(found, key=lambda one: names.index(one.name)))
 
 
+def all_colored(text: str | Sequence[str] | None) -> bool:
+    """Whether each of these classes was given a colour."""
+    parts = _split(text) if isinstance(text, str) and text else text or ()
+    return all(is_color(part.rpartition("=")[2].strip()) for part in parts)
+
+
 def lookup(classes: Iterable[SegmentClass]) -> dict[Value, int]:
     """Class ids by all that may stand in a label file for them: values, then names."""
     found: dict[Value, int] = {one.id if one.value is None else one.value: one.id for one in classes}
@@ -170,9 +184,29 @@ def numbers(classes: Iterable[SegmentClass]) -> tuple[tuple[float, int], ...]:
 
 
 def written(value: Value) -> str:
-    """A value as a message shows it and options read it."""
-    text = value if isinstance(value, str) else f"{value:.15g}"
-    return f'"{text}"' if "," in text else text
+    """A value as a message shows it; a number as it is read back."""
+    return repr(value) if not isinstance(value, str) else f'"{value}"' if "," in value else value
+
+
+def _split(text: str) -> list[str]:
+    """The parts of an option between commas; in double quotes, a part may have commas and line breaks."""
+    try:
+        (row,) = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    except (csv.Error, ValueError):
+        raise UsageError(f"{text!r}: what has a line break or a comma stands in double quotes") from None
+    return row
+
+
+def join(parts: Iterable[str]) -> str:
+    """The parts as `_split` reads them."""
+    line = io.StringIO()
+    csv.writer(line).writerow(list(parts))
+    return line.getvalue().removesuffix("\r\n")
+
+
+def _escaped(text: str) -> str:
+    """A name or value as a part of `parse_classes`."""
+    return re.sub(r"^(\s*[+-]?[\d.]+\s*):", r"\1\:", re.sub(r"([\\=])|^(?=#)", r"\\\1", text))
 
 
 def shown(values: Iterable[Value]) -> str:
@@ -191,22 +225,26 @@ def named_line(classes: Iterable[SegmentClass], seen: Iterable[Value]) -> str:
     known = lookup(classes)
     new = [value for value in ordered if value not in known]
     bare = all(one.value is None for one in classes) and [one.id for one in classes] == list(range(len(classes)))
+    fields: list[tuple[str, Value | None]]
     if bare and len(classes) == len(ordered) and not any(isinstance(value, str) for value in ordered):
-        fields = [f"{one.name}={written(value)}" for value, one in zip(ordered, classes, strict=True)]
+        fields = [(one.name, value) for value, one in zip(ordered, classes, strict=True)]
     elif bare and all(isinstance(value, str) for value in new):
-        fields = [*(one.name for one in classes), *map(str, new)]
+        fields = [(name, None) for name in (*(one.name for one in classes), *map(str, new))]
     else:
-        fields = [f"{one.name}={one.id if one.value is None else one.value}" for one in classes]
         ids = assign_ids(new, [one.id for one in classes])
-        fields += [
-            f"{value}={ids[value]}" if isinstance(value, str) else f"class_{written(value)}={value}" for value in new
-        ]
-    return f"--classes {shlex.quote(','.join(map(written, fields)))}"
+        fields = [(one.name, one.id if one.value is None else one.value) for one in classes]
+        fields += [(value, ids[value]) if isinstance(value, str) else (f"class_{value}", value) for value in new]
+    parts = [
+        _escaped(name) + ("" if value is None else f"={_escaped(value) if isinstance(value, str) else repr(value)}")
+        for name, value in fields
+    ]
+    return f"--classes {shlex.quote(join(parts))}"
 
 
 def ignore_line(values: Iterable[Value]) -> str:
     """Write the `--ignore` option that leaves values unlabelled; the first ones, where there are many."""
-    return f"--ignore {shlex.quote(','.join(map(written, sorted(set(values), key=order)[:MOST_SHOWN])))}"
+    chosen = sorted(set(values), key=order)[:MOST_SHOWN]
+    return f"--ignore {shlex.quote(join(one if isinstance(one, str) else repr(one) for one in chosen))}"
 
 
 def parse_values(text: str | float | Sequence[Any] | None, option: str = "ignore") -> list[Value]:
@@ -216,7 +254,7 @@ def parse_values(text: str | float | Sequence[Any] | None, option: str = "ignore
         UsageError: for an empty one.
     """
     if isinstance(text, str):
-        parts: Sequence[Any] = next(csv.reader([text], skipinitialspace=True)) if text else ()
+        parts: Sequence[Any] = _split(text) if text else ()
     else:
         parts = [text] if isinstance(text, int | float) else text or ()
     found = [value_of(part) for part in parts]
@@ -242,11 +280,13 @@ class Legend:
         encoding: one of `ENCODINGS`.
         classes: those that there are; None takes ids as they stand there.
         ignore: values (of colour masks: colours) that mean "unlabelled", besides the file's nodata.
+        of_model: the classes are a model's, which no option changes.
     """
 
     encoding: str = "index"
     classes: tuple[SegmentClass, ...] | None = None
     ignore: tuple[Value, ...] = ()
+    of_model: bool = False
 
     def ids(self, values: np.ndarray, good: np.ndarray, url: str) -> tuple[np.ndarray, int]:
         """Stored values as class ids.
@@ -285,27 +325,42 @@ class Legend:
             return np.where(good, ids[values], np.uint8(IGNORE)), int(counts[IGNORE]) if unsaid else 0
         inside = inside.ravel()
         undeclared = int((inside == IGNORE).sum()) if unsaid else 0
-        keys = np.array(sorted(table), np.float64).astype(values.dtype if values.dtype.kind == "f" else np.float64)
-        wanted = inside if values.dtype.kind == "f" else inside.astype(np.float64)
-        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        if (wrong := keys[at] != wanted).any():
-            raise Refused(self._no_class(np.unique(wanted[wrong]), url))
+        if values.dtype.kind == "f":
+            held = sorted(table)
+            keys = np.array(held, np.float64).astype(values.dtype)
+        else:  # compared as they are: float64 has not all whole numbers
+            limits = np.iinfo(values.dtype)
+            held = sorted(one for one in table if isinstance(one, int) and limits.min <= one <= limits.max)
+            keys = np.array(held, values.dtype)
+        at = np.minimum(np.searchsorted(keys, inside), len(keys) - 1)
+        if (wrong := keys[at] != inside).any():
+            raise Refused(self._no_class(np.unique(inside[wrong]), url))
         found = np.full(values.shape, IGNORE, np.uint8)
-        found[good] = np.array([table[key] for key in sorted(table)], np.uint8)[at]
+        found[good] = np.array([table[key] for key in held], np.uint8)[at]
         return found, undeclared
 
     def _no_class(self, stored: np.ndarray, url: str) -> str:
-        strange = [value for value in map(value_of, stored.tolist()) if value is not None]
+        if stored.size > IGNORE:
+            return (
+                f"labels {url} hold {stored.size} values that are no class in one window alone: is that a raster of "
+                f"classes? Another band is {url}:N"
+            )
+        strange = [value for value in map(value_of, stored) if value is not None]
         ignore = ignore_line(strange)
         if self.classes is None:
             return (
                 f"labels {url} hold {shown(strange)}; class ids are whole numbers from 0 to 254 (values that "
                 f"mean no label: {ignore}, or declare them: gdal_edit.py -a_nodata V FILE)"
             )
+        name = (
+            "the model has no such class"
+            if self.of_model
+            else f"name it among the classes, such as "
+            f"{named_line(self.classes, [*dict(numbers(self.classes)), *strange])}"
+        )
         return (
-            f"labels {url} hold value {shown(strange)}, which is no class ({called(self.classes)}); name it "
-            f"among the classes, such as {named_line(self.classes, [*dict(numbers(self.classes)), *strange])}"
-            f", or ignore it: {ignore}"
+            f"labels {url} hold value {shown(strange)}, which is no class ({called(self.classes)}); {name}, or ignore "
+            f"it: {ignore}"
         )
 
     def _of_colors(self, values: np.ndarray, good: np.ndarray, url: str) -> np.ndarray:
@@ -324,10 +379,11 @@ class Legend:
         if (strange := keys[at] != inside).any():
             seen = [f"#{one:06x}" for one in np.unique(inside[strange])[:MOST_SHOWN].tolist()]
             classes = self.classes or ()
-            line = [*(f"{one.name}={one.id}={one.color}" for one in classes), f"NAME={len(classes)}={seen[0]}"]
+            line = join([*(f"{_escaped(one.name)}={one.id}={one.color}" for one in classes), f"another={seen[0]}"])
+            name = "the model has" if self.of_model else "give each class its colour, such as --classes"
             raise Refused(
-                f"labels {url} hold colours that are no class: {', '.join(seen)}; give each class its colour, such as "
-                f"--classes {shlex.quote(','.join(line))}, or ignore some: {ignore_line(seen)}"
+                f"labels {url} hold colours that are no class: {', '.join(seen)}; {name} {shlex.quote(line)}, or "
+                f"ignore some: {ignore_line(seen)}"
             )
         found = np.full(packed.shape, IGNORE, np.uint8)
         found[good] = np.array([table[key] for key in sorted(table)], np.uint8)[at]

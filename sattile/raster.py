@@ -851,7 +851,10 @@ def label_values(url: str, band: str | None, *, most: int, every: bool, ignored:
     for first in range(0, source.height, rows):
         window = Window(first, 0, min(rows, source.height - first), source.width)
         stored, valid = _stored(source, chosen, window)
-        seen.update(set(pandas.unique(stored[valid].ravel()).tolist()) - set(ignored))
+        found = pandas.unique(stored[valid].ravel())
+        # 0.1 of float32 is 0.1.
+        seen.update({float(str(one)) for one in found} if found.dtype.kind == "f" else found.tolist())
+        seen -= set(ignored)
         if len(seen) > most:
             return []
         if not every and chosen[0].dtype == "uint8" and not seen <= {0, IGNORE}:

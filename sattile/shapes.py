@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Protocol
 
@@ -57,6 +57,15 @@ def unpack(packed: bytes) -> tuple[np.ndarray, np.ndarray]:
     count = struct.unpack_from("<I", packed, 5)[0]
     end = len(packed) - count
     return shapely.get_parts(shapely.from_wkb(packed[:end])), np.frombuffer(packed, np.uint8, offset=end)
+
+
+def renumber(packed: bytes, values: Mapping[int, int]) -> bytes:
+    """What `pack` took, with other values; those that are not named stay."""
+    count = struct.unpack_from("<I", packed, 5)[0]
+    table = np.arange(256, dtype=np.uint8)
+    table[list(values)] = list(values.values())
+    end = len(packed) - count
+    return packed[:end] + table[np.frombuffer(packed, np.uint8, offset=end)].tobytes()
 
 
 def rasterize(

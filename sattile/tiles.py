@@ -175,6 +175,8 @@ def tile(
     ignored = legend.parse_values(ignore)
     named = legend.parse_classes(classes)
     label_module.check(named, ignored, label_encoding)
+    if label_encoding == "rgb" and not legend.all_colored(classes):
+        raise UsageError(label_module.NO_COLORS)
     asked = _names(bands)
     settings = {
         "size": size, "stride": stride, "bands": asked, "pattern": pattern, "nodata": plain(nodata), "values": values,
@@ -184,6 +186,8 @@ def tile(
     }  # fmt: skip
     if windows != "auto":
         settings["windows"] = windows
+    if label_encoding != "index":
+        settings["label_encoding"] = label_encoding
     settings = json.loads(json.dumps(settings))
     listed = label_module.read_pairs(pairs) if pairs else []
     arguments = [row["scene"] for row in listed] if pairs else list(scenes or ())

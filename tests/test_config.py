@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sattile import config
+from sattile import config, legend
 from sattile.config import Option
 from sattile.errors import UsageError
 
@@ -129,3 +129,14 @@ def test_a_settings_file_that_is_none_is_refused(tmp_path):
     for path, message in ((tmp_path, "is a folder"), (tmp_path / "picture", "is not YAML"), (tmp_path / "no", "exist")):
         with pytest.raises(UsageError, match=message):
             config.load(str(path))
+
+
+def test_an_item_with_a_comma_stays_one_item(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        'tile: {ignore: ["Forest, dense", 7], classes: ["f=Forest, open", "water"], bands: [a, b]}'
+    )
+    found = config.load(str(tmp_path / "c.yaml"), [])["tile"]
+    assert found["ignore"] == '"Forest, dense",7'
+    assert [one.name for one in legend.parse_classes(found["classes"]) or ()] == ["f", "water"]
+    assert legend.parse_values(found["ignore"]) == [7, "Forest, dense"]
+    assert found["bands"] == "a,b"

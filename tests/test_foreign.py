@@ -106,14 +106,17 @@ def test_a_config_stays_as_it_is_and_of_keras_3_it_says_the_same() -> None:
     assert {"values", "inner", "tail", "conv2d_1"} < {*names}  # those inside, too
 
 
-def changed(folder: Path, change: Callable[[dict[str, Any]], None], version: str = "2.15.0") -> str:
-    """A file of Keras 2 with something else in the config of its layer `leaky_re_lu`."""
+def changed(
+    folder: Path, change: Callable[[dict[str, Any]], None], version: str = "2.15.0", *, whole: bool = False
+) -> str:
+    """A file of Keras 2 with something else in the config of its layer `leaky_re_lu`, or of the `whole` network."""
     with zipfile.ZipFile(OLD / "net.keras") as old, zipfile.ZipFile(folder / "net.keras", "w") as new:
         for name in old.namelist():
             content = old.read(name)
             if name == "config.json":
                 config = json.loads(content)
-                change(next(one for one in config["config"]["layers"] if one["name"] == "leaky_re_lu"))
+                layers = config["config"]["layers"]
+                change(config["config"] if whole else next(one for one in layers if one["name"] == "leaky_re_lu"))
                 content = json.dumps(config).encode()
             if name == "metadata.json":
                 content = json.dumps({"keras_version": version}).encode()
@@ -147,6 +150,24 @@ def test_what_keras_3_cannot_load_is_named(tmp_path: Path, change: dict[str, Any
     with pytest.raises(UsageError, match=words) as caught:
         load_keras(changed(tmp_path, lambda layer: layer.update(change)))
     assert "Lambda layer" not in str(caught.value)
+
+
+def test_a_dict_of_outputs_of_keras_2_is_told_and_taken(tmp_path: Path) -> None:
+    def as_dict(config: dict[str, Any]) -> None:
+        (config["output_layers"],) = [{"o1": one} for one in config["output_layers"]]
+
+    file = changed(tmp_path, as_dict, whole=True)
+    options = {"bands": "a,b,c,d", "classes": "land,wood,water", "out": str(tmp_path / "model")}
+    with pytest.raises(UsageError, match=r"as a dict: o1; .*--output o1"):
+        bundle(file, **options)
+    made = bundle(file, **options, output="o1")
+    np.testing.assert_allclose(scores_of(made), np.load(OLD / "scores.npy"), atol=1e-5)
+
+
+def test_layers_that_augment_are_taken_from_keras_2() -> None:
+    layer = {"class_name": "RandomFlip", "config": {"name": "flip", "mode": "horizontal", "rng_type": "stateful"}}
+    (found,) = keras2.modern({"class_name": "Sequential", "config": {"layers": [layer]}})["config"]["layers"]
+    assert type(keras.saving.deserialize_keras_object(found)).__name__ == "RandomFlip"
 
 
 def test_a_lambda_layer_is_named_and_its_code_does_not_run(tmp_path: Path) -> None:
@@ -210,6 +231,10 @@ PROBABILITIES: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "hard sigmoid": (lambda x: L.Activation("hard_sigmoid")(L.Conv2D(1, 1)(x)), []),
     "sigmoid operation": (lambda x: ops.sigmoid(L.Conv2D(1, 1)(x)), []),
     "sigmoid, made larger": (lambda x: L.UpSampling2D()(pooled(x, "sigmoid", 1)), []),
+    "sigmoid, made larger by a cubic": (
+        lambda x: L.UpSampling2D(2, interpolation="bicubic")(pooled(x, "sigmoid", 1)),
+        [SEEN],
+    ),
     "a sigmoid each": (lambda x: L.Conv2D(3, 1, activation="sigmoid")(x), [EACH]),
     "tanh, moved": (lambda x: L.Rescaling(0.5, 0.5)(L.Conv2D(1, 1, activation="tanh")(x)), [SEEN]),
     "one of a softmax": (lambda x: L.Conv2D(2, 1, activation="softmax")(x)[..., 1:], [SEEN]),

@@ -160,6 +160,46 @@ def test_a_layer_is_chosen_and_not_guessed(tiled, tmp_path):
     assert tiled(f"{path}:districts", attribute="code") == ({"x": [0, None], "y": [1, None]}, [0, 0, 1])
 
 
+@pytest.mark.parametrize("name", ["a:b", "x/y", "a: b/c"])
+def test_layers_may_have_any_name(tiled, tmp_path, name):
+    path = tmp_path / "v.gpkg"
+    shapes(path, ["x", "x", "y"], layer="districts")
+    shapes(path, ["a", "b", "a"], layer=name)
+    assert tiled(f"{path}:{name}", attribute="code")[1] == [0, 1, 0]
+
+
+def test_rasters_and_vectors_of_an_archive_have_one_legend(spark, tmp_path):
+    """What is a number in one file and a text in another stays apart."""
+    (tmp_path / "labels").mkdir()
+    for number, name in enumerate(("r", "v")):
+        write_scene(tmp_path / "scenes" / f"{name}.tif", position_image(HEIGHT, WIDTH, 2), west=WEST + 40_000 * number)
+    raster(tmp_path / "labels" / "r.tif", [0, 1, 300], "int16")
+    frame = geopandas.GeoDataFrame({"code": ["urban", "7"]}, geometry=[box(*LEFT), box(*RIGHT)], crs="EPSG:32632")
+    frame.geometry = frame.translate(40_000)
+    frame.to_file(tmp_path / "labels" / "v.gpkg")
+    out = sattile.tile(
+        spark, scenes=[str(tmp_path / "scenes")], labels=str(tmp_path / "labels"), attribute="code", size=SIZE,
+        buffer=0, out=str(tmp_path / "out"), fractions="1,0,0", split="block",
+    )  # fmt: skip
+    found = {one["name"]: one["id"] for one in read_dataset(out)["classes"]}
+    assert found == {"class_0": 0, "class_1": 1, "class_300": 2, "urban": 3, "class_7": 7}
+    pixels = {name: sum(part["class_pixels"][str(one)] for part in read_dataset(out)["splits"].values())
+              for name, one in found.items()}  # fmt: skip
+    assert pixels == {
+        "class_0": AREAS[0],
+        "class_1": AREAS[1],
+        "class_300": AREAS[2],
+        "urban": AREAS[0],
+        "class_7": AREAS[1],
+    }
+
+
+def test_without_an_attribute_it_is_told_what_shapes_are(tiled, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "sattile")
+    assert tiled(shapes(tmp_path / "v.gpkg", ["a", "b", "c"]), classes="land,water", ignore="b")[1] == [1, 1, 1]
+    assert "all shapes are taken for class water, and --ignore b has no part in it" in caplog.text
+
+
 def test_layers_without_shapes_do_not_count(tiled, tmp_path):
     path = tmp_path / "v.gpkg"
     shapes(path, ["a", "b", "a"])
@@ -193,6 +233,12 @@ def test_colour_masks_and_bands_for_classes_by_an_option(tiled, tmp_path):
     assert tiled(url, label_encoding="one-hot", classes="a,b", overwrite=True)[1] == [1, 0, IGNORE]
     with pytest.raises(UsageError, match="needs the colour of each class"):
         tiled(url, label_encoding="rgb", overwrite=True)
+    with pytest.raises(UsageError, match="needs the colour of each class"):
+        tiled(url, label_encoding="rgb", classes="a=#010000,b", overwrite=True)
+    with pytest.raises(UsageError, match="two classes have the same colour"):
+        tiled(url, label_encoding="rgb", classes="a=#01000a,b=#01000A", overwrite=True)
+    with pytest.raises(UsageError, match=r"made with other settings .*label_encoding"):
+        tiled(url, classes="a,b")
     with pytest.raises(UsageError, match="use index, rgb, one-hot"):
         tiled(url, label_encoding="color", overwrite=True)
 

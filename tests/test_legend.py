@@ -21,6 +21,8 @@ def said(classes: tuple[SegmentClass, ...] | None) -> list[tuple[int, str, objec
     ("stored", "value"),
     [
         (np.uint8(7), 7), (3.0, 3), ("01", 1), ("-1", -1), ("2.50", 2.5), (np.float32(0.1), 0.1), ("1e3", "1e3"),
+        ("1e-05", 1e-05),        (np.float32(-3.4028235e38), -3.4028235e38), (2**53 + 1, 2**53 + 1),
+        (np.int64(2**53 + 1), 2**53 + 1),
         (" water ", "water"), ("Wa\u0308lder", "W\u00e4lder"), ("", None), (None, None), (float("nan"), None),
         (True, "True"), (np.int64(1 << 40), 1 << 40), ("²", "²"),
     ],
@@ -86,6 +88,8 @@ def test_a_name_shadows_no_value_and_a_value_no_id():
         ("land=0,water=255", [0, 255]),
         ('a=-1,"b, c"=2.5', [-1, 2.5]),
         ("water,crops", ["water", "crops"]),
+        ('a\\=b,1\\: Water,"say ""x"", y",\\#aabbcc,back\\\\slash', ["a=b", "1: Water"]),
+        ('"two\nlines",a=-3.4028235e+38,b=1e-05', [-3.4028235e38]),
     ],
 )
 def test_the_line_that_a_message_gives_is_read_back(text, values):
@@ -93,6 +97,36 @@ def test_the_line_that_a_message_gives_is_read_back(text, values):
     option, line = shlex.split(legend.named_line(classes, values))
     assert option == "--classes"
     assert said(legend.parse_classes(line)) == said(classes)
+
+
+def test_a_name_of_any_letters_can_be_named_and_ignored():
+    names = [
+        "a=b",
+        "1: Water",
+        '"q" z',
+        'water, "deep"',
+        "#aabbcc",
+        "two\nlines",
+        "50 %",
+        "it's",
+        "2.5:x",
+        "\\",
+        "\\=",
+        "=",
+        ":",
+    ]
+    option, line = shlex.split(legend.named_line(legend.parse_classes("land,water") or (), ["land", *names]))
+    assert {one.name for one in legend.parse_classes(line) or ()} == {"land", "water", *names}
+    option, line = shlex.split(legend.named_line(legend.parse_classes("land=0,water=255") or (), names[:5]))
+    assert option == "--classes"
+    assert {one.name for one in legend.parse_classes(line) or ()} == {"land", "water", *names[:5]}
+    option, line = shlex.split(legend.ignore_line(names[:8]))
+    assert option == "--ignore"
+    assert set(legend.parse_values(line)) == set(names[:8])
+    with pytest.raises(UsageError, match="double quotes"):
+        legend.parse_classes("a\nb")
+    with pytest.raises(UsageError, match="double quotes"):
+        legend.parse_values("a\nb")
 
 
 def test_the_line_keeps_the_ids_of_the_classes_that_there_are():
@@ -144,6 +178,36 @@ def test_a_value_that_is_no_class_is_refused_with_the_line_to_write(dtype):
     with pytest.raises(Refused, match=r"hold value 9.*--classes land=0,water=1,class_9=9, or ignore it: --ignore 9"):
         made.ids(stored, np.ones((1, 3), bool), "l.tif")
     assert made.ids(stored, np.array([[1, 1, 0]], bool), "l.tif")[0].tolist() == [[0, 1, IGNORE]]
+
+
+def test_whole_numbers_keep_all_their_digits():
+    large = 2**53
+    stored = np.array([[large], [large + 1], [-5]], np.int64)
+    ids, _ = Legend("index", legend.classes_of([large, large + 1, -5])).ids(stored, np.ones(3, bool), "l.tif")
+    assert ids.tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_tenth_is_a_tenth_in_any_float(dtype):
+    made = Legend("index", legend.parse_classes("a=0.1,b=-3.4028235e+38"), (1e-05,))
+    stored = np.array([[0.1], [-3.4028235e38], [1e-05]], dtype)
+    assert made.ids(stored, np.ones(3, bool), "l.tif")[0].tolist() == [1, 0, IGNORE]
+    with pytest.raises(Refused, match=r"hold value 0.7, .*--ignore 0.7"):
+        made.ids(np.array([[0.7]], dtype), np.ones(1, bool), "l.tif")
+
+
+def test_a_measurement_is_no_raster_of_classes():
+    stored = np.arange(300, dtype=np.float32)[:, None] + 0.5
+    with pytest.raises(Refused, match="300 values that are no class in one window alone"):
+        Legend().ids(stored, np.ones(300, bool), "l.tif")
+
+
+def test_a_models_classes_are_not_to_be_named():
+    made = Legend("index", legend.parse_classes("land,water"), (), True)
+    with pytest.raises(Refused) as told:
+        made.ids(np.array([[7]], np.uint8), np.ones(1, bool), "l.tif")
+    assert "--classes" not in told.value.reason
+    assert "--ignore 7" in told.value.reason
 
 
 def test_255_is_a_class_where_the_classes_say_so():
