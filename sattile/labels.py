@@ -65,6 +65,7 @@ class LabelSource:
         crs: of the shapes.
         background: class of pixels outside all shapes; None leaves them unlabelled.
         mended: whether the first rules read this file otherwise.
+        beside: of a raster: (url, version) of what lies beside it, see `raster.beside`.
     """
 
     url: str
@@ -74,13 +75,20 @@ class LabelSource:
     crs: str | None = None
     background: int | None = None
     mended: bool = False
+    beside: tuple[tuple[str, tuple[int, int]], ...] = ()
 
     def identity(self) -> dict[str, list[int]]:
-        """{url: [size, mtime in ns]} of the file, as it is now; of a shapefile, also of those beside it."""
+        """{url: [size, mtime in ns]} of the file, as it is now; also of what lies beside it: parts of a shapefile, and
+        what says how a raster is read, as it was when it was matched."""
         stem, suffix = os.path.splitext(self.url)
-        beside = [stem + one for one in (".dbf", ".prj", ".cpg")] if suffix.lower() == ".shp" else []
-        entries = {url: storage.stat(url) for url in (self.url, *beside)}
+        entries = {self.url: storage.stat(self.url)}
+        for one in (".dbf", ".prj", ".cpg") if suffix.lower() == ".shp" else ():
+            for name in (stem + one, stem + one.upper()):  # in capitals only if the other is not there
+                entries[name] = storage.stat(name)
+                if entries[name]:
+                    break
         found = {url: [entry.size, entry.mtime] for url, entry in entries.items() if entry} or {self.url: [0, 0]}
+        found |= {url: [*version] for url, version in self.beside}
         return {url if self.part is None else f"{url}:{self.part}": version for url, version in found.items()}
 
 
@@ -249,6 +257,7 @@ def match_pairs(
     of_model: bool = False,
 ) -> Matched:
     """The labels of scenes whose label files are known: {scene_id: url}. See `match`."""
+    from sattile.raster import beside
     from sattile.shapes import pack
 
     sources: dict[str, LabelSource] = {}
@@ -257,6 +266,7 @@ def match_pairs(
     parts = {url: split_part(url) for url in sorted({*urls.values()})}
     features: dict[str, Features] = {}
     unread: dict[str, str] = {}
+    lies_beside: dict[str, tuple[tuple[str, tuple[int, int]], ...]] = {}
     for url, (file, _) in parts.items():
         try:
             if is_vector(file):
@@ -290,7 +300,10 @@ def match_pairs(
             if url in unread or not storage.exists(file):
                 raise Refused(unread.get(url) or f"its labels {file} do not exist")
             if url not in features:
-                sources[scene_id] = LabelSource(file, part, Legend(encoding, classes, tuple(ignore), of_model))
+                if file not in lies_beside:
+                    lies_beside[file] = tuple(beside(file).items())
+                read_as = Legend(encoding, classes, tuple(ignore), of_model)
+                sources[scene_id] = LabelSource(file, part, read_as, beside=lies_beside[file])
                 continue
             if scene.crs is None or scene.footprint is None:
                 raise Refused(f"the scene has no CRS, so {url} cannot be laid over it")
@@ -391,7 +404,7 @@ class Features:
     """Shapes of a vector file with the text of their class attribute, and their numbers in the file, from 1.
 
     Attributes:
-        left_out: how many shapes or parts of shapes have no area.
+        left_out: from how many shapes something was left out that has no area, or was not, as parts of them overlap.
     """
 
     url: str
@@ -403,11 +416,10 @@ class Features:
 
     @cached_property
     def tree(self) -> shapely.STRtree:
-        """An index of the shapes in EPSG:4326."""
-        import geopandas
+        """An index of the shapes in their own CRS."""
         import shapely
 
-        return shapely.STRtree(geopandas.GeoSeries.from_wkb(list(self.wkb), crs=self.crs).to_crs(4326).values)
+        return shapely.STRtree(shapely.from_wkb(list(self.wkb)))
 
 
 def is_vector(url: str) -> bool:
@@ -464,7 +476,13 @@ def read_vector(named: str, attribute: str | None = None) -> Features:
     except Exception as error:
         raise UsageError(f"{url} cannot be read as a vector file: {error}") from error
     if frame.crs is None:
-        raise UsageError(f"{url} states no CRS: add its .prj, or write it again with one")
+        name = storage.name(url)
+        remedy = f"state it: ogr2ogr -a_srs EPSG:N OUT.gpkg {name}"
+        if suffix == ".shp":
+            remedy = "add its .prj, or write it again with one"
+        elif suffix == ".parquet":
+            remedy = f"state it: geopandas.read_parquet({name!r}).set_crs('EPSG:N').to_parquet('OUT.parquet')"
+        raise UsageError(f"{url} states no CRS; {remedy}")
     _check_degrees(url, frame)
     names = [name for name in frame.columns if name != frame.geometry.name]
     if attribute is not None and attribute not in names:
@@ -509,7 +527,7 @@ def _check_degrees(url: str, frame: geopandas.GeoDataFrame) -> None:
     if max(-west, east) <= 91 and max(-south, north) <= 181:
         raise UsageError(
             f"{url}: its coordinates look swapped ({seen}): longitude comes first; write it again: "
-            f"ogr2ogr -swapxy OUT {storage.name(url)}"
+            + _in_python(url, "frame.geometry = frame.geometry.transform(lambda at: at[:, ::-1]); ")
         )
     raise UsageError(
         f"{url}: its coordinates are no degrees ({seen}), though its CRS is {frame.crs.to_string()} (that of GeoJSON, "
@@ -517,20 +535,35 @@ def _check_degrees(url: str, frame: geopandas.GeoDataFrame) -> None:
     )
 
 
+def _in_python(url: str, change: str) -> str:
+    """A command that writes a vector file anew, with a change to its `frame`; a GDAL that can do it is rare."""
+    read, write, out = ("read_parquet", "to_parquet", "parquet") if url.lower().endswith(".parquet") else (
+        "read_file", "to_file", "gpkg")  # fmt: skip
+    code = f"import geopandas; frame = geopandas.{read}({storage.name(url)!r}); {change}frame.{write}('OUT.{out}')"
+    return f'python -c "{code}"'
+
+
 def _suspicion(features: Features, scene: Scene) -> str:
     """What may be wrong with shapes that do not touch a scene, in words; nothing where nothing is suspected."""
     import geopandas
     import shapely
 
-    shapes = shapely.from_wkb(list(features.wkb))
+    bounds = shapely.bounds(features.tree.geometries)
     footprint = shapely.from_wkb(scene.footprint)
-    # Boxes do: this is a guess.
-    boxes = geopandas.GeoSeries(shapely.box(*shapely.bounds(shapes).T), crs=features.crs)
-    swapped = geopandas.GeoSeries(shapely.box(*shapely.bounds(shapes).T[[1, 0, 3, 2]]), crs=features.crs)
-    if shapely.intersects(swapped.to_crs(4326).values, footprint).any():
+
+    def on_earth(boxes: np.ndarray) -> np.ndarray:
+        # Boxes do: this is a guess. Of some a corner lies nowhere on Earth.
+        found = geopandas.GeoSeries(shapely.segmentize(boxes, np.ptp(bounds) / 16), crs=features.crs)
+        found = found.to_crs(4326).to_numpy()
+        return found[np.isfinite(shapely.bounds(found)).all(axis=1) & shapely.is_valid(found)]
+
+    if shapely.intersects(on_earth(shapely.box(*bounds.T[[1, 0, 3, 2]])), footprint).any():
         return "; with x and y swapped they would: are its axes in the order that its CRS states?"
+    found = on_earth(shapely.box(*bounds.T))
+    if not len(found):
+        return "; is the CRS that the file states the right one?"
     lie, around = (
-        ", ".join(f"{one:.6g}" for one in bounds) for bounds in (boxes.to_crs(4326).total_bounds, footprint.bounds)
+        ", ".join(f"{one:.6g}" for one in bounds) for bounds in (shapely.total_bounds(found), footprint.bounds)
     )
     return (
         f": they lie in {lie} (west, south, east, north in degrees), the scene in {around}; is the CRS that the file "
@@ -539,10 +572,11 @@ def _suspicion(features: Features, scene: Scene) -> str:
 
 
 def _polygons(url: str, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """The polygons among the shapes of a file, valid, which of all they are, (n,) bool, and from how many shapes
-    something was left out.
+    """The polygons among the shapes of a file, valid, which of all they are, (n,) bool, and how many shapes the first
+    rules read otherwise.
 
     Others hold no pixel; they are told. What make_valid finds beside a polygon, such as a spike as a line, is dropped.
+    A shape holds what any of its parts does.
 
     Raises:
         UsageError: if no polygon is left.
@@ -554,6 +588,17 @@ def _polygons(url: str, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray, int
     for index in mixed:
         parts = shapely.get_parts(valid[index])
         valid[index] = shapely.union_all(parts[shapely.area(parts) > 0])
+    several = np.isin(
+        shapely.get_type_id(shapes), (shapely.GeometryType.MULTIPOLYGON, shapely.GeometryType.GEOMETRYCOLLECTION)
+    )
+    overlapping = []
+    for index in np.flatnonzero(several & ~shapely.is_valid(shapes)):
+        # make_valid takes away where two parts of a shape overlap, as if one were the other's hole.
+        parts = shapely.get_parts(shapely.make_valid(shapely.get_parts(shapely.get_parts(shapes[index]))))
+        whole = shapely.union_all(parts[shapely.area(parts) > 0])
+        if shapely.area(whole) > shapely.area(valid[index]) * (1 + 1e-9):
+            valid[index] = whole
+            overlapping.append(index)
     kept = shapely.area(valid) > 0
     if not kept.all():
         kinds = (("point", "points"), ("line", "lines"), ("polygon without area", "polygons without area"))
@@ -562,7 +607,7 @@ def _polygons(url: str, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray, int
         if not kept.any():
             raise UsageError(f"{url} holds no polygon: {told}; draw areas, or give lines and points a width (a buffer)")
         log.warning("%s: %d of %d shapes left out, as only areas hold pixels: %s", url, (~kept).sum(), len(kept), told)
-    return valid[kept], kept, int((~kept).sum()) + len(mixed)
+    return valid[kept], kept, int((~kept).sum()) + len({*mixed, *overlapping})
 
 
 def _text(value: object) -> str:
@@ -597,10 +642,10 @@ def background_id(background: str | None, classes: Sequence[SegmentClass]) -> in
 
 def _touching(features: Features, scene: Scene, ids: Mapping[Value, int], default: int) -> list[tuple[bytes, int]]:
     """The shapes that touch a scene, with their class ids, in the order of the file."""
-    import shapely
+    from sattile import shapes
 
     found = []
-    for index in sorted(features.tree.query(shapely.from_wkb(scene.footprint), predicate="intersects").tolist()):
+    for index in shapes.near(features.tree, features.crs, scene).tolist():
         value = legend.value_of(features.values[index])
         found.append((features.wkb[index], default if value is None else ids[value]))
     return found
@@ -632,7 +677,7 @@ def read(source: LabelSource, scene: Scene, window: Window) -> tuple[np.ndarray,
         return ids
 
     bands = source.part if source.legend.encoding == "index" else "all"
-    return raster.read_labels(source.url, scene, window, to_ids, bands=bands), undeclared
+    return raster.read_labels(source.url, scene, window, to_ids, bands=bands, masks=source.beside), undeclared
 
 
 # --- what label rasters hold, where that decides what they mean ------------------------------------------------------
@@ -650,7 +695,7 @@ def as_before(spark: SparkSession, matched: Matched, ignore: Sequence[Value], ta
     sources = [matched.sources[key] for key in taken if key in matched.sources]
     if any(one.mended for one in sources):
         return False
-    rasters = {(one.url, one.part) for one in sources if one.shapes is None}
+    rasters = {(one.url, one.part, one.beside) for one in sources if one.shapes is None}
     found = _look(spark, sorted(rasters, key=str), {one for one in ignore if not isinstance(one, str)}, every=False)
     seen = {value for values in found.values() for value in values or ()}
     if any(values is None for values in found.values()):
@@ -677,7 +722,9 @@ def survey(spark: SparkSession, matched: Matched, ignore: Sequence[Value], *, mo
     """
     classes = matched.classes
     rasters = {
-        (one.url, one.part) for one in matched.sources.values() if one.shapes is None and one.legend.encoding == "index"
+        (one.url, one.part, one.beside)
+        for one in matched.sources.values()
+        if one.shapes is None and one.legend.encoding == "index"
     }
     said = IGNORE in ignore or (classes is not None and IGNORE in legend.lookup(classes))
     # Classes that somebody named are as they are; those of an attribute make room for what rasters hold beside it.
@@ -723,13 +770,13 @@ def _renumbered(matched: Matched, made: tuple[SegmentClass, ...]) -> Matched:
 
 
 def _seen(
-    spark: SparkSession, files: Sequence[tuple[str, str | None]], ignored: Collection[Value], *, every: bool
+    spark: SparkSession, files: Sequence[tuple[str, str | None, object]], ignored: Collection[Value], *, every: bool
 ) -> set[Value]:
     return {value for values in _look(spark, files, ignored, every=every).values() for value in values or ()}
 
 
 def _look(
-    spark: SparkSession, files: Sequence[tuple[str, str | None]], ignored: Collection[Value], *, every: bool
+    spark: SparkSession, files: Sequence[tuple[str, str | None, object]], ignored: Collection[Value], *, every: bool
 ) -> dict[tuple[str, str | None], set[Value] | None]:
     """Values by file and band; None for files that are refused."""
     from sattile import engine
@@ -746,15 +793,17 @@ def _look(
 
 
 def _values_of_files(
-    files: Iterable[tuple[str, str | None]], *, ignored: Collection[Value], every: bool
+    files: Iterable[tuple[str, str | None, object]], *, ignored: Collection[Value], every: bool
 ) -> Iterator[tuple[str, str | None, list[Value] | None]]:
     """In a Spark task: the values of each file; None for those that can't be read, which the cut refuses."""
     from sattile import raster
     from sattile.decoder import decoder
 
-    for url, part in files:
+    for url, part, masks in files:
         try:
-            values = decoder().call(raster.label_values, url, part, most=MOST_VALUES, every=every, ignored=ignored)
+            values = decoder().call(
+                raster.label_values, url, part, masks, most=MOST_VALUES, every=every, ignored=ignored
+            )
             yield url, part, [value for value in map(legend.value_of, values) if value is not None]
         except Exception as error:
             refusal(error)  # which lets outages pass

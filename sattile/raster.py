@@ -182,6 +182,34 @@ def masks_of(url: str) -> list[str]:
     return [url + suffix for suffix in ((".msk", ".MSK") if storage.scheme_of(url) == "file" else (".msk",))]
 
 
+_MATTERS = re.compile(
+    rb'<PAMRasterBand\b[^>]*?\bband="(\d+)"|<(NoDataValue|SRS|GeoTransform|GCPList|Description|ColorInterp)\b.*?</\2>',
+    re.DOTALL,
+)
+"""Of an `.aux.xml`, which band it speaks of, and what changes how pixels are read or placed."""
+
+
+def beside(url: str) -> dict[str, tuple[int, int]]:
+    """{url: version} of what lies beside a label raster and says how it is read: a mask by its size and time, an
+    `.aux.xml` by what it says of nodata, position and bands.
+
+    A GIS writes statistics into an `.aux.xml` of each raster that is looked at: nothing is made anew for them, nor for
+    its time.
+    """
+    found = {mask: storage.stat(mask) for mask in masks_of(url)}
+    versions = {mask: (entry.size, entry.mtime) for mask, entry in found.items() if entry is not None}
+    aux = url + ".aux.xml"
+    if storage.exists(aux):
+        band, said = b"", []
+        for match in _MATTERS.finditer(storage.read_bytes(aux)):
+            band = match[1] or band
+            if match[2]:
+                said.append((band + b" " + match[0]).decode("utf-8", "replace"))
+        if said:
+            versions[aux] = (len(said), int(storage.digest(said)[:12], 16))
+    return versions
+
+
 def _check_mask(url: str) -> None:
     """GDAL opens a mask beside the file with any driver it has: let it be a TIFF."""
     for mask in masks_of(url):
@@ -783,6 +811,7 @@ def read_labels(
     to_ids: Callable[[np.ndarray, np.ndarray], np.ndarray],
     *,
     bands: str | None = None,
+    masks: Hashable = (),
 ) -> np.ndarray:
     """Labels of a raster on any grid, on the scene's, by the pixel that holds each pixel's centre.
 
@@ -791,6 +820,7 @@ def read_labels(
         window: may reach outside the scene.
         to_ids: stored values (..., bands) and where they are no nodata (...) -> class ids (...) uint8.
         bands: which one, by number (from 1) or name; None for the only one, `all` for all of them.
+        masks: the version of what lies beside it: a raster that is open is opened again where it is another.
 
     Returns:
         (height, width) uint8; `IGNORE` outside the raster.
@@ -798,7 +828,7 @@ def read_labels(
     Raises:
         Refused: if it can't be read or placed, or has several bands of which none was chosen.
     """
-    source = _files.get(url)
+    source = _files.get(url, masks)
     chosen = _label_bands(url, source, bands)
     _check_blocks(source)
     crs, transform = _position(source)
@@ -830,11 +860,13 @@ def _label_bands(url: str, source: rasterio.DatasetReader, wanted: str | None) -
     return bands
 
 
-def label_values(url: str, band: str | None, *, most: int, every: bool, ignored: Collection[float]) -> list[float]:
+def label_values(
+    url: str, band: str | None, masks: Hashable = (), *, most: int, every: bool, ignored: Collection[float]
+) -> list[float]:
     """Different values of a label raster, nodata and those that are ignored aside.
 
     Args:
-        band: see `read_labels`.
+        band, masks: see `read_labels`.
         most: a raster of more is no raster of classes: none is returned.
         every: look at all pixels; else of bytes no further than the first that is neither 0 nor 255.
 
@@ -843,7 +875,7 @@ def label_values(url: str, band: str | None, *, most: int, every: bool, ignored:
     """
     import pandas  # its `unique` hashes, where numpy's sorts
 
-    source = _files.get(url)
+    source = _files.get(url, masks)
     chosen = _label_bands(url, source, band)
     _check_blocks(source)
     seen: set[float] = set()

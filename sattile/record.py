@@ -122,13 +122,7 @@ class Run:
         self.previous = self._read_previous()
         self.changed = False
         if self.previous and self.previous["settings"] is not None:
-            changed = _differences(self.previous["settings"], self.settings)
-            if changed and not self.overwrite and self._made():
-                raise UsageError(
-                    f"{self.out} was made with other settings ({'; '.join(changed)}); "
-                    f"use another --out, or --overwrite to replace it"
-                )
-            self.changed = bool(changed)
+            self.changed = self._differs(self.previous["settings"], self.settings)
         self.replacing = self.changed or bool((self.previous or {}).get("replacing"))
         self._lease = storage.Lease(self.out)
         try:
@@ -140,6 +134,25 @@ class Run:
         self._started = storage.read_bytes(url) if storage.exists(url) else None
         self.note()
         return self
+
+    def _differs(self, before: dict[str, Any], now: dict[str, Any]) -> bool:
+        changed = _differences(before, now)
+        if changed and not self.overwrite and self._made():
+            raise UsageError(
+                f"{self.out} was made with other settings ({'; '.join(changed)}); "
+                f"use another --out, or --overwrite to replace it"
+            )
+        return bool(changed)
+
+    def compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Compare what is no setting of all folders: where it differs, what lies here is replaced as by others.
+
+        Raises:
+            UsageError: if it differs, without `overwrite`.
+        """
+        if not self.replacing and self._differs(before, now):
+            self.replacing = True
+            self.note()
 
     def note(self, **noted: Any) -> None:
         """Keep something for the run that goes on, should this one be killed: of the names in `NOTES`."""

@@ -1,7 +1,7 @@
 """Plans tiles around shapes: where few pixels are labelled, windows lie around them and are dealt in groups of shapes.
 
-A regular grid of large tiles shows few shapes of many classes together, and leaves none apart for validation. All here
-follows from the shapes' outlines and the scenes' grids; no pixel is read.
+A regular grid of large tiles shows few shapes of many classes together, and leaves none apart for validation. Which
+shapes are few follows from their outlines and the scenes' grids; what counts for the deal is what they show (`shown`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Drawn:
         key: of the polygon, the same on all scenes.
         class_id: its class.
         outline: in (col, row) of the scene, cut to it.
-        pixels: how many it covers, about.
+        pixels: how many it covers, about; of what was looked at, how many it shows.
     """
 
     scene_id: str
@@ -192,6 +192,37 @@ def are_few(drawn: Sequence[Drawn], scenes: Sequence[Scene], size: int) -> bool:
         height, width = extents[scene_id]
         shown += (Window(row * size, col * size, size, size) & Window(0, 0, height, width)).area
     return sum(one.pixels for one in drawn) < FEW_COVERED * shown
+
+
+LOOKED = 256
+"""Edge of the windows in which shapes are looked at, in pixels."""
+
+
+def to_look_at(drawn: Sequence[Drawn], scene: Scene) -> list[tuple[Window, list[int]]]:
+    """Windows that together hold all pixels of a scene's polygons, each with the numbers of those that it shows."""
+    found = []
+    for window, numbers in _around(drawn, LOOKED, scene.height, scene.width):
+        found.append((window & hull(drawn[number].box for number in numbers), numbers))
+    return found
+
+
+def shown(labels: np.ndarray, window: Window, drawn: Sequence[Drawn]) -> list[int]:
+    """How many pixels of a window each polygon shows: those of its class that no later polygon holds.
+
+    Args:
+        labels: (height, width) uint8 of the window, `IGNORE` where there is no valid pixel.
+        drawn: in the order in which they are drawn.
+    """
+    rows, cols = np.nonzero(labels != IGNORE)
+    ids, last = labels[rows, cols], np.full(len(rows), -1)
+    for number, one in enumerate(drawn):
+        near = shapely.buffer(one.outline, 1e-6)  # pixels whose centre is on its edge may be its own
+        shapely.prepare(near)
+        own = np.flatnonzero(ids == one.class_id)
+        held = shapely.intersects_xy(near, cols[own] + window.col + 0.5, rows[own] + window.row + 0.5)
+        last[own[held]] = number
+    counts: list[int] = np.bincount(last[last >= 0], minlength=len(drawn)).tolist()
+    return counts
 
 
 def plan(

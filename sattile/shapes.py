@@ -10,6 +10,7 @@ from functools import reduce
 from typing import Protocol
 
 import numpy as np
+import pyproj
 import rasterio.features
 import shapely
 from affine import Affine
@@ -108,6 +109,86 @@ def aoi_mask(geometry: bytes, crs: str | None, scene: OnGrid, window: Window) ->
         crs: of the geometry, e.g. `EPSG:4326`.
     """
     return rasterize([(geometry, 1)], crs, scene, window) == 1
+
+
+def near(tree: shapely.STRtree, crs: str, scene: OnGrid) -> np.ndarray:
+    """Which shapes touch a scene, with sides that are straight in their own CRS, as they are drawn.
+
+    Around a pole and on other seams of their CRS: which hold a pixel, or can't be laid there. Elsewhere one that is off
+    by less than a thousandth of the scene may be among them.
+
+    Args:
+        tree: of the shapes.
+        crs: of the shapes.
+
+    Returns:
+        (n,) int64, rising: their indices in the tree.
+    """
+    transformer = geography.transformer_between(str(scene.crs), crs)
+    steps = np.linspace(0, 1, 64, endpoint=False)
+    right = np.concatenate([steps, np.ones(64), 1 - steps, np.zeros(64)])
+    down = np.roll(right, 64)
+    here = geography.apply(scene.transform, right * scene.width, down * scene.height)
+    if transformer is None:
+        return np.sort(tree.query(shapely.Polygon(np.column_stack(here)), predicate="intersects"))
+    boxes = _around(scene, crs)
+    if boxes is None:
+        middle = Affine(*scene.transform) * (scene.width / 2, scene.height / 2)
+        return _on_seam(tree, crs, scene, transformer.transform(*middle))
+    if not boxes:
+        return np.empty(0, np.int64)
+    xs, ys = (np.asarray(one) for one in transformer.transform(*here))
+    back = transformer.transform(xs, ys, direction="INVERSE")
+    away = np.hypot(*(one - other for one, other in zip(back, here, strict=True)))
+    west, _, east, _ = boxes[len(boxes) // 2]
+    if len(boxes) > 1:
+        xs = (xs - (west + east) / 2 + 180) % 360 - 180 + (west + east) / 2
+    outline = shapely.Polygon(np.column_stack([xs, ys]))
+    areas = shapely.box(*np.transpose(boxes))
+    if (away < 1e-4 * math.hypot(np.ptp(here[0]), np.ptp(here[1]))).all() and outline.is_valid:
+        # Its sides are curves here, of which 64 points are a little inside.
+        wider = shapely.buffer(outline, 2e-4 * max(np.ptp(xs), np.ptp(ys)), quad_segs=1)
+        areas = [shapely.transform(wider, lambda at, by=box[0] - west: at + np.array([by, 0])) for box in boxes]
+    return np.unique(tree.query(areas, predicate="intersects")[1])
+
+
+def _on_seam(tree: shapely.STRtree, crs: str, scene: OnGrid, middle: tuple[float, float]) -> np.ndarray:
+    """As `near`, where a scene's outline has no inside in the shapes' CRS.
+
+    Args:
+        middle: of the scene, in the shapes' CRS.
+    """
+    footprint = geography.footprint(scene.crs, scene.transform, scene.height, scene.width)
+    if not len(tree.geometries) or footprint is None:
+        return np.empty(0, np.int64)
+    # What lies at the scene's latitudes or around it: others would be laid far beyond it, or nowhere.
+    south, north = shapely.bounds(shapely.from_wkb(footprint))[[1, 3]]
+    at, ring, owner = _rings(tree.geometries)
+    sides = np.abs(np.diff(at, axis=0, append=at[-1:])).max(1) / (np.ptp(at, axis=0).max() / 64)
+    sides[np.diff(ring, append=-1) != 0] = 1
+    at, ring, _ = _divided(at, ring, np.ceil(sides).clip(1).astype(np.int64))
+    _, lats = pyproj.Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform(*at.T)
+    there = (lats > 1.5 * south - 0.5 * north) & (lats < 1.5 * north - 0.5 * south)
+    found = np.unique(owner[ring[there]])
+    if np.isfinite(middle).all():
+        found = np.union1d(found, tree.query(shapely.Point(middle), predicate="intersects"))
+    return found[_have_pixels(tree.geometries[found], crs, scene)] if len(found) else found
+
+
+def _have_pixels(found: np.ndarray, crs: str, scene: OnGrid) -> np.ndarray:
+    """(n,) bool: which shapes hold a pixel of a scene, or can't be laid on it: who draws them says why."""
+    has = np.zeros(len(found), bool)
+    try:
+        at, ring, owner, turns = _laid(found, crs, scene)
+    except Refused:
+        if len(found) == 1:
+            return ~has
+        half = len(found) // 2
+        return np.concatenate([_have_pixels(part, crs, scene) for part in (found[:half], found[half:])])
+    drawing = _Drawing(at, ring, owner, np.zeros(0, np.uint8), scene)
+    for owners, *_ in drawing._found(Window(0, 0, scene.height, scene.width)):
+        has[owners // turns] = True
+    return has
 
 
 class AoiTest:

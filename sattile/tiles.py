@@ -41,7 +41,7 @@ from sattile.grid import Window
 from sattile.labels import LabelSource
 from sattile.record import QUARANTINE, Run, why
 from sattile.schema import IGNORE, Refusal, Scene, SegmentClass
-from sattile.shape_windows import ShapeWindows
+from sattile.shape_windows import Drawn, ShapeWindows
 from sattile.split import SPLITS, SplitRule
 from sattile.stac import utc, whole_span
 from sattile.statistics import BandStatistics
@@ -230,22 +230,27 @@ def tile(
             for url, version in {**scene.identity, **matched.sources[scene.scene_id].identity()}.items()
         ]
         before = read_description(out) if run.finished_before else None
+        asked_by_hand = {"size": asked_size, "buffer": asked_buffer, "stride": asked_stride}
+        if before is not None and "windows" in before:
+            run.compare(
+                _by_hand(before), asked_by_hand | {"buffer": asked_size if asked_buffer is None else asked_buffer}
+            )
         of_grid: list[Any] = [sources, fixed, _shapes_text(area)]
         of_shapes = storage.digest([*of_grid, "shapes", asked_size, asked_buffer])
-        planned: ShapeWindows | None = None
+        drawn: list[Drawn] | None = None
         aoi_shape = _whole_area(area)
-        if before is None or before.get("state") != of_shapes:
+        if not run.finished_before or before is None or before.get("state") != of_shapes:
             against = _not_around_shapes(matched.sources, asked_stride, split, fixed)
             if windows == "shapes" and against and found:
                 run.finish()
                 raise UsageError(f"windows around shapes: {against}")
             # Where nothing is left out of training, there is nothing to lay apart.
             if found and not against and (windows == "shapes" or (windows == "auto" and any(shares[1:]))):
-                planned = _around_shapes(
-                    found, matched.sources, aoi_shape, size=size, must=windows == "shapes",
-                    asked={"size": asked_size, "buffer": asked_buffer, "fractions": shares, "seed": seed},
-                )  # fmt: skip
-        state = of_shapes if planned or (before or {}).get("state") == of_shapes else storage.digest(of_grid)
+                drawn = _few_shapes(found, matched.sources, aoi_shape, size=size, must=windows == "shapes")
+            if drawn and before is not None and "by_hand" in before:
+                run.compare(before["by_hand"], {"stride": asked_stride})
+        before = before if run.finished_before else None
+        state = of_shapes if drawn or (before or {}).get("state") == of_shapes else storage.digest(of_grid)
         if (
             before is not None and before.get("state") == state
             and (
@@ -264,41 +269,53 @@ def tile(
 
         with run.stage("look through labels"):
             matched = label_module.survey(spark, matched, ignored)
-        if planned:
-            size = stride = planned.size
-            rule = SplitRule("shapes", shares, seed, 0, planned.buffer, dict(planned.dealt))
-            pixels = size * size * sum(map(len, planned.placed.values()))
-            log.info(
-                "tile: windows of %d px around %d shapes in %d groups that lie apart, buffer %d px "
-                "(--windows grid cuts whole scenes)", size, planned.shapes, len(planned.dealt), planned.buffer,
-            )  # fmt: skip
-        else:
-            rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
-            pixels = sum(scene.height * scene.width for scene in found)
         for entry in storage.list_folder(out):
             if storage.name(entry.url).startswith(".work-"):  # of a killed run: the lease is ours
                 storage.remove(entry.url)
         work = storage.join(out, f".work-{uuid.uuid4().hex[:8]}")
-        cut = partial(
-            _cut,
-            work=work, size=size, stride=stride, nodata=nodata, scaled=values == "scaled",
-            dtype=_dtype(found, values), rule=rule, background=_background(background, matched.classes),
-            min_valid=min_valid, min_labelled=min_labelled,
-            keep_background=keep_background, bands=len(found[0].bands),
-        )  # fmt: skip
+        planned: ShapeWindows | None = None
+        seen: list[Drawn] = []
+        bands_seen: list[tuple[str, set[str] | None]] = []
+        bad: dict[str, str | None] = {}
         try:
             slots = engine.slots(spark)
-            if planned:
-                chunks = _plan_around(found, matched.sources, planned, aoi_shape, slots, work)
+            if drawn:
+                with run.stage("look at shapes"):
+                    seen, bad, bands_seen = _look_at_shapes(
+                        spark, found, matched.sources, drawn, aoi_shape, work, nodata=nodata, scaled=values == "scaled"
+                    )
+                # Without any, all are cut, which finds out why.
+                planned = shape_windows.plan(
+                    seen or drawn, found, size=asked_size, buffer=asked_buffer, fractions=shares, seed=seed
+                )
+                size = stride = planned.size
+                rule = SplitRule("shapes", shares, seed, 0, planned.buffer, dict(planned.dealt))
+                pixels = size * size * sum(map(len, planned.placed.values()))
+                log.info(
+                    "tile: windows of %d px around %d shapes in %d groups that lie apart, buffer %d px "
+                    "(--windows grid cuts whole scenes)", size, planned.shapes, len(planned.dealt), planned.buffer,
+                )  # fmt: skip
+                chunks = _plan_around(
+                    [one for one in found if one.scene_id not in bad], matched.sources, planned, aoi_shape, slots, work
+                )
             else:
+                rule = _rule(found, matched.sources, split, shares, seed, size, cell, buffer, fixed)
+                pixels = sum(scene.height * scene.width for scene in found)
                 chunks = _plan(found, matched.sources, rule, bool(fixed), size, stride, aoi_shape, slots, work)
+            cut = partial(
+                _cut,
+                work=work, size=size, stride=stride, nodata=nodata, scaled=values == "scaled",
+                dtype=_dtype(found, values), rule=rule, background=_background(background, matched.classes),
+                min_valid=min_valid, min_labelled=min_labelled,
+                keep_background=keep_background, bands=len(found[0].bands),
+            )  # fmt: skip
             with run.stage("cut tiles", pixels), engine.progress(spark, "tile"):
                 frame = engine.partitioned(spark, chunks, "chunk binary")
                 pieces = [
                     pickle.loads(row.piece)  # from our own task, never stored
                     for row in frame.mapInPandas(engine.on_worker(cut), "piece binary").collect()
                 ]
-            bad = {piece.scene_id: piece.refused for piece in pieces if piece.refused}
+            bad |= {piece.scene_id: piece.refused for piece in pieces if piece.refused}
             by_id = {scene.scene_id: scene for scene in found}
             cut_refusals = [Refusal(by_id[key].url, "tile", reason) for key, reason in sorted(bad.items()) if reason]
             run.refuse(cut_refusals)
@@ -313,12 +330,26 @@ def tile(
                 }
                 if planned:
                     description["windows"] = planned.to_dict()
-                blind = _blind(found, good)
+                elif (
+                    windows == "auto"
+                    and asked_stride is not None
+                    and any(shares[1:])
+                    and not _not_around_shapes(matched.sources, None, split, fixed)
+                ):
+                    description["by_hand"] = {"stride": asked_stride}  # without, there may be windows around shapes
+                blind = _blind(found, bands_seen or [(piece.scene_id, piece.seen) for piece in good])
+                if (
+                    drawn
+                ):  # nothing was seen but what lies around shapes: there, scenes are blank at the edge of a swath
+                    blind = {url: names for url, names in blind.items() if len(names) < len(found[0].bands)}
                 for url, names in blind.items():
                     log.warning("tile: %s: %s", url, _without_valid(names))
                 if not description["splits"]["train"]["tiles"]:
                     run.finish()
-                    raise UsageError(_why_empty(description, rule, size, blind) if good else _none_left(run))
+                    none_shown = bool(drawn) and not seen
+                    raise UsageError(
+                        _why_empty(description, rule, size, blind, none_shown) if good else _none_left(run)
+                    )
                 run.check_held()
                 _publish(out, work, description)
         finally:
@@ -497,24 +528,87 @@ def _not_around_shapes(
     return None
 
 
-def _around_shapes(
+def _few_shapes(
     scenes: Sequence[Scene],
     sources: Mapping[str, LabelSource],
     aoi: tuple[bytes, str] | None,
     *,
     size: int,
     must: bool,
-    asked: Mapping[str, Any],
-) -> ShapeWindows | None:
-    """Windows around shapes; None where a grid of this size is better, see `shape_windows.are_few`."""
+) -> list[Drawn] | None:
+    """The shapes to lay windows around; None where a grid of this size is better, see `shape_windows.are_few`."""
     drawn = shape_windows.draw(scenes, sources, aoi, only_few=not must)
     if not drawn:
         if must:
             raise UsageError("windows around shapes: no shape holds the centre of a pixel of a scene")
         return None
-    if not must and not shape_windows.are_few(drawn, scenes, size):
-        return None
-    return shape_windows.plan(drawn, scenes, **asked)
+    return drawn if must or shape_windows.are_few(drawn, scenes, size) else None
+
+
+def _by_hand(description: Mapping[str, Any]) -> dict[str, int | None]:
+    """What was asked for by hand of tiles around shapes: there, what `size` and `buffer` came to is no setting."""
+    settings = description["settings"]
+    size, buffer = description["size"], description["split_rule"]["buffer"]
+    return {
+        "size": size if size == settings["size"] else None,
+        "buffer": buffer if buffer == settings["buffer"] else None,
+        "stride": None,
+    }
+
+
+def _look_at_shapes(
+    spark: SparkSession,
+    scenes: Sequence[Scene],
+    sources: Mapping[str, LabelSource],
+    drawn: Sequence[Drawn],
+    aoi: tuple[bytes, str] | None,
+    work: str,
+    *,
+    nodata: float | None,
+    scaled: bool,
+) -> tuple[list[Drawn], dict[str, str | None], list[tuple[str, set[str] | None]]]:
+    """The shapes that show a valid pixel, with how many they show; scenes that can't be read, with reasons; and, by
+    scene id, bands of which a valid pixel was seen.
+
+    Outlines alone don't say it: at the edge of a swath shapes lie on nothing, and later shapes hide earlier ones.
+    """
+    numbers_of: dict[str, list[int]] = defaultdict(list)
+    for number, one in enumerate(drawn):
+        numbers_of[one.scene_id].append(number)
+    looks: list[bytes] = []
+    filed: dict[bytes, str] = {}
+    for scene in scenes:
+        numbers = numbers_of[scene.scene_id]
+        found = shape_windows.to_look_at([drawn[number] for number in numbers], scene)
+        for first in range(0, len(found), LOOKS):
+            windows = [
+                (window, [(numbers[index], drawn[numbers[index]]) for index in within])
+                for window, within in found[first : first + LOOKS]
+            ]
+            looks.append(_pack(_Look(scene, sources[scene.scene_id], aoi, windows), work, filed))
+    rows = spark.sparkContext.parallelize(looks, max(min(len(looks), 4 * engine.slots(spark)), 1))
+    pixels: Counter[int] = Counter()
+    bad: dict[str, str | None] = {}
+    bands_seen: list[tuple[str, set[str] | None]] = []
+    for scene_id, found_there, bands, reason in rows.mapPartitions(
+        engine.on_worker(partial(_shown, nodata=nodata, scaled=scaled))
+    ).collect():
+        pixels.update(found_there)
+        bands_seen.append((scene_id, bands))
+        if reason:
+            bad[scene_id] = min(reason, bad.get(scene_id) or reason)
+    seen = [
+        replace(one, pixels=pixels[number])
+        for number, one in enumerate(drawn)
+        if pixels[number] and one.scene_id not in bad
+    ]
+    every, left = len({one.key for one in drawn if one.scene_id not in bad}), len({one.key for one in seen})
+    if 0 < left < every:
+        log.warning(
+            "tile: %d of %d shapes show no valid pixel (missing values, or other shapes drawn over them): they count "
+            "for nothing", every - left, every,
+        )  # fmt: skip
+    return seen, bad, [(scene_id, bands) for scene_id, bands in bands_seen if scene_id not in bad]
 
 
 def _touching(shapes: Sequence[Any], share: float) -> Iterator[tuple[int, int]]:
@@ -648,7 +742,7 @@ class _Packer(pickle.Pickler):
         return self.filed[one]
 
 
-def _pack(chunk: Chunk, work: str, filed: dict[bytes, str]) -> bytes:
+def _pack(chunk: Chunk | _Look, work: str, filed: dict[bytes, str]) -> bytes:
     """A chunk for a task; what is large in it, such as the shapes of its scene, goes into a file, once for all chunks.
 
     Args:
@@ -712,6 +806,43 @@ def _held(scenes: Sequence[Scene], rule: SplitRule) -> dict[str, bytes]:
 
 
 # --- on executors -----------------------------------------------------------------------------------------------------
+
+
+LOOKS = 64
+"""Windows with shapes that are looked at in one go."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Windows of a scene to be looked at, each with the shapes that it may show and their numbers, as drawn."""
+
+    scene: Scene
+    source: LabelSource
+    aoi: tuple[bytes, str] | None
+    windows: list[tuple[Window, list[tuple[int, Drawn]]]]
+
+
+def _shown(looks: Iterable[bytes], **how: Any) -> Iterator[tuple[str, dict[int, int], set[str], str | None]]:
+    """In a Spark task: (scene id, {number of a shape: valid pixels that it shows}, bands of which a valid pixel was
+    seen, why the scene can't be read)."""
+    from sattile.decoder import read_ahead
+
+    for packed in looks:
+        look: _Look = _Unpacker(io.BytesIO(packed)).load()
+        pixels, bands, reason = Counter[int](), set[str](), None
+
+        def call(one: tuple[Window, Any], look: _Look = look) -> Callable[[], Any]:
+            return partial(read_labelled, look.scene, one[0], look.source, aoi=look.aoi, look=True, **how)
+
+        for (window, drawn), read in read_ahead(look.windows, call, lambda _: "the scene"):
+            if isinstance(read, Refused):
+                reason = read.reason
+                continue
+            bands.update(read.seen)
+            labels = np.where(read.valid, read.labels, np.uint8(IGNORE))
+            counts = shape_windows.shown(labels, window, [one for _, one in drawn])
+            pixels.update({number: count for (number, _), count in zip(drawn, counts, strict=True)})
+        yield look.scene.scene_id, dict(pixels), bands, reason
 
 
 @dataclass
@@ -1148,12 +1279,16 @@ def _none_left(run: Run) -> str:
     return f"no scene is left to tile; {table} has the reasons" + (f"; {why(run.refused)}" if run.refused else "")
 
 
-def _blind(scenes: Sequence[Scene], pieces: Sequence[Piece]) -> dict[str, list[str]]:
-    """{URL: bands without one valid pixel in all that was read} of scenes that have such bands."""
+def _blind(scenes: Sequence[Scene], bands_seen: Iterable[tuple[str, set[str] | None]]) -> dict[str, list[str]]:
+    """{URL: bands without one valid pixel in all that was read} of scenes that have such bands.
+
+    Args:
+        bands_seen: by scene id; None where nothing was read.
+    """
     seen: dict[str, set[str]] = {}
-    for piece in pieces:
-        if piece.seen is not None:
-            seen.setdefault(piece.scene_id, set()).update(piece.seen)
+    for scene_id, names in bands_seen:
+        if names is not None:
+            seen.setdefault(scene_id, set()).update(names)
     read = [one for one in scenes if one.scene_id in seen]
     missing = {one.url: [name for name in one.band_names if name not in seen[one.scene_id]] for one in read}
     return {url: names for url, names in missing.items() if names}
@@ -1166,7 +1301,21 @@ def _without_valid(names: Sequence[str]) -> str:
     )
 
 
-def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int, blind: Mapping[str, Sequence[str]]) -> str:
+ASKED_OF_TILES = {
+    "min_labelled": "too few labelled pixels",
+    "min_valid": "too few valid pixels",
+    "keep_background": "background beyond the share that is kept",
+}
+"""Options that leave tiles out, and what is said of these."""
+
+
+def _why_empty(
+    description: Mapping[str, Any],
+    rule: SplitRule,
+    size: int,
+    blind: Mapping[str, Sequence[str]],
+    none_shown: bool = False,
+) -> str:
     every = len(description["sources"])
     told = ""
     if blind:
@@ -1177,9 +1326,22 @@ def _why_empty(description: Mapping[str, Any], rule: SplitRule, size: int, blind
         return f"no training tile is left: {told}"
     counts = ", ".join(f"{number} {reason}" for reason, number in description["dropped"].items()) or "none was cut"
     if rule.by == "shapes":
-        return (
-            f"no training tile is left (windows of {size} px around shapes left out: {counts}): no shape holds a valid "
-            f"pixel; look at --nodata, and whether labels and scenes state the right CRS"
+        left_out = f"no training tile is left (windows of {size} px around shapes left out: {counts})"
+        if none_shown:
+            return (
+                f"{left_out}: no shape holds a valid pixel; look at --nodata, and whether labels and scenes state the "
+                f"right CRS"
+            )
+        settings = description["settings"]
+        asked = [
+            f"--{name.replace('_', '-')} {settings[name]:g}"
+            for name, reason in ASKED_OF_TILES.items()
+            if reason in description["dropped"] and settings[name] != (name == "keep_background")
+        ]
+        return left_out + (
+            f": {' and '.join(asked)} leave{'s' * (len(asked) == 1)} none; ask for less, or give a smaller --size"
+            if asked
+            else "; more shapes are needed"
         )
     remedy = (
         f"ground blocks are {rule.cell:.0f} m wide and a buffer of {rule.buffer} px is kept: give a smaller --size, "

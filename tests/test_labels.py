@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 import unicodedata
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import geopandas
 import numpy as np
 import pytest
+import rasterio
 import shapely
 from scenes_for_tests import write_scene
 
@@ -272,3 +280,143 @@ def test_names_in_composed_and_decomposed_unicode_are_the_same(tmp_path, form, o
     label = tmp_path / "labels" / unicodedata.normalize(other, "é/Zürich.tif")
     write_scene(label, np.ones((1, 40, 60), np.uint8))
     assert [one.url for one in labels.match(str(tmp_path / "labels"), [scene]).sources.values()] == [str(label)]
+
+
+@pytest.mark.parametrize(
+    ("crs", "west", "north", "shape"),
+    [
+        ("EPSG:32601", 180_000, -1_810_000, shapely.box(138_000, -1_840_000, 199_000, -1_780_000)),
+        ("EPSG:3035", 4.3e6, 5.395e6, shapely.box(2.6e6, 1.5e6, 6e6, 5.4e6)),
+        ("EPSG:3413", 90_000, 4000, shapely.Point(0, 0).buffer(1e6)),
+    ],
+)
+def test_shapes_are_laid_over_a_scene_as_they_are_drawn(tmp_path, crs, west, north, shape):
+    """Across the antimeridian, with long sides, around a pole: their corners in degrees say nothing."""
+    scene = scene_of(tmp_path / "s.tif", west=west, north=north, crs=crs)
+    low = shapely.box(west, north - 400, west + 600, north - 300)
+    url = write_shapes(tmp_path / "v.gpkg", [low, shape, low], crs, kind=[2, 1, 2])
+    matched = labels.match(url, [scene], attribute="kind")
+    expected = np.full((40, 60), 1)
+    expected[30:] = 2
+    assert np.array_equal(drawn(matched.sources["s"], scene), expected)
+    far = scene_of(tmp_path / "far.tif", west=west, north=north - 2_500_000, crs=crs)
+    if crs != "EPSG:3035":
+        (refused,) = labels.match(url, [far], attribute="kind").refused
+        assert "no shape of" in refused.reason
+        assert "is the CRS that the file states the right one?" in refused.reason
+
+
+def test_parts_of_a_shape_that_overlap_are_one(tmp_path):
+    """Holes stay, where no other part lies; a bow-tie is what it was."""
+    scene = scene_of(tmp_path / "s.tif", 80, 90)
+    ring = shapely.difference(pixels(50, 5, 80, 35), pixels(60, 15, 70, 25))
+    bow = shapely.Polygon([(WEST + 10 * col, NORTH - 10 * row) for col, row in ((0, 60), (20, 80), (20, 60), (0, 80))])
+    shapes = [
+        shapely.MultiPolygon([pixels(5, 5, 45, 45), pixels(20, 20, 55, 50)]),
+        shapely.MultiPolygon([ring, pixels(62, 17, 68, 60)]),
+        bow,
+        shapely.MultiPolygon([pixels(70, 60, 75, 65), pixels(75, 60, 80, 70)]),  # side by side
+        pixels(80, 70, 90, 80),
+    ]
+    url = write_shapes(tmp_path / "v.gpkg", shapes, kind=[0, 1, 2, 3, 4])
+    features = labels.read_vector(url, "kind")
+    expected = np.full((80, 90), IGNORE)
+    expected[5:45, 5:45] = expected[20:50, 20:55] = 0
+    expected[5:35, 50:80] = 1
+    expected[15:25, 60:70] = IGNORE
+    expected[17:60, 62:68] = 1
+    expected[60:65, 70:75] = expected[60:70, 75:80] = 3
+    expected[70:, 80:] = 4
+    found = drawn(labels.match(url, [scene], attribute="kind").sources["s"], scene)
+    assert np.array_equal(found[:60], expected[:60])
+    assert np.array_equal(found[60:, 20:], expected[60:, 20:])
+    assert features.left_out == 3  # with the one whose parts share a side, of which make_valid keeps a line
+    as_before = shapely.make_valid(geopandas.read_file(url).geometry.to_numpy()[2:])
+    as_before[1] = shapely.union_all([one for one in shapely.get_parts(as_before[1]) if one.area])
+    assert list(features.wkb[2:]) == shapely.to_wkb(as_before).tolist()
+
+
+PAM = '<PAMDataset><PAMRasterBand band="1">{}</PAMRasterBand></PAMDataset>'
+
+
+def test_what_lies_beside_a_label_raster_is_part_of_it(tmp_path):
+    """And read, though the raster itself is as it was, and open; what GDAL writes of its own accord is no change."""
+    scene = scene_of(tmp_path / "s.tif")
+    values = np.arange(2400, dtype=np.uint8).reshape(1, 40, 60) % 5
+    url = write_scene(tmp_path / "l.tif", values)
+    seen = []
+
+    def look() -> np.ndarray:
+        source = labels.match(url, [scene]).sources["s"]
+        seen.append(source.identity())
+        return drawn(source, scene)
+
+    assert np.array_equal(look(), values[0])
+    aux = Path(f"{url}.aux.xml")
+    for number in (3, 4):
+        aux.write_text(PAM.format(f"<NoDataValue>{number}</NoDataValue>"))
+        assert np.array_equal(look(), np.where(values[0] == number, IGNORE, values[0]))
+    aux.write_text(PAM.format('<NoDataValue>4</NoDataValue><Metadata><MDI key="STATISTICS_MEAN">2</MDI></Metadata>'))
+    look()
+    aux.write_text(PAM.format('<Metadata><MDI key="STATISTICS_MEAN">2</MDI></Metadata>'))
+    assert np.array_equal(look(), values[0])
+    aux.unlink()
+    assert [set(one) for one in seen] == [{url}, *[{url, str(aux)}] * 3, {url}]
+    assert seen[1] != seen[2] == seen[3]
+    for mask in (values[0] < 2, values[0] < 3):
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="NO"):
+            masked = write_scene(tmp_path / "masked" / "l.tif", values)
+            with rasterio.open(masked, "r+") as file:
+                file.write_mask(mask)
+        shutil.copy(f"{masked}.msk", f"{url}.msk")
+        assert np.array_equal(look(), np.where(mask, values[0], IGNORE))
+    assert set(seen[-1]) == {url, f"{url}.msk"}
+    assert seen[-1] != seen[-2]
+    os.remove(f"{url}.msk")
+    assert np.array_equal(look(), values[0])
+    assert seen[-1] == seen[0]
+
+
+def test_the_parts_of_a_shapefile_in_capitals_are_part_of_it(tmp_path):
+    scene = scene_of(tmp_path / "s.tif")
+    write_shapes(tmp_path / "v.shp", [pixels(0, 0, 10, 10)], kind=["a"])
+    for path in tmp_path.glob("v.*"):
+        path.rename(path.with_name(path.name.upper()))
+    url = str(tmp_path / "V.SHP")
+    before = labels.match(url, [scene], attribute="kind").sources["s"].identity()
+    assert set(before) == {url, *(str(tmp_path / f"V.{one}") for one in ("DBF", "PRJ", "CPG"))}
+
+
+@pytest.mark.parametrize("suffix", ["geojson", "gpkg", "shp", "parquet"])
+def test_swapped_coordinates_are_swapped_back_as_it_is_told(tmp_path, suffix):
+    frame = geopandas.GeoDataFrame({"kind": ["a"]}, geometry=[shapely.box(-33, 150, -32, 151)], crs=4326)
+    url = str(tmp_path / f"v.{suffix}")
+    frame.to_parquet(url) if suffix == "parquet" else frame.to_file(url)
+    with pytest.raises(UsageError, match="look swapped") as error:
+        labels.read_vector(url)
+    command = shlex.split(re.search(r"python -c .*", str(error.value))[0])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    (made,) = tmp_path.glob("OUT.*")
+    found = labels.read_vector(str(made), "kind")
+    assert shapely.from_wkb(found.wkb[0]).bounds == (150, -33, 151, -32)
+    assert found.values == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "said"),
+    [
+        ("shp", "add its .prj"),
+        ("gpkg", "ogr2ogr -a_srs EPSG:N OUT.gpkg v.gpkg"),
+        ("parquet", "geopandas.read_parquet('v.parquet').set_crs('EPSG:N').to_parquet('OUT.parquet')"),
+    ],
+)
+def test_a_file_without_a_crs_is_told_how_to_state_it(tmp_path, suffix, said):
+    frame = geopandas.GeoDataFrame({"kind": ["a"]}, geometry=[pixels(0, 0, 9, 9)])
+    url = str(tmp_path / f"v.{suffix}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frame.to_parquet(url) if suffix == "parquet" else frame.to_file(url)
+    with pytest.raises(UsageError, match="states no CRS") as error:
+        labels.read_vector(url)
+    assert said in str(error.value)
+    assert ("prj" in str(error.value)) == (suffix == "shp")

@@ -12,7 +12,7 @@ from sattile import geography, split
 from sattile.grid import Window
 from sattile.labels import LabelSource
 from sattile.schema import Scene
-from sattile.shape_windows import Drawn, ShapeWindows, are_few, draw, lattices, plan
+from sattile.shape_windows import Drawn, ShapeWindows, are_few, draw, lattices, plan, shown, to_look_at
 from sattile.shapes import pack
 
 UTM = "EPSG:32632"
@@ -238,3 +238,35 @@ def test_shapes_that_take_labels_away_have_no_windows() -> None:
     shapes = [(on_ground(20, 20, 29, 31), 3), (on_ground(120, 200, 131, 209), 255)]
     drawn = draw([scene("a", 203, 331)], {"a": labelled(shapes)})
     assert [one.class_id for one in drawn or ()] == [3]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_shape_shows_the_pixels_that_it_is_the_last_to_be_drawn_on(seed: int) -> None:
+    """Against one drawn after the other on the whole scene, where some pixels are missing; whole pixels among them."""
+    from sattile import shapes as drawing
+
+    rng = np.random.default_rng(seed)
+    height, width = 311, 423
+    where = scene("a", height, width)
+    shapes = scattered(seed, 60, 4, height, width)
+    for number in range(40):
+        top, left = (int(one) for one in rng.integers(0, (height - 20, width - 20)))
+        tall, wide = (int(one) for one in rng.integers(1, 20, 2))
+        shapes.append((on_ground(top, left, top + tall, left + wide), 255 if number % 10 == 0 else number % 4))
+    source = labelled(shapes)
+    valid = rng.random((height, width)) < 0.7
+    last = np.full((height, width), -1)
+    for number, (shape, _) in enumerate(shapes):
+        mask = drawing.rasterize([(shapely.to_wkb(shape), 1)], UTM, where, Window(0, 0, height, width)) == 1
+        last[mask] = number
+    expected = [int(((last == number) & valid).sum()) for number, (_, kind) in enumerate(shapes) if kind != 255]
+    drawn = draw([where], {"a": source})
+    assert drawn is not None
+    assert len(drawn) == len(expected)
+    found = np.zeros(len(drawn), int)
+    for window, numbers in to_look_at(drawn, where):
+        labels = drawing.rasterize(source.shapes or b"", UTM, where, window)
+        inside = window & Window(0, 0, height, width)
+        labels[inside.slices(window)][~valid[inside.slices()]] = 255
+        found[numbers] += shown(labels, window, [drawn[number] for number in numbers])
+    assert found.tolist() == expected

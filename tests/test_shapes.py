@@ -292,3 +292,70 @@ def test_a_shape_in_pixels_holds_the_centres_that_are_drawn(crs):
     assert np.array_equal(shapely.contains_xy(found, cols, rows), drawn)
     far = shapely.transform(ground, lambda at: at + ([300_000, 0] if crs == scene.crs else [40, 0]))
     assert not shapely.intersection(shapes.in_pixels(far, crs, scene), shapely.box(0, 0, 130, 90)).area
+
+
+def squares(west: float, south: float, east: float, north: float) -> list[shapely.Polygon]:
+    """Boxes around a place and beside it, in the order in which they are asked for."""
+    dx, dy = east - west, north - south
+    at = [(0, 0), (9, 0), (0, 9), (-9, 0), (0, -9)]
+    return [shapely.box(west + i * dx, south + j * dy, east + i * dx, north + j * dy) for i, j in at]
+
+
+NEAR = {
+    "across the antimeridian": ("EPSG:32601", squares(138_000, -1_840_000, 199_000, -1_780_000),
+                                ("EPSG:32601", 10, 180_000, -1_810_000)),
+    "a long edge": ("EPSG:3035", [shapely.box(2.6e6, 1.5e6, 6e6, 5.4e6), shapely.box(2.6e6, 5.5e6, 6e6, 6e6)],
+                    ("EPSG:3035", 10, 4.3e6, 5.395e6)),
+    "around the pole": ("EPSG:3413", squares(-1e6, -1e6, 1e6, 1e6), ("EPSG:3413", 30, 90_000, 4000)),
+    "a circle around the pole": ("EPSG:3413", [shapely.Point(0, 0).buffer(5e5)], ("EPSG:3413", 30, -1500, 4000)),
+    "beyond -180": ("EPSG:4326", [shapely.box(-190, -25, -170, -10), shapely.box(-175, -25, -170, -10)],
+                    ("EPSG:32760", 30, 600_000, 8_100_000)),
+    "a cap in degrees, and one to -90": (
+        "EPSG:4326", [shapely.box(-180, 80, 180, 90), shapely.box(-180, -90, 180, -60)], ("EPSG:3413", 30, -1000, 400)
+    ),
+    "in degrees beside the pole": (
+        "EPSG:4326",
+        [shapely.box(*one) for one in ((-60, 89.9, -30, 89.99), (-150, 89.9, -120, 89.97), (120, 89.9, 150, 89.99))],
+        ("EPSG:3413", 100, -1000, 1200),
+    ),
+    "a world in metres": (
+        "EPSG:3857", [shapely.box(-2.0037e7, y, 2.0037e7, 2e7) for y in (1.8e7, 1.99e7)],
+        ("EPSG:3413", 100, -478_000, 478_000),
+    ),
+    "a long edge of another CRS": ("EPSG:4326", [shapely.box(-170, -60, 170, 45)], ("EPSG:32632", 10, 6e5, 4.98e6)),
+    "where the shapes' CRS is not": ("EPSG:32633", [shapely.box(3e5, 5e6, 7e5, 5.5e6)],
+                                     ("EPSG:32753", 10, 480_000, 5_200_000)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NEAR)
+def test_shapes_are_near_a_scene_that_they_have_pixels_of(case):
+    crs, found, (scene_crs, size, west, north) = NEAR[case]
+    grid = Grid(70, 90, scene_crs, (size, 0, west, 0, -size, north))
+    window = Window(0, 0, 70, 90)
+    near = shapes.near(shapely.STRtree(found), crs, grid).tolist()
+    drawn = []
+    for index, one in enumerate(found):
+        if "-90" not in case or index == 0:  # what ends at the other pole can't be laid around this one
+            drawn += [index] * int(1 in shapes.rasterize([(shapely.to_wkb(one), 1)], crs, grid, window))
+    assert near == drawn
+    assert near == ([] if "is not" in case else [0, 2] if "beside" in case else [0])
+
+
+def test_a_scene_beside_a_shape_is_not_near_it():
+    """A hundredth of the scene away, in its own CRS and in others."""
+    grid = Grid(70, 90, "EPSG:32618", GRID.transform)
+    for crs in ("EPSG:32618", "EPSG:32617", "EPSG:4326", "EPSG:3857"):
+        transformer = pyproj.Transformer.from_crs(grid.crs, crs, always_xy=True)
+        for away, expected in ((-1, [0, 1]), (1, [])):
+            rings = [shapely.box(90 + away, -70, 200, 140), shapely.box(-90, 70 + away, 90, 200)]
+            found = [
+                shapely.transform(
+                    shapely.segmentize(one, 1),
+                    lambda at, to=transformer: np.column_stack(
+                        to.transform(*geography.apply(grid.transform, at[:, 0], at[:, 1]))
+                    ),
+                )
+                for one in rings
+            ]
+            assert shapes.near(shapely.STRtree(found), crs, grid).tolist() == expected, (crs, away)

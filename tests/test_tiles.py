@@ -786,3 +786,117 @@ def test_windows_around_shapes_that_cannot_be_are_refused(spark, tmp_path, optio
 def test_windows_around_the_shapes_of_rasters_are_refused(spark, tmp_path):
     with pytest.raises(UsageError, match="windows around shapes: the labels are rasters; give vectors"):
         tile(spark, **archive(tmp_path, count=1), out=str(tmp_path / "out"), windows="shapes")
+
+
+def beside_a_swath(folder: Path) -> dict:
+    """A scene of 500 x 560 px whose upper 150 rows are missing: 12 squares lie there, 3 of each class below."""
+    import geopandas
+
+    image = position_image(500, 560, 2) + 1
+    image[:, :150] = 0
+    write_scene(folder / "scenes" / "a.tif", image, names=("x", "y"), nodata=0)
+    places = [*itertools.product((10, 100), range(20, 560, 90)), *itertools.product((280, 420), (50, 200, 350))]
+    kinds = [f"kind {number % 2}" for number in range(12)] + ["kind 0"] * 3 + ["kind 1"] * 3
+    shapes = [square(top, left, 9) for top, left in places]
+    geopandas.GeoDataFrame({"kind": kinds}, geometry=shapes, crs=32632).to_file(folder / "l.gpkg")
+    return {"scenes": [str(folder / "scenes")], "labels": str(folder / "l.gpkg"), "attribute": "kind"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shapes_on_missing_values_are_not_dealt(spark, tmp_path, caplog, seed):
+    description = read_dataset(tile(spark, **beside_a_swath(tmp_path), out=str(tmp_path / "out"), seed=seed))
+    assert description["windows"]["shapes"] == description["windows"]["groups"] == 6
+    for name in ("train", "val", "test"):
+        assert description["splits"][name]["class_pixels"] == {"0": 81, "1": 81}
+    assert "12 of 18 shapes show no valid pixel" in caplog.text
+
+
+def test_a_shape_hidden_by_later_ones_is_none(spark, tmp_path, caplog):
+    """One of the two squares of kind 1 lies under a later one of kind 2, one of kind 3 under one of its own kind."""
+    import geopandas
+
+    given = few_shapes(tmp_path)
+    later = geopandas.GeoDataFrame(
+        {"kind": ["kind 2", "kind 3"]}, geometry=[square(19, 199, 11), square(199, 19, 11)], crs=32632
+    )
+    pandas.concat([geopandas.read_file(given["labels"]), later]).to_file(given["labels"])
+    windows = read_dataset(tile(spark, **given, out=str(tmp_path / "out")))["windows"]
+    assert "2 of 13 shapes show no valid pixel" in caplog.text
+    assert {key: one["shapes"] for key, one in windows["classes"].items()} == {"0": 1, "1": 1, "2": 4, "3": 5}
+    assert [windows["classes"]["1"][name] for name in ("train", "val", "test")] == [1, 0, 0]
+
+
+def test_shapes_of_a_scene_that_cannot_be_read_are_not_dealt(spark, tmp_path):
+    given = beside_a_swath(tmp_path)
+    other = tmp_path / "scenes" / "b.tif"
+    write_scene(
+        other, position_image(400, 400, 2), names=("x", "y"), nodata=0, west=604_000, north=4_995_000,
+        compress="deflate",
+    )  # fmt: skip
+    import geopandas
+
+    frame = geopandas.read_file(given["labels"])
+    more = [square(500 + top, 400 + left, 9) for top, left in itertools.product((20, 200), (20, 200))]
+    more = geopandas.GeoDataFrame({"kind": ["kind 0", "kind 1"] * 2}, geometry=more, crs=32632)
+    pandas.concat([frame, more]).to_file(given["labels"])
+    content = bytearray(other.read_bytes())
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    other.write_bytes(content)
+    description = read_dataset(tile(spark, **given, out=str(tmp_path / "out"), max_failed_fraction=0.5))
+    (row,) = pq.read_table(tmp_path / "out" / "_quarantine.parquet").to_pylist()
+    assert row["url"].endswith("b.tif")
+    assert description["windows"]["shapes"] == 6
+    assert [one["scene_id"] for one in description["sources"]] == ["a"]
+    assert [one["url"] for one in description["refused"]] == [row["url"]]
+
+
+BY_HAND = ({}, {"stride": 256}, {"size": 256}, {"buffer": 256})
+
+
+def test_what_is_asked_by_hand_is_not_what_it_comes_to_without(spark, tmp_path):
+    """256 is what the settings say of a size, stride and buffer that nobody asked for."""
+    given = few_shapes(tmp_path)
+    for number, made in enumerate(BY_HAND):
+        out = str(tmp_path / str(number))
+        description = read_dataset(tile(spark, **given, out=out, **made))
+        for asked in BY_HAND:
+            before = {entry.url: (entry.size, entry.mtime) for entry in storage.walk(out)}
+            if asked == made:
+                tile(spark, **given, out=out, **asked)
+            else:
+                with pytest.raises(UsageError, match=r"was made with other settings .*--overwrite to replace it"):
+                    tile(spark, **given, out=out, **asked)
+            assert before == {entry.url: (entry.size, entry.mtime) for entry in storage.walk(out)}, (made, asked)
+        other = BY_HAND[(number + 1) % 4]
+        replaced = read_dataset(tile(spark, **given, out=out, **other, overwrite=True))
+        assert replaced["digest"] != description["digest"], (made, other)
+        tile(spark, **given, out=out, **other)
+        assert json.loads((tmp_path / str(number) / "_run.json").read_text())["skipped"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "says"),
+    [
+        ({"min_labelled": 0.5}, False, "too few labelled pixels.: --min-labelled 0.5 leaves none; ask for less"),
+        ({"keep_background": 0, "min_labelled": 0.5}, False, "pixels.: --min-labelled 0.5 leaves none"),
+        ({"min_valid": 0.5}, True, "no shape holds a valid pixel; look at --nodata"),
+        ({}, True, "no shape holds a valid pixel; look at --nodata"),
+    ],
+)
+def test_what_left_no_window_is_named(spark, tmp_path, options, missing, says):
+    import geopandas
+
+    given = beside_a_swath(tmp_path)
+    if missing:
+        geopandas.read_file(given["labels"])[:12].to_file(given["labels"])
+    with pytest.raises(UsageError, match=says):
+        tile(spark, **given, out=str(tmp_path / "out"), windows="shapes", **options)
+
+
+def test_a_band_that_is_missing_where_shapes_lie_is_named(spark, tmp_path, caplog):
+    given = few_shapes(tmp_path)
+    image = position_image(220, 190, 2)
+    image[1] = 0
+    write_scene(tmp_path / "scenes" / "b.tif", image, names=("x", "y"), west=600_930, north=4_999_510, nodata=0)
+    tile(spark, **given, out=str(tmp_path / "out"))
+    assert "b.tif: band y has no valid pixel" in caplog.text
