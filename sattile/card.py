@@ -71,6 +71,12 @@ def model_card(described: Mapping[str, Any], speeds: Mapping[str, Mapping[str, f
     return "\n\n".join(parts) + "\n"
 
 
+def with_speeds(text: str, described: Mapping[str, Any], speeds: Mapping[str, Mapping[str, float]]) -> str:
+    """A card that lies there, with its section on engines written anew; the others may be somebody's own."""
+    section = "\n\n".join(_section("Engines", _engines(described, speeds)))
+    return re.sub(r"(?ms)^## Engines$.*?(?=\n\n## |\Z)", lambda _: section, text, count=1)
+
+
 def _section(title: str, parts: list[str]) -> list[str]:
     return [f"## {title}", *parts] if parts else []
 

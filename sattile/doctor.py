@@ -786,16 +786,20 @@ def _read_marks(exam: Exam, writers: Sequence[str]) -> dict[str, str]:
 # --- on the driver --------------------------------------------------------------------------------------------------
 
 
-def _engines(spark: SparkSession, url: str) -> str:
+def _engines(spark: SparkSession, url: str) -> Finding | str:
     from sattile import processors
     from sattile.model import load_models
 
-    choice = processors.choose(spark, load_models(url))
+    bundle = load_models(url)
+    choice = processors.choose(spark, bundle, threads=int(spark.conf.get("spark.task.cpus", "1") or 1))
     speeds = "; ".join(
         f"TensorFlow {one['tensorflow']:.2f}, OpenVINO {one['openvino']:.2f} Mpix/s a task on {kind}"
         for kind, one in choice.speeds.items()
     )
-    return f"{choice.engine} in {choice.precision}: {choice.why}" + (f" ({speeds})" if speeds else "")
+    found = f"{choice.engine} in {choice.precision}: {choice.why}" + (f" ({speeds})" if speeds else "")
+    if "could not be measured" in choice.why:
+        return Finding("engines", WARNING, found, "the log above says why; --engine openvino takes it unmeasured")
+    return found
 
 
 def _java(spark: SparkSession) -> Finding | str:

@@ -134,11 +134,10 @@ def evaluate(
     bundle = load_models(model)
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
     threads = int(spark.conf.get("spark.task.cpus", "1") or 1)
-    choice = processors.choose(spark, bundle, engine, precision, threads=threads, out=out)
+    choose = partial(processors.choose, spark, bundle, engine, precision, threads=threads, out=out)
     shared: dict[str, Any] = {
-        "engine": choice.engine, "precision": choice.precision, "gpu": engines.gpus_a_task(spark) > 0,
-        "local": engines.is_local(spark), "threads": threads, "fill": fill, "threshold": threshold,
-        "nodata": nodata, "worker_memory": worker_memory, "tta": tta, "rescale": rescale,
+        "gpu": engines.gpus_a_task(spark) > 0, "local": engines.is_local(spark), "threads": threads, "fill": fill,
+        "threshold": threshold, "nodata": nodata, "worker_memory": worker_memory, "tta": tta, "rescale": rescale,
     }  # fmt: skip
     areas = strata.read_regions(regions, region_attribute)
     settings: dict[str, Any] = {"samples": samples, "regions": areas.digest if areas else None}
@@ -153,13 +152,18 @@ def evaluate(
             raise UsageError(
                 "bands, pattern, attribute, ignore, background, label_encoding and aoi are for --scenes and --labels"
             )
-        job = _tile_job(inference.prepare(bundle, **shared), description["size"])
+        choice = choose()  # once all that may be wrong is known
+        job = inference.prepare(bundle, engine=choice.engine, precision=choice.precision, **shared)
+        job = _tile_job(job, description["size"])
         settings |= inference.describe_job(job) | {"dataset": description["digest"], "split": split}
     else:
         area = prediction.read_aoi(aoi)
         ignored = None if ignore is None else legend.parse_values(ignore)
         label_module.check(bundle.classes, ignored or (), label_encoding)
-        job = inference.prepare(bundle, merge=merge, size=size, stride=stride, halo=halo, aoi=area, **shared)
+        shared |= {"merge": merge, "size": size, "stride": stride, "halo": halo, "aoi": area}
+        inference.prepare(bundle, engine=engine, **shared)
+        choice = choose()
+        job = inference.prepare(bundle, engine=choice.engine, precision=choice.precision, **shared)
         settings |= inference.describe_job(job) | {
             "bands": asked, "pattern": pattern, "labels": storage.absolute(str(labels)).rstrip("/"),
             "attribute": attribute, "ignore": ignored,

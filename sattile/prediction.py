@@ -407,14 +407,15 @@ def predict(
     bundle = load_models(model)
     area = read_aoi(aoi)
     threads = int(spark.conf.get("spark.task.cpus", "1") or 1)
-    choice = processors.choose(spark, bundle, engine, precision, threads=threads, out=out)
-    job = prepare(
-        bundle, merge=merge, size=size, stride=stride, halo=halo, engine=choice.engine, precision=choice.precision,
-        gpu=engines.gpus_a_task(spark) > 0, local=engines.is_local(spark), threads=threads, fill=fill,
-        threshold=threshold, nodata=nodata,
-        aoi=area, scores=scores, coverage=coverage, worker_memory=worker_memory, tta=tta,
-        rescale=rescale,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "merge": merge, "size": size, "stride": stride, "halo": halo, "gpu": engines.gpus_a_task(spark) > 0,
+        "local": engines.is_local(spark), "threads": threads, "fill": fill, "threshold": threshold, "nodata": nodata,
+        "aoi": area, "scores": scores, "coverage": coverage, "worker_memory": worker_memory, "tta": tta,
+        "rescale": rescale,
+    }  # fmt: skip
+    prepare(bundle, engine=engine, **options)  # what cannot be is refused before anything is measured
+    choice = processors.choose(spark, bundle, engine, precision, threads=threads, out=out, keep=not dry_run)
+    job = prepare(bundle, engine=choice.engine, precision=choice.precision, **options)
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
     settings = describe_job(job) | {
         "bands": asked, "pattern": pattern, "max_gsd_ratio": max_gsd_ratio, "scores": scores, "coverage": coverage,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 import os
 import pickle
 import subprocess
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sattile import card, engine, model, scorers, storage
-from sattile.errors import SattileError, UsageError
+from sattile.errors import UsageError
 from sattile.model import AGREEMENT, Bundle
 from sattile.record import settings_of, versions
 from sattile.scorers import Cpu, cpu
@@ -41,6 +42,12 @@ SECONDS = 0.6
 
 EDGE = 512
 """Edge of the windows that are measured, where the network takes any: larger ones gain a few per cent by any engine."""
+
+WINDOW_BYTES = 400_000_000
+"""That a network may hold for such a window; of one that holds more, smaller windows are measured."""
+
+PATIENCE = 180
+"""Seconds until a measurement is given up."""
 
 TOLERANCE = 0.95
 """OpenVINO may be this part as fast as TensorFlow on one kind of CPU, if it is faster over all of them."""
@@ -101,6 +108,7 @@ def choose(
     *,
     threads: int = 1,
     out: str | None = None,
+    keep: bool = True,
 ) -> Choice:
     """Decide what runs a job's network, once, on the driver.
 
@@ -113,48 +121,67 @@ def choose(
         precision: `float32` or `bfloat16`; None takes bfloat16 for OpenVINO where all CPUs have it.
         threads: of an evaluation.
         out: folder of an earlier run.
+        keep: write what is measured beside the bundle.
 
     Raises:
         UsageError: for an engine or precision that can't be.
     """
     if precision not in (None, *scorers.PRECISIONS):
         raise UsageError(f"precision {precision!r}: use {', '.join(scorers.PRECISIONS)}")
-    gpu = engine.gpus_a_task(spark) > 0
-    allowed = model.choose_engine(bundle, wanted, gpu=gpu)
+    before = _before(bundle, out) if wanted in ("auto", "openvino") else None
+    if before is not None and (wanted == "auto" or before[0] == wanted) and precision in (None, before[1]):
+        return _as_before(spark, bundle, before, threads, out)
+    allowed = model.choose_engine(bundle, wanted, gpu=engine.gpus_a_task(spark) > 0)
     if precision == "bfloat16" and allowed != "openvino":
-        which = "OpenVINO can't run this model here" if wanted == "auto" else f"engine {wanted} computes in float32"
+        which = _why_tensorflow(bundle, allowed) if wanted == "auto" else f"engine {wanted} computes in float32"
         raise UsageError(f"precision bfloat16 is for engine openvino, and {which}")
     if allowed != "openvino":
         return Choice(allowed, "float32", "it was asked for" if wanted != "auto" else _why_tensorflow(bundle, allowed))
     found = cpus(spark)
     native = all(one.bfloat16 for one in found)
-    before = _before(bundle, out) if wanted in ("auto", "openvino") else None
-    if before is not None and (wanted == "auto" or before[0] == wanted) and precision in (None, before[1]):
-        choice = Choice(before[0], before[1], "the maps that lie there were made so", found)
-        if before[1] == "bfloat16" and not native:
-            log.warning(
-                "%s was made in bfloat16, which %s emulates: it is slow there. --precision float32 --overwrite makes "
-                "all of it anew, faster", out, ", ".join(str(one) for one in found if not one.bfloat16),
-            )  # fmt: skip
-        return choice
-    if wanted == "openvino" or precision is not None:
-        chosen = precision or ("bfloat16" if native else "float32")
-        if chosen == "bfloat16" and not native:
-            log.warning("precision bfloat16: %s emulates it, which is slow", ", ".join(map(str, found)))
+    chosen = precision or ("bfloat16" if native else "float32")
+    if chosen == "bfloat16" and not native:
+        log.warning("precision bfloat16: %s emulates it, which is slow", ", ".join(map(str, found)))
+    if wanted == "openvino":
         why = "it was asked for" + ("" if precision or native else "; not all CPUs have bfloat16")
         return Choice("openvino", chosen, why, found)
-    agreeing = [one for one in scorers.PRECISIONS if bundle.agreement(one) >= AGREEMENT]
-    usable = [one for one in agreeing if native or one == "float32"]
-    if not usable:
-        return Choice("tensorflow", "float32", _why_tensorflow(bundle, allowed), found)
-    chosen = usable[-1]  # bfloat16, if it is among them
-    speeds = _speeds(spark, bundle, found, chosen, threads)
-    ratios = [one["openvino"] / one["tensorflow"] for one in speeds.values()]
+    if bundle.agreement(chosen) < AGREEMENT and precision is None:
+        chosen = "float32"
+    if bundle.agreement(chosen) < AGREEMENT:
+        if chosen == "bfloat16":
+            raise UsageError(f"{_too_few(bundle, chosen)}: --engine openvino takes it all the same")
+        return Choice("tensorflow", "float32", _too_few(bundle, chosen), found)
+    if precision == "bfloat16":
+        return Choice("openvino", chosen, "OpenVINO alone computes in the precision that was asked for", found)
+    speeds = _speeds(spark, bundle, found, chosen, threads, keep=keep)
+    if len(speeds) < len(found):
+        missing = ", ".join(str(one) for one in found if str(one) not in speeds)
+        return Choice("tensorflow", "float32", f"the engines could not be measured on {missing}", found, speeds)
+    ratio = min(one["openvino"] / one["tensorflow"] for one in speeds.values())
     times = {name: sum(1 / one[name] for one in speeds.values()) for name in ("tensorflow", "openvino")}
-    if len(speeds) == len(found) and min(ratios) >= TOLERANCE and times["openvino"] <= times["tensorflow"]:
-        return Choice("openvino", chosen, f"measured {min(ratios):.2f} times TensorFlow", found, speeds)
-    why = f"OpenVINO measured {min(ratios):.2f} times TensorFlow" if ratios else "the engines could not be measured"
-    return Choice("tensorflow", "float32", why, found, speeds)
+    if ratio >= TOLERANCE and times["openvino"] <= times["tensorflow"]:
+        return Choice("openvino", chosen, f"measured {ratio:.2f} times TensorFlow", found, speeds)
+    return Choice("tensorflow", "float32", f"OpenVINO measured {ratio:.2f} times TensorFlow", found, speeds)
+
+
+def _as_before(spark: SparkSession, bundle: Bundle, before: tuple[str, str], threads: int, out: str | None) -> Choice:
+    """What an out folder began with."""
+    model.choose_engine(bundle, before[0])  # whether it can be had
+    found = cpus(spark)
+    without = [str(one) for one in found if not one.bfloat16]
+    if before[1] == "bfloat16" and without:
+        log.warning(
+            "%s was made in bfloat16, which %s emulates: it is slow there. --precision float32 --overwrite makes "
+            "all of it anew, faster", out, ", ".join(without),
+        )  # fmt: skip
+    known = _known(bundle)
+    keys = {str(one): _key(one, before[1], threads) for one in found}
+    speeds = {name: known[key] for name, key in keys.items() if key in known}
+    return Choice(*before, "the maps that lie there were made so", found, speeds)
+
+
+def _too_few(bundle: Bundle, precision: str) -> str:
+    return f"OpenVINO gave too few pixels its labels in {precision} ({100 * bundle.agreement(precision):.3f} %)"
 
 
 def _why_tensorflow(bundle: Bundle, engine: str) -> str:
@@ -166,7 +193,7 @@ def _why_tensorflow(bundle: Bundle, engine: str) -> str:
         return "the bundle has no network for OpenVINO"
     if "agreement" not in bundle.openvino:
         return "OpenVINO was not compared with it on tiles"
-    return f"OpenVINO gave too few pixels its labels ({100 * bundle.openvino['agreement']:.3f} %)"
+    return _too_few(bundle, max(scorers.PRECISIONS, key=bundle.agreement))
 
 
 def _before(bundle: Bundle, out: str | None) -> tuple[str, str] | None:
@@ -185,29 +212,38 @@ def _before(bundle: Bundle, out: str | None) -> tuple[str, str] | None:
 
 
 def _speeds(
-    spark: SparkSession, bundle: Bundle, found: Sequence[Cpu], precision: str, threads: int
+    spark: SparkSession, bundle: Bundle, found: Sequence[Cpu], precision: str, threads: int, *, keep: bool
 ) -> dict[str, dict[str, float]]:
     """Mpix/s of TensorFlow and OpenVINO by kind of CPU: what was measured before, else measured now."""
-    url = None if bundle.members else storage.join(bundle.url, SPEEDS)
-    known: dict[str, dict[str, Any]] = {}
-    if url is not None and storage.exists(url):
-        try:
-            known = storage.read_json(url)
-        except SattileError:
-            log.debug("%s is damaged; it is written anew", url)
+    known = _known(bundle)
     keys = {str(one): _key(one, precision, threads) for one in found}
-    missing = {name: key for name, key in keys.items() if not _whole(known.get(key))}
+    missing = {name for name, key in keys.items() if key not in known}
     if missing:
-        log.info("engine: measures TensorFlow and OpenVINO on %s", ", ".join(missing))
-        measured = _measure_on(spark, bundle, set(missing), precision, threads)
+        log.info("engine: measures TensorFlow and OpenVINO on %s", ", ".join(sorted(missing)))
+        measured = _measure_on(spark, bundle, missing, precision, threads)
         known |= {keys[name]: speeds for name, speeds in measured.items()}
-        if url is not None and measured:
-            _keep(bundle, url, known)
-    return {name: known[key] for name, key in keys.items() if _whole(known.get(key))}
+        if keep and measured and not bundle.members:
+            _keep(bundle, known)
+    return {name: known[key] for name, key in keys.items() if key in known}
+
+
+def _known(bundle: Bundle) -> dict[str, dict[str, float]]:
+    """What was measured of this very network; nothing of a file that is damaged, may not be read or is another's."""
+    if bundle.members:
+        return {}
+    try:
+        found = storage.read_json(storage.join(bundle.url, SPEEDS))
+        if found["network"] != bundle.digest:  # the bundle was made anew
+            return {}
+        return {key: dict(speeds) for key, speeds in found["speeds"].items() if _whole(speeds)}
+    except Exception as error:
+        log.debug("%s in %s is not used: %r", SPEEDS, bundle.url, error)
+        return {}
 
 
 def _whole(speeds: Any) -> bool:
-    return isinstance(speeds, dict) and all(speeds.get(name, 0) > 0 for name in ("tensorflow", "openvino"))
+    named = [speeds.get(name) for name in ("tensorflow", "openvino")] if isinstance(speeds, dict) else []
+    return bool(named) and all(isinstance(one, int | float) and 0 < one < 1e9 for one in named)
 
 
 def _key(kind: Cpu, precision: str, threads: int) -> str:
@@ -219,21 +255,23 @@ def _key(kind: Cpu, precision: str, threads: int) -> str:
     return f"{kind}; {threads} thread{'s' if threads > 1 else ''}; {precision}; {engines}"
 
 
-def _keep(bundle: Bundle, url: str, known: dict[str, dict[str, Any]]) -> None:
+def _keep(bundle: Bundle, known: Mapping[str, Any]) -> None:
     """Write what was measured beside the record, and into the model card. A bundle may be somebody else's."""
     try:
-        storage.write_json(url, known)
+        storage.write_json(storage.join(bundle.url, SPEEDS), {"network": bundle.digest, "speeds": known})
         described = storage.read_json(storage.join(bundle.url, model.BUNDLE))
-        storage.write_text(storage.join(bundle.url, card.CARD), card.model_card(described, speeds=known))
+        url = storage.join(bundle.url, card.CARD)
+        storage.write_text(url, card.with_speeds(storage.read_text(url), described, known))
     except Exception as error:
-        log.debug("the speeds of %s can't be kept: %s", bundle.url, error)
+        log.debug("the speeds of %s can't be kept: %r", bundle.url, error)
 
 
 def _measure_on(
     spark: SparkSession, bundle: Bundle, kinds: set[str], precision: str, threads: int
 ) -> dict[str, dict[str, float]]:
     """Measured in a process of its own: a worker holds one engine, and the driver none."""
-    job = {"model": bundle.url, "precision": precision, "threads": threads, "access": _packed(storage.access())}
+    urls = [one.url for one in bundle.members or (bundle,)]
+    job = {"models": urls, "precision": precision, "threads": threads, "access": _packed(storage.access())}
     if engine.is_local(spark):
         return {kind: speeds for kind, speeds in [(str(cpu()), measured_apart(job))] if speeds}
     found: dict[str, dict[str, float]] = {}
@@ -259,23 +297,29 @@ def measured_apart(job: Mapping[str, Any]) -> dict[str, float]:
     """`measured` in a child process; {} if it fails, which is told."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.pop("TF_NUM_INTRAOP_THREADS", None)
-    done = subprocess.run(
-        [sys.executable, "-c", "from sattile import processors; processors.main()"],
-        input=json.dumps(dict(job)), env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    said = ""
     try:
-        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+        done = subprocess.run(
+            [sys.executable, "-c", "from sattile import processors; processors.main()"],
+            input=json.dumps(dict(job)), env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE,
+        )  # fmt: skip
+        said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"status {done.returncode}")
+        speeds = json.loads(done.stdout.strip().splitlines()[-1])
+        if _whole(speeds):
+            return dict(speeds)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
     except (IndexError, ValueError):
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        log.warning("engine: TensorFlow and OpenVINO could not be measured: %s", said[-1] if said else done.returncode)
-        return {}
+        pass
+    log.warning("engine: TensorFlow and OpenVINO could not be measured: %s", said)
+    return {}
 
 
 def main() -> None:
     """The child's: a job as JSON from standard input, speeds as JSON to standard output."""
     job = json.load(sys.stdin)
     storage.use(pickle.loads(base64.b64decode(job["access"])))  # from our own parent
-    print(json.dumps(measured(model.load_models(job["model"]), job["precision"], job["threads"])))
+    print(json.dumps(measured(model.load_models(job["models"]), job["precision"], job["threads"])))
 
 
 def measured(bundle: Bundle, precision: str, threads: int) -> dict[str, float]:
@@ -283,7 +327,8 @@ def measured(bundle: Bundle, precision: str, threads: int) -> dict[str, float]:
     if bundle.input_shape is not None:
         height, width = bundle.input_shape
     else:
-        height = width = -(-EDGE // bundle.total_stride) * bundle.total_stride
+        fits = math.isqrt(int(WINDOW_BYTES / (1.15 * bundle.activation_bytes + 16 * len(bundle.bands))))
+        height = width = max(min(EDGE, fits) // bundle.total_stride, 1) * bundle.total_stride
     planes = np.random.default_rng(0).integers(0, 3_000, (1, len(bundle.bands), height, width)).astype(np.float32)
     window = np.moveaxis(planes, 1, -1)  # as sattile lays it
     engines = {

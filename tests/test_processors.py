@@ -57,7 +57,8 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def measure(spark: Any, bundle: Any, kinds: set[str], precision: str, threads: int) -> Any:
             asked.append(precision)
-            return {kind: dict(zip(("tensorflow", "openvino"), (speeds or {})[kind], strict=True)) for kind in kinds}
+            known = speeds or {}
+            return {kind: dict(zip(("tensorflow", "openvino"), known[kind], strict=True)) for kind in kinds}
 
         monkeypatch.setattr(processors, "cpus", lambda _: tuple(cpus))
         if speeds is not None:
@@ -91,6 +92,7 @@ def test_never_an_engine_that_was_measured_to_be_slower(spark, bundle, on):
     # Faster on the whole, and yet too slow on one kind.
     on(OLD, Cpu("Third", False), speeds={"Third (without bfloat16)": (1.0, 9.0)})
     assert chosen(choose(spark, bundle)) == ("tensorflow", "float32")
+    assert choose(spark, bundle).why == "OpenVINO measured 0.33 times TensorFlow"
 
 
 def test_what_was_measured_is_kept_beside_the_record_and_on_the_card(spark, bundle, on):
@@ -98,13 +100,85 @@ def test_what_was_measured_is_kept_beside_the_record_and_on_the_card(spark, bund
     first = choose(spark, bundle)
     assert choose(spark, bundle) == first
     assert len(asked) == 1
-    (key,) = storage.read_json(f"{bundle.url}/speeds.json")
+    (key,) = storage.read_json(f"{bundle.url}/speeds.json")["speeds"]
     assert key.startswith("Old 2 (without bfloat16); 1 thread; float32; tensorflow")
     card = Path(bundle.url, "README.md").read_text()
     assert "| Old 2 (without bfloat16); 1 thread; float32;" in card
     assert "| 1.00 | 1.25 |" in card
     choose(spark, bundle, threads=2)
     assert len(asked) == 2  # more threads are another measurement
+
+
+def test_what_was_measured_of_another_network_is_not_used(spark, bundle, network, on):
+    asked = on(OLD, speeds={str(OLD): (1.0, 1.25)})
+    choose(spark, bundle)
+    choose(spark, dataclasses.replace(bundle, digest="another"))
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "5", "{", '{"network": "D", "speeds": {"x": {"tensorflow": "1", "openvino": null}}}']
+)
+def test_odd_records_of_speeds_are_measured_anew(spark, bundle, on, content):
+    asked = on(OLD, speeds={str(OLD): (1.0, 1.25)})
+    Path(bundle.url, "speeds.json").write_text(content.replace('"D"', f'"{bundle.digest}"'))
+    assert choose(spark, bundle).speeds == {str(OLD): {"tensorflow": 1.0, "openvino": 1.25}}
+    assert len(asked) == 1
+    assert "| 1.00 | 1.25 |" in Path(bundle.url, "README.md").read_text()
+
+
+def test_what_somebody_wrote_in_a_card_stays(spark, bundle, on):
+    on(OLD, speeds={str(OLD): (1.0, 1.25)})
+    path = Path(bundle.url, "README.md")
+    path.write_text(path.read_text() + "\n## Our licence\n")
+    before = path.read_text()
+    choose(spark, bundle)
+    assert [one for one in path.read_text().split("## ") if not one.startswith("Engines")] == [
+        one for one in before.split("## ") if not one.startswith("Engines")
+    ]
+    assert "| 1.00 | 1.25 |" in path.read_text()
+    assert Path(bundle.url, "speeds.json").exists()
+
+
+def test_a_dry_run_and_wrong_arguments_write_nothing(spark, bundle, on, tmp_path):
+    write_scene(tmp_path / "in" / "a.tif", position_image(70, 110, 2), names=tuple(BANDS))
+    asked = on(OLD, speeds={str(OLD): (1.0, 1.25)})
+    options = {"model": bundle.url, "scenes": [str(tmp_path / "in")], "out": str(tmp_path / "out")}
+    with pytest.raises(UsageError):
+        predict(spark, **options, size=7)
+    assert not asked
+    predict(spark, **options, dry_run=True)
+    assert not Path(bundle.url, "speeds.json").exists()
+
+
+def test_a_precision_limits_what_auto_chooses_from(spark, bundle, on):
+    on(NEW, speeds={str(NEW): (4.0, 1.0)})
+    assert chosen(choose(spark, bundle, "auto", "float32")) == ("tensorflow", "float32")
+    assert chosen(choose(spark, bundle, "auto", "bfloat16")) == ("openvino", "bfloat16")
+    poor = dataclasses.replace(bundle, openvino=bundle.openvino | {"agreement": 0.9, "float32": {"agreement": 1.0}})
+    with pytest.raises(UsageError, match=r"in bfloat16 \(90.000 %\): --engine openvino"):
+        choose(spark, poor, "auto", "bfloat16")
+
+
+def test_a_kind_that_was_not_reached_is_named(spark, bundle, on, monkeypatch):
+    on(OLD, Cpu("Third", False))
+    monkeypatch.setattr(processors, "_measure_on", lambda *_: {str(OLD): {"tensorflow": 1.0, "openvino": 4.0}})
+    choice = choose(spark, bundle)
+    assert chosen(choice) == ("tensorflow", "float32")
+    assert choice.why == "the engines could not be measured on Third (without bfloat16)"
+
+
+def test_a_folder_keeps_an_engine_that_auto_would_not_take(spark, bundle, on, tmp_path):
+    """Of networks from elsewhere no labels were compared."""
+    write_scene(tmp_path / "in" / "a.tif", position_image(70, 110, 2), names=tuple(BANDS))
+    described = storage.read_json(f"{bundle.url}/bundle.json")
+    del described["openvino"]["agreement"]
+    storage.write_json(f"{bundle.url}/bundle.json", described)
+    options = {"model": bundle.url, "scenes": [str(tmp_path / "in")], "out": str(tmp_path / "out")}
+    on(NEW)
+    predict(spark, **options, engine="openvino")
+    predict(spark, **options)
+    assert storage.read_json(str(tmp_path / "out" / "_run.json"))["skipped"] == 1
 
 
 def test_too_few_equal_labels_in_one_precision_leave_the_other(spark, bundle, on):
