@@ -33,7 +33,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of `water` (default: 3)")
     parser.add_argument("--haze", type=float, default=0.0, help="of the trainings of `water` (default: 0)")
     parser.add_argument("--worker-memory", default="3g", help="of `networks` (default: 3g)")
-    parser.add_argument("--engines", default="tensorflow,openvino", help="of `networks` (default: both)")
+    parser.add_argument(
+        "--engines",
+        default=",".join(predicting.ENGINES),
+        help=f"of `networks` (default: {','.join(predicting.ENGINES)})",
+    )
     parser.add_argument("--cores", type=int, default=2, help="of `networks` (default: 2)")
     parser.add_argument("--plain-scene", action="store_true", help="of `networks`: not compressed (default: DEFLATE)")
     given = parser.parse_args()

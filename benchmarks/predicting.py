@@ -62,7 +62,7 @@ def unet_bundle(folder: Path) -> str:
     return str(out)
 
 
-def given(model: str, engine: str, shape: tuple[int, int, int, int]) -> Callable[[np.ndarray], Any]:
+def given(model: str, engine: str, shape: tuple[int, int, int, int], precision: str) -> Callable[[np.ndarray], Any]:
     """The scores of a bundle's network as Keras gives it, one thread: a bundle's other parts have its layers fused."""
     from sattile import scorers
     from sattile.model import KERAS, load_keras
@@ -78,14 +78,16 @@ def given(model: str, engine: str, shape: tuple[int, int, int, int]) -> Callable
         network.export(folder, verbose=False)
         read = core.read_model(folder)
         read.reshape({0: shape})
-        settings = {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False, "INFERENCE_PRECISION_HINT": "bf16"}
+        hint = scorers.PRECISIONS[precision]
+        settings = {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False, "INFERENCE_PRECISION_HINT": hint}
         request = core.compile_model(read, "CPU", settings).create_infer_request()
     return lambda images: request.infer([images], share_inputs=True)[0]
 
 
 def bare(
-    model: str, engine: str, shape: tuple[int, int, int, int], seconds: float, as_given: bool, start: Any
-) -> float:
+    model: str, engine: str, shape: tuple[int, int, int, int], precision: str, seconds: float, as_given: bool,
+    start: Any,
+) -> float:  # fmt: skip
     """Mpix/s of one process that does nothing but call the scorer, or the network as it was `given`."""
     from sattile.model import load_bundle, load_scorer
 
@@ -93,10 +95,10 @@ def bare(
     planes = np.random.default_rng(0).integers(1, 5_000, (count, bands, height, width)).astype(np.float32)
     batch = np.moveaxis(planes, 1, -1)  # as sattile lays it
     if as_given:
-        score = given(model, engine, shape)
+        score = given(model, engine, shape, precision)
         batch = np.ascontiguousarray(batch)
     else:
-        score = load_scorer(load_bundle(model), engine=engine, threads=1)
+        score = load_scorer(load_bundle(model), engine=engine, threads=1, precision=precision)
     score(batch)
     start.wait()
     begin = time.monotonic()
@@ -112,6 +114,7 @@ def bare_speed(
     engine: str,
     shape: tuple[int, int, int, int],
     processes: int,
+    precision: str,
     *,
     as_given: bool = False,
     seconds: float = 25,
@@ -120,7 +123,7 @@ def bare_speed(
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(processes) as pool:
         start = manager.Barrier(processes)
-        return sum(pool.starmap(bare, [(model, engine, shape, seconds, as_given, start)] * processes))
+        return sum(pool.starmap(bare, [(model, engine, shape, precision, seconds, as_given, start)] * processes))
 
 
 def cheap_scores(data: np.ndarray) -> np.ndarray:
@@ -238,69 +241,116 @@ def cheap(folder: Path, megapixels: int = 64, repeats: int = 3) -> dict[str, Any
     return found
 
 
+ENGINES = ("tensorflow", "openvino", "openvino:float32")
+"""Engines of `networks`, OpenVINO's in the precision behind the colon; bfloat16 is that of the first."""
+
+
 def networks(
     folder: Path,
     megapixels: int = 64,
     repeats: int = 3,
     *,
     worker_memory: str = "3g",
-    engines: Sequence[str] = ("tensorflow", "openvino"),
+    engines: Sequence[str] = ENGINES,
     cores: int = 2,
     plain_scene: bool = False,
 ) -> dict[str, Any]:
-    """The default network by each engine: print and return ratios to the bare model, and of the engines."""
+    """The default network by each engine and precision, and by auto: print and return ratios to the bare model, and of
+    the engines."""
     from sattile.engine import session
     from sattile.grid import Geometry
+    from sattile.scorers import cpu
 
     found: dict[str, Any] = {}
     scene, pixels = _scene(folder, megapixels, plain=plain_scene)
     edge = round((pixels * 1e6) ** 0.5)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         model = pool.apply(unet_bundle, (folder,))
+    print(f"CPU: {cpu()}; what it has not is emulated")
     delivered = {}
-    options = {"worker_memory": worker_memory}
-    for engine in engines:
+    for name in engines:
+        engine, _, said = name.partition(":")
+        precision = said or ("bfloat16" if engine == "openvino" else "float32")
+        options = {"worker_memory": worker_memory, "engine": engine, "precision": precision}
         spark = session(f"local[{cores}]")  # workers of its own: what they held at most is said of them
         try:
             # The first run is the start: workers, the network's compilation, memory taken for the first time.
-            predicted(spark, model, scene, folder / "unet_out", engine=engine, **options)
+            predicted(spark, model, scene, folder / "unet_out", **options)
             records, alone = [], []
             for _ in range(repeats):
-                record = predicted(spark, model, scene, folder / "unet_out", engine=engine, **options)
+                record = predicted(spark, model, scene, folder / "unet_out", **options)
                 records.append(record)
                 settings = record["settings"]
                 geometry = Geometry(**{name: settings[name] for name in Geometry.__dataclass_fields__})
                 shape = geometry.input_shape(edge, edge)
-                alone.append(bare_speed(model, engine, (settings["batch"], *shape, len(BANDS)), cores))
+                batch = (settings["batch"], *shape, len(BANDS))
+                alone.append(bare_speed(model, engine, batch, cores, precision))
         finally:
             spark.stop()
         speeds = [one["evaluated_mpix_per_s"] for one in records]
-        delivered[engine] = float(np.median([one["delivered_mpix_per_s"] for one in records]))
-        found[engine] = paired_ratio(speeds, alone)
+        delivered[name] = float(np.median([one["delivered_mpix_per_s"] for one in records]))
+        found[name] = paired_ratio(speeds, alone)
         price = record["evaluated_pixels"] / record["delivered_pixels"]
         print(
-            f"U-Net by {engine}, {pixels:.0f} Mpix, {cores} cores, {worker_memory} a worker: windows of {shape[0]} px, "
-            f"{np.median(speeds):.2f} Mpix/s evaluated ({price:.2f} for each delivered), bare model "
-            f"{np.median(alone):.2f}, ratio {found[engine]:.2f}; "
+            f"U-Net by {engine} in {precision}, {pixels:.0f} Mpix, {cores} cores, {worker_memory} a worker: windows of "
+            f"{shape[0]} px, {delivered[name]:.2f} Mpix/s delivered, {np.median(speeds):.2f} evaluated ({price:.2f} "
+            f"for each delivered), bare model {np.median(alone):.2f}, ratio {found[name]:.2f}; "
             f"peak {max(one['peak_memory_mb'] for one in records):.0f} MB a worker (medians of {repeats})"
         )
         if engine == "tensorflow-gpu":
             continue
         # Not between the runs: Spark ends workers that had nothing to do for a minute.
-        batch = (settings["batch"], *shape, len(BANDS))
-        plainly = [bare_speed(model, engine, batch, cores, as_given=True) for _ in range(repeats)]
-        found[f"{engine}_as_given"] = float(np.median(speeds) / np.median(plainly))
+        plainly = [bare_speed(model, engine, batch, cores, precision, as_given=True) for _ in range(repeats)]
+        found[f"{name}_as_given"] = float(np.median(speeds) / np.median(plainly))
         print(
-            f"  the network as Keras gives it: {np.median(plainly):.2f} Mpix/s, ratio {found[f'{engine}_as_given']:.2f}"
+            f"  the network as Keras gives it: {np.median(plainly):.2f} Mpix/s, ratio {found[f'{name}_as_given']:.2f}"
         )
-    if not {"tensorflow", "openvino"} <= delivered.keys():
-        return found
-    found["openvino_to_tensorflow"] = delivered["openvino"] / delivered["tensorflow"]
-    print(
-        f"OpenVINO to TensorFlow, delivered: {delivered['openvino']:.2f} to {delivered['tensorflow']:.2f} Mpix/s, "
-        f"ratio {found['openvino_to_tensorflow']:.2f}"
-    )
+    if {"tensorflow", "openvino"} <= delivered.keys():
+        found["openvino_to_tensorflow"] = delivered["openvino"] / delivered["tensorflow"]
+        print(
+            f"OpenVINO to TensorFlow, delivered: {delivered['openvino']:.2f} to {delivered['tensorflow']:.2f} Mpix/s, "
+            f"ratio {found['openvino_to_tensorflow']:.2f}"
+        )
+    if len(delivered) > 1 and "tensorflow-gpu" not in delivered:
+        found["unasked"] = unasked(folder, model, scene, delivered, repeats, worker_memory=worker_memory, cores=cores)
     return found
+
+
+def unasked(
+    folder: Path, model: str, scene: Path, forced: dict[str, float], repeats: int, *, worker_memory: str, cores: int
+) -> dict[str, float]:
+    """What `--engine openvino` and `auto` deliver, against the faster of the engines that were forced.
+
+    The network was not trained, and so its labels were compared with nothing: for `auto` they are taken to agree.
+    """
+    from sattile.engine import session
+
+    agreeing = folder / "agreeing"
+    shutil.rmtree(agreeing, ignore_errors=True)
+    shutil.copytree(model, agreeing)
+    described = json.loads((agreeing / "bundle.json").read_text())
+    described["openvino"] |= {"agreement": 1.0, "pixels": 0, "version": "", "precision": "bf16"}
+    (agreeing / "bundle.json").write_text(json.dumps(described))
+    best = max(forced, key=lambda name: forced[name])
+    ratios = {}
+    for engine in ("openvino", "auto"):
+        spark = session(f"local[{cores}]")
+        try:
+            predicted(spark, str(agreeing), scene, folder / "unet_out", engine=engine, worker_memory=worker_memory)
+            records = [
+                predicted(spark, str(agreeing), scene, folder / "unet_out", engine=engine, worker_memory=worker_memory)
+                for _ in range(repeats)
+            ]
+        finally:
+            spark.stop()
+        chosen = records[-1]["engine"]
+        speed = float(np.median([one["delivered_mpix_per_s"] for one in records]))
+        ratios[engine] = speed / forced[best]
+        print(
+            f"--engine {engine}: takes {chosen['engine']} in {chosen['precision']} ({chosen['why']}), {speed:.2f} "
+            f"Mpix/s delivered, {ratios[engine]:.2f} of the fastest that was forced ({best})"
+        )
+    return ratios
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

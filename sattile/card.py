@@ -44,11 +44,12 @@ def training_data(description: Mapping[str, Any]) -> dict[str, Any]:
 # --- for people ---------------------------------------------------------------------------------------------------
 
 
-def model_card(described: Mapping[str, Any]) -> str:
+def model_card(described: Mapping[str, Any], speeds: Mapping[str, Mapping[str, float]] | None = None) -> str:
     """`README.md` of a bundle: Markdown with front matter.
 
     Args:
         described: what `bundle.json` says.
+        speeds: Mpix/s by kind of CPU and engine, as `processors` measured them.
     """
     import yaml
 
@@ -63,11 +64,17 @@ def model_card(described: Mapping[str, Any]) -> str:
         *_section("Training data", _data(described)),
         *_section("Training", _training(described)),
         *_section("Accuracy", _accuracy(described)),
-        *_section("Engines", _engines(described)),
+        *_section("Engines", _engines(described, speeds or {})),
         *_section("Limits", _limits(described)),
         *_section("Made with", [", ".join(f"{name} {one}" for name, one in described["versions"].items())]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def with_speeds(text: str, described: Mapping[str, Any], speeds: Mapping[str, Mapping[str, float]]) -> str:
+    """A card that lies there, with its section on engines written anew; the others may be somebody's own."""
+    section = "\n\n".join(_section("Engines", _engines(described, speeds)))
+    return re.sub(r"(?ms)^## Engines$.*?(?=\n\n## |\Z)", lambda _: section, text, count=1)
 
 
 def _section(title: str, parts: list[str]) -> list[str]:
@@ -323,19 +330,26 @@ def _accuracy(described: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _engines(described: Mapping[str, Any]) -> list[str]:
+def _engines(described: Mapping[str, Any], speeds: Mapping[str, Mapping[str, float]]) -> list[str]:
     fast = described["openvino"]
     said = "TensorFlow, in float32 (`model.keras`, `saved_model/`)"
     if not fast:
         return [f"{said}."]
-    said += f"; OpenVINO, in {fast.get('precision', 'bf16')} on CPUs that have it (`openvino/`). "
+    said += "; OpenVINO, in bfloat16 on CPUs that have it, else in float32 (`openvino/`). "
     if "agreement" not in fast:
         return [said + "The two were not compared: sattile takes OpenVINO only if it is asked to."]
-    return [
-        f"{said}OpenVINO {fast['version']} gave {100 * fast['agreement']:.3f} % of {fast['pixels']:,} pixels of "
+    shares = [
+        f"{100 * fast[name]['agreement']:.3f} % in {name}" for name in ("bfloat16", "float32") if name in fast
+    ] or [f"{100 * fast['agreement']:.3f} %"]
+    said += (
+        f"OpenVINO {fast['version']} gave {' and '.join(shares)} of {fast['pixels']:,} pixels of "
         f"{'validation' if described['metrics'].get('split') == 'val' else 'training'} tiles the class that TensorFlow "
-        f"gives them."
+        f"gives them. Which of the two is faster is measured when the model is first used on a kind of CPU."
+    )
+    rows = [
+        (_plain(kind), f"{one['tensorflow']:.2f}", f"{one['openvino']:.2f}") for kind, one in sorted(speeds.items())
     ]
+    return [said, _table(("measured on", "TensorFlow, Mpix/s", "OpenVINO, Mpix/s"), rows)] if rows else [said]
 
 
 def _limits(described: Mapping[str, Any]) -> list[str]:

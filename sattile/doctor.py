@@ -149,7 +149,9 @@ class Exam:
         return storage.join(self.work, storage.digest(place))
 
 
-def doctor(spark: SparkSession, *, folder: str | None = None, workers: int | None = None) -> str:
+def doctor(
+    spark: SparkSession, *, folder: str | None = None, workers: int | None = None, model: str | None = None
+) -> str:
     """Check what sattile needs on the driver and on every executor, and say what to set where something fails.
 
     Args:
@@ -157,6 +159,7 @@ def doctor(spark: SparkSession, *, folder: str | None = None, workers: int | Non
         folder: a folder that all machines have to share (a path or hdfs://...), to be written, read and tidied up;
             without it only each machine's own scratch is tried.
         workers: of the training that is planned; do so many tasks run at once?
+        model: a bundle: which engine would run it here, in which precision, and how fast are both?
 
     Returns:
         A line that says how many checks were made.
@@ -178,7 +181,7 @@ def doctor(spark: SparkSession, *, folder: str | None = None, workers: int | Non
             exam = replace(exam, made=not storage.exists(exam.folder))
         except Exception as error:
             exam = replace(exam, trouble=_said(error))
-    findings = list(_examine_all(spark, exam, workers))
+    findings = list(_examine_all(spark, exam, workers, model))
     for line in table(findings):
         record.announce(line)
     failed = [one.check for one in findings if one.status == FAILED]
@@ -192,7 +195,7 @@ def doctor(spark: SparkSession, *, folder: str | None = None, workers: int | Non
     return f"doctor: {len(findings)} checks, none failed{warnings}"
 
 
-def _examine_all(spark: SparkSession, exam: Exam, workers: int | None) -> Iterator[Finding]:
+def _examine_all(spark: SparkSession, exam: Exam, workers: int | None, model: str | None) -> Iterator[Finding]:
     log.info("doctor: looks at the driver")
     yield attempt("java", partial(_java, spark))
     yield attempt("HDFS", partial(_hdfs, spark, exam))
@@ -211,6 +214,8 @@ def _examine_all(spark: SparkSession, exam: Exam, workers: int | None) -> Iterat
             yield attempt("shared folder", partial(_shared, spark, exam, reports))
         yield attempt("barrier", partial(_barrier, spark, workers))
         yield attempt("memory", partial(_memory, spark))
+        if model is not None:
+            yield attempt("engines", partial(_engines, spark, model))
     except Exception as error:
         if len(reports) == 1:
             yield from compare(reports)
@@ -420,6 +425,7 @@ def examine(exam: Exam, place: str) -> Report:
         attempt("decoder", _decoder),
         attempt("TensorFlow", partial(_tensorflow, exam.gpu and place != "driver")),
         attempt("machine", _machine),
+        attempt("cpu", _cpu),
         attempt("scratch", _scratch),
     ]
     wrote = False
@@ -428,6 +434,15 @@ def examine(exam: Exam, place: str) -> Report:
         wrote = found.status == OK
         findings.append(found if wrote else replace(found, remedy=_folder_remedy(exam.folder)))
     return Report(place, versions(), sys.executable, tuple(findings), wrote)
+
+
+def _cpu() -> str:
+    from sattile.scorers import cpu, has_openvino
+
+    precision = "bfloat16" if cpu().bfloat16 else "float32"
+    return f"{cpu()}" + (
+        f"; OpenVINO would compute in {precision}" if has_openvino() else "; OpenVINO is not installed"
+    )
 
 
 def versions() -> dict[str, str | None]:
@@ -769,6 +784,22 @@ def _read_marks(exam: Exam, writers: Sequence[str]) -> dict[str, str]:
 
 
 # --- on the driver --------------------------------------------------------------------------------------------------
+
+
+def _engines(spark: SparkSession, url: str) -> Finding | str:
+    from sattile import processors
+    from sattile.model import load_models
+
+    bundle = load_models(url)
+    choice = processors.choose(spark, bundle, threads=int(spark.conf.get("spark.task.cpus", "1") or 1))
+    speeds = "; ".join(
+        f"TensorFlow {one['tensorflow']:.2f}, OpenVINO {one['openvino']:.2f} Mpix/s a task on {kind}"
+        for kind, one in choice.speeds.items()
+    )
+    found = f"{choice.engine} in {choice.precision}: {choice.why}" + (f" ({speeds})" if speeds else "")
+    if "could not be measured" in choice.why:
+        return Finding("engines", WARNING, found, "the log above says why; --engine openvino takes it unmeasured")
+    return found
 
 
 def _java(spark: SparkSession) -> Finding | str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sattile import comparison, inference, legend, metrics, pictures, prediction, storage, strata
+from sattile import comparison, inference, legend, metrics, pictures, prediction, processors, storage, strata
 from sattile import engine as engines
 from sattile import labels as label_module
 from sattile.comparison import BLOCKS
@@ -71,6 +71,7 @@ def evaluate(
     aoi: str | None = None,
     fill: float | str | Sequence[float] | None = None,
     engine: str = "auto",
+    precision: str | None = None,
     tta: str = "none",
     rescale: str | Sequence[float] | None = None,
     worker_memory: int | str = "3g",
@@ -108,7 +109,7 @@ def evaluate(
         threshold: see predict; undecided pixels are counted apart.
         aoi: vector file; pixels of scenes outside are not counted.
         fill: what the model sees for missing pixels; the bundle's own if not given.
-        engine: as for predict.
+        engine, precision: as for predict.
         tta: as for predict.
         rescale: as for predict; of a dataset's tiles, too.
         worker_memory: what one Python worker (a Spark core) may use: bytes, or `1500m`, `3g`.
@@ -132,10 +133,11 @@ def evaluate(
         raise UsageError("give either --dataset, or --scenes and --labels")
     bundle = load_models(model)
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
+    threads = int(spark.conf.get("spark.task.cpus", "1") or 1)
+    choose = partial(processors.choose, spark, bundle, engine, precision, threads=threads, out=out)
     shared: dict[str, Any] = {
-        "engine": engine, "gpu": engines.gpus_a_task(spark) > 0, "local": engines.is_local(spark),
-        "threads": int(spark.conf.get("spark.task.cpus", "1") or 1), "fill": fill, "threshold": threshold,
-        "nodata": nodata, "worker_memory": worker_memory, "tta": tta, "rescale": rescale,
+        "gpu": engines.gpus_a_task(spark) > 0, "local": engines.is_local(spark), "threads": threads, "fill": fill,
+        "threshold": threshold, "nodata": nodata, "worker_memory": worker_memory, "tta": tta, "rescale": rescale,
     }  # fmt: skip
     areas = strata.read_regions(regions, region_attribute)
     settings: dict[str, Any] = {"samples": samples, "regions": areas.digest if areas else None}
@@ -150,13 +152,18 @@ def evaluate(
             raise UsageError(
                 "bands, pattern, attribute, ignore, background, label_encoding and aoi are for --scenes and --labels"
             )
-        job = _tile_job(inference.prepare(bundle, **shared), description["size"])
+        choice = choose()  # once all that may be wrong is known
+        job = inference.prepare(bundle, engine=choice.engine, precision=choice.precision, **shared)
+        job = _tile_job(job, description["size"])
         settings |= inference.describe_job(job) | {"dataset": description["digest"], "split": split}
     else:
         area = prediction.read_aoi(aoi)
         ignored = None if ignore is None else legend.parse_values(ignore)
         label_module.check(bundle.classes, ignored or (), label_encoding)
-        job = inference.prepare(bundle, merge=merge, size=size, stride=stride, halo=halo, aoi=area, **shared)
+        shared |= {"merge": merge, "size": size, "stride": stride, "halo": halo, "aoi": area}
+        inference.prepare(bundle, engine=engine, **shared)
+        choice = choose()
+        job = inference.prepare(bundle, engine=choice.engine, precision=choice.precision, **shared)
         settings |= inference.describe_job(job) | {
             "bands": asked, "pattern": pattern, "labels": storage.absolute(str(labels)).rstrip("/"),
             "attribute": attribute, "ignore": ignored,
@@ -167,6 +174,7 @@ def evaluate(
     with Run("evaluate", out, json.loads(json.dumps(settings)), overwrite, max_failed_fraction) as run:
         run.extra |= {
             "model": bundle.url,
+            "engine": choice.describe(),
             "network": {name: bundle.network.get(name) for name in ("arch", "parameters", "models")},
         }
         if regions is not None:

@@ -25,7 +25,7 @@ from sattile.grid import CELL, Geometry, Placement, Window, ceil_to, choose_geom
 from sattile.labels import LabelSource
 from sattile.memory import peak_mb
 from sattile.model import Bundle, choose_engine, load_scorer
-from sattile.schema import Scene, describe_classes
+from sattile.schema import Scene
 from sattile.scorers import TURNS, Scorer
 from sattile.stitch import NODATA, Stitcher, blend_weights, to_labels
 
@@ -36,7 +36,8 @@ WORKER_BASE = {"tensorflow": 1_100_000_000, "openvino": 650_000_000, scorers.GPU
 for the last: TensorFlow's and a guess of 1.4 GB for CUDA's libraries)."""
 
 ACTIVATIONS = {"tensorflow": 1.15, "openvino": 0.42, scorers.GPU: 0.0}
-"""What an engine holds in a worker's memory for each byte of a bundle's `activation_bytes` (measured)."""
+"""What an engine holds in a worker's memory for each byte of a bundle's `activation_bytes` (measured); OpenVINO in
+bfloat16, in float32 twice that."""
 
 GPU_PIXELS = 2048 * 2048
 """What a GPU is given at once, in one window or in a batch of small ones, as far as `GPU_MEMORY` allows."""
@@ -71,6 +72,7 @@ class Inference:
         image: whether to hand out the pixels read, too.
         tta: the turns that scores are averaged over: a name of `scorers.TURNS`.
         rescale: (factor, offset) of what scenes hold, to the numbers that the network knows.
+        precision: of OpenVINO's arithmetic: a name of `scorers.PRECISIONS`.
     """
 
     bundle: Bundle
@@ -87,6 +89,7 @@ class Inference:
     image: bool = False
     tta: str = "none"
     rescale: tuple[float, float] = (1.0, 0.0)
+    precision: str = "bfloat16"
 
     def present(self, data: np.ndarray, valid: np.ndarray, out: np.ndarray) -> None:
         """Write pixels as the network is to see them: rescaled, and `fill` where they are not valid.
@@ -107,7 +110,9 @@ class Inference:
 
     @property
     def scorer(self) -> Scorer:
-        return load_scorer(self.bundle, engine=self.engine, threads=self.threads, tta=self.tta)
+        return load_scorer(
+            self.bundle, engine=self.engine, threads=self.threads, tta=self.tta, precision=self.precision
+        )
 
     @property
     def passes(self) -> int:
@@ -142,6 +147,7 @@ def prepare(
     stride: int | None = None,
     halo: int | None = None,
     engine: str = "auto",
+    precision: str = "bfloat16",
     gpu: bool = False,
     local: bool = False,
     threads: int = 1,
@@ -158,6 +164,7 @@ def prepare(
     """Everything about a run that does not depend on the scenes, checked.
 
     Args:
+        engine, precision: see `processors.choose`, which says what is best here.
         gpu: Spark gives its tasks GPUs.
         local: its tasks run on this machine.
 
@@ -177,7 +184,7 @@ def prepare(
     given = _fill(bundle, fill)
     room = max(parse_memory(worker_memory) - WORKER_BASE[chosen], 0)
     # As `block_memory` of a block that is one window, and a tenth to spare.
-    pixels = room * 0.9 / (window_memory(bundle, chosen) + 2 * (4 * len(bundle.bands) + 1))
+    pixels = room * 0.9 / (window_memory(bundle, chosen, precision) + 2 * (4 * len(bundle.bands) + 1))
     if on_gpu:
         pixels = min(pixels, pixels_at_once(bundle, chosen))
     max_input = max(math.isqrt(int(pixels)), 64)
@@ -189,12 +196,14 @@ def prepare(
     return Inference(
         bundle, geometry, batch_of(bundle, chosen, geometry.input_size), chosen, threads, given,
         threshold, nodata, aoi, scores, coverage, tta=tta, rescale=_parse_rescale(rescale),
+        precision=precision,
     )  # fmt: skip
 
 
-def window_memory(bundle: Bundle, engine: str) -> float:
+def window_memory(bundle: Bundle, engine: str, precision: str = "bfloat16") -> float:
     """Bytes that a worker holds for each pixel of a window: its network's own, and twice what goes in and comes out."""
-    return bundle.activation_bytes * ACTIVATIONS[engine] + 8 * len(bundle.bands) + 8 * len(bundle.classes)
+    wide = 2 if (engine, precision) == ("openvino", "float32") else 1
+    return wide * bundle.activation_bytes * ACTIVATIONS[engine] + 8 * len(bundle.bands) + 8 * len(bundle.classes)
 
 
 def pixels_at_once(bundle: Bundle, engine: str) -> int:
@@ -246,7 +255,7 @@ def block_memory(job: Inference, edge: int) -> int:
     geometry = job.geometry
     context = geometry.halo if geometry.merge == "crop" else geometry.size
     read = (edge + 2 * context) ** 2 * (4 * bands + 1)
-    window = geometry.input_size**2 * job.batch * window_memory(job.bundle, job.engine)
+    window = geometry.input_size**2 * job.batch * window_memory(job.bundle, job.engine, job.precision)
     sums = edge**2 * (8 * classes + 8) if geometry.merge == "blend" else 0
     out = edge**2 * (2 + 4 * classes * job.scores + 4 * job.coverage)
     # Twice what is read: the block being inferred here, the next one in the decoder.
@@ -269,17 +278,14 @@ def warn_of_memory(need: int, memory: int, what: str) -> None:
 
 def describe_job(job: Inference) -> dict[str, Any]:
     """All of a job that shapes its result, as JSON: part of the settings of a run."""
-    bundle = job.bundle
-    network = {
-        "digest": bundle.digest, "bands": list(bundle.bands), "values": bundle.values, "output": bundle.output,
-        "classes": describe_classes(bundle.classes), "gsd": bundle.gsd,
-    }  # fmt: skip
     return json.loads(
         json.dumps(
             {
-                "model": storage.digest(network), **asdict(job.geometry), "batch": job.batch, "engine": job.engine,
+                "model": job.bundle.identity, **asdict(job.geometry), "batch": job.batch, "engine": job.engine,
                 "threads": job.threads, "fill": job.fill, "threshold": job.threshold, "nodata": job.nodata,
                 "aoi": storage.digest([job.aoi[0].hex(), job.aoi[1]]) if job.aoi else None,
+                # What OpenVINO has computed in since there were maps by it.
+                **({"precision": "float32"} if (job.engine, job.precision) == ("openvino", "float32") else {}),
                 **({"tta": job.tta} if job.tta != "none" else {}),
                 **({"rescale": job.rescale} if job.rescale != (1.0, 0.0) else {}),
             }

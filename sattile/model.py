@@ -69,8 +69,9 @@ class Bundle:
         network: its `arch`, number of `parameters`, and how it was trained; `unbounded`: the layers for which its
             radius has no bound; `activation`: what `bundle` was asked for, see there.
         versions: of the packages that made it.
-        openvino: of its files for OpenVINO: `digest`, and, where it was compared with TensorFlow on tiles, `agreement`
-            (share of pixels with the same label), `pixels`, `version` and `precision`; empty without them.
+        openvino: of its files for OpenVINO: `digest`, and, where it was compared with TensorFlow on tiles, by precision
+            the `agreement` (share of pixels with the same label), that of bfloat16 by itself, too; `pixels` and
+            `version`; empty without them.
         members: the bundles whose scores are averaged, if it stands for several.
         data: of the tiles it was trained on, see `card.training_data`; empty for a network from elsewhere, and in
             bundles of before.
@@ -105,6 +106,24 @@ class Bundle:
     def known(self) -> Known | None:
         """What values it was trained on; None for a network from elsewhere, and bundles of before."""
         return Known.of(self.bands, self.data.get("statistics") or {})
+
+    @property
+    def identity(self) -> str:
+        """Digest of all of it that shapes a map, as settings name it."""
+        return storage.digest(
+            {
+                "digest": self.digest, "bands": list(self.bands), "values": self.values, "output": self.output,
+                "classes": describe_classes(self.classes), "gsd": self.gsd,
+            }
+        )  # fmt: skip
+
+    def agreement(self, precision: str) -> float:
+        """The share of pixels of real tiles that OpenVINO gave TensorFlow's label, in this precision.
+
+        Bundles of before were compared in bfloat16 alone. float32 rounds 65,536 times as finely: it agrees no less.
+        """
+        found: float = self.openvino.get(precision, self.openvino).get("agreement", 0.0)
+        return found
 
 
 def _notes(bundle: Bundle) -> list[str]:
@@ -154,7 +173,6 @@ def _join(bundles: tuple[Bundle, ...]) -> Bundle:
                     f"{_words(other)}"
                 )
     radii = [one.receptive_radius for one in bundles if one.receptive_radius is not None]
-    agreements = [one.openvino.get("agreement", 0) for one in bundles]
     return replace(
         first,
         url=",".join(one.url for one in bundles),
@@ -166,10 +184,21 @@ def _join(bundles: tuple[Bundle, ...]) -> Bundle:
         dataset_digest=None,
         metrics={},
         network={"models": [storage.name(one.url) for one in bundles]},
-        openvino={"agreement": min(agreements)} if all(one.openvino for one in bundles) else {},
+        openvino=_least_agreement(bundles),
         members=bundles,
         data=next((one.data for one in bundles if one.known), {}),
     )
+
+
+def _least_agreement(bundles: Sequence[Bundle]) -> dict[str, Any]:
+    """What holds for all of several bundles."""
+    if not all(one.openvino for one in bundles):
+        return {}
+    found: dict[str, Any] = {"agreement": min(one.openvino.get("agreement", 0) for one in bundles)}
+    for name in scorers.PRECISIONS:
+        if all(name in one.openvino for one in bundles):
+            found[name] = {"agreement": min(one.openvino[name]["agreement"] for one in bundles)}
+    return found
 
 
 def _words(value: Any) -> str:
@@ -322,13 +351,20 @@ def _for_openvino(
         scorers.convert(os.path.join(scratch, SAVED_MODEL), xml)
         found: dict[str, Any] = {"digest": _digest_of_openvino(folder)}
         if tiles is not None and len(tiles[0]):
-            fast = scorers.by_openvino(xml, threads=1, second=second)
-            same, pixels = scorers.agreement(scorers.by_tensorflow(network, second=second), fast, *tiles)
+            exact = scorers.by_tensorflow(network, second=second)
+            for precision in scorers.PRECISIONS:
+                fast = scorers.by_openvino(xml, threads=1, second=second, precision=precision)
+                same, pixels = scorers.agreement(exact, fast, *tiles)
+                found[precision] = {"agreement": round(same, 6)}
+                log.info(
+                    "model: OpenVINO in %s gives %.3f %% of %d pixels the label of TensorFlow", precision, 100 * same,
+                    pixels,
+                )  # fmt: skip
+            # As bundles of before say it: of bfloat16.
             found |= {
-                "agreement": round(same, 6), "pixels": pixels, "version": scorers.openvino_version(),
-                "precision": scorers.PRECISION,
+                "agreement": found["bfloat16"]["agreement"], "pixels": pixels, "version": scorers.openvino_version(),
+                "precision": scorers.PRECISIONS["bfloat16"],
             }  # fmt: skip
-            log.info("model: OpenVINO gives %.3f %% of %d pixels the label of TensorFlow", 100 * same, pixels)
     except Exception as error:  # whatever its converter says of an operation that it does not know
         reason = first_line(error)
         log.warning("model: it can't be written for OpenVINO, and will run by TensorFlow alone: %s", reason[:300])
@@ -557,14 +593,15 @@ def _check_signature(network: Any, bands: Sequence[str], classes: Sequence[Segme
     return output
 
 
-_loaded: dict[tuple[str, str, int], Scorer] = {}
+_loaded: dict[tuple[str, str, int, str], Scorer] = {}
 
 
 def choose_engine(bundle: Bundle, engine: str = "auto", *, gpu: bool = False) -> str:
-    """`tensorflow`, `openvino` or `tensorflow-gpu`: decided once, in the driver.
+    """`tensorflow`, `openvino` or `tensorflow-gpu`: what can be had.
 
     `auto` takes the GPUs where Spark gives them to tasks; else OpenVINO where it is installed, has the bundle's
-    network, and gave at least `AGREEMENT` of the pixels of real tiles the label that TensorFlow gives them.
+    network, and gave at least `AGREEMENT` of the pixels of real tiles the label that TensorFlow gives them, in one of
+    its precisions. Which of the two is faster is for `processors` to find out.
 
     Args:
         gpu: Spark gives its tasks GPUs.
@@ -586,15 +623,17 @@ def choose_engine(bundle: Bundle, engine: str = "auto", *, gpu: bool = False) ->
         return engine
     if gpu:
         return scorers.GPU
-    fast = scorers.has_openvino() and bundle.openvino.get("agreement", 0) >= AGREEMENT
-    return "openvino" if fast and _has_openvino_files(bundle) else "tensorflow"
+    agrees = max(bundle.agreement(one) for one in scorers.PRECISIONS) >= AGREEMENT
+    return "openvino" if scorers.has_openvino() and agrees and _has_openvino_files(bundle) else "tensorflow"
 
 
 def _has_openvino_files(bundle: Bundle) -> bool:
     return all(storage.exists(storage.join(one.url, OPENVINO, XML)) for one in bundle.members or (bundle,))
 
 
-def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1, tta: str = "none") -> Scorer:
+def load_scorer(
+    bundle: Bundle, *, engine: str = "auto", threads: int = 1, tta: str = "none", precision: str = "bfloat16"
+) -> Scorer:
     """The function that gives scores; one per process and bundle.
 
     Args:
@@ -602,6 +641,7 @@ def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1, tta: 
         engine: see `choose_engine`.
         threads: that an evaluation may use.
         tta: the turns that scores are averaged over: a name of `scorers.TURNS`.
+        precision: of OpenVINO's arithmetic: a name of `scorers.PRECISIONS`.
 
     Raises:
         UsageError: see `choose_engine`.
@@ -609,20 +649,20 @@ def load_scorer(bundle: Bundle, *, engine: str = "auto", threads: int = 1, tta: 
             process with other threads.
     """
     members = bundle.members or (bundle,)
-    if not all((one.digest, engine, threads) in _loaded for one in members):  # it is asked for with each block
+    if not all((one.digest, engine, threads, precision) in _loaded for one in members):  # asked for with each block
         engine = choose_engine(bundle, engine)
-    return scorers.turned(scorers.averaged([_load_one(one, engine, threads) for one in members]), tta)
+    return scorers.turned(scorers.averaged([_load_one(one, engine, threads, precision) for one in members]), tta)
 
 
-def _load_one(bundle: Bundle, engine: str, threads: int) -> Scorer:
-    key = (bundle.digest, engine, threads)
+def _load_one(bundle: Bundle, engine: str, threads: int, precision: str) -> Scorer:
+    key = (bundle.digest, engine, threads, precision)
     if key not in _loaded:
         second = bundle.output == "second"
         if engine == "openvino":
             with storage.beside(storage.join(bundle.url, OPENVINO, XML)) as xml:
                 folder = os.path.dirname(xml)
                 _check_digest(folder, _digest_of_openvino(folder), bundle.openvino["digest"])
-                _loaded[key] = scorers.by_openvino(xml, threads=threads, second=second)
+                _loaded[key] = scorers.by_openvino(xml, threads=threads, second=second, precision=precision)
         else:
             scorers.use_threads(threads)
             path = storage.open_local(storage.join(bundle.url, KERAS))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sattile import engine as engines
 from sattile import labels as label_module
-from sattile import mosaic, record, shapes, sheets, spectrum, storage
+from sattile import mosaic, processors, record, shapes, sheets, spectrum, storage
 from sattile.drift import Sights, judge
 from sattile.errors import UsageError, refusal
 from sattile.inference import (
@@ -332,6 +332,7 @@ def predict(
     aoi: str | None = None,
     fill: float | str | Sequence[float] | None = None,
     engine: str = "auto",
+    precision: str | None = None,
     tta: str = "none",
     rescale: str | Sequence[float] | None = None,
     grid: str | None = None,
@@ -369,9 +370,10 @@ def predict(
         threshold: with two classes, the score from which the second is taken; with more, the least score to decide.
         aoi: vector file; what lies outside is nodata, and is not computed.
         fill: what the model sees for missing pixels; one value or one a band; the bundle's own if not given.
-        engine: `tensorflow`, `openvino` (faster on CPUs), `tensorflow-gpu`, or `auto`: the GPUs that Spark gives its
-            tasks; else OpenVINO where it is installed and gave 99.9 % of the pixels of validation tiles the label that
-            TensorFlow gives them.
+        engine: `tensorflow`, `openvino`, `tensorflow-gpu`, or `auto`: what an earlier run into this folder took; else
+            the GPUs that Spark gives its tasks; else OpenVINO where it gave 99.9 % of the pixels of validation tiles
+            the label that TensorFlow gives them and is measured to be faster on these CPUs.
+        precision: of OpenVINO's arithmetic: `float32` or `bfloat16`; bfloat16 if not given, where all CPUs have it.
         tta: test-time augmentation: `flips` (4) or `turns` (8) of each window, whose scores are averaged; or `none`.
         rescale: 'FACTOR,OFFSET' that bring the scenes' values to those that the model was trained on: 1,-1000 for
             Sentinel-2 since 2022 where the model knows it without the offset.
@@ -404,13 +406,16 @@ def predict(
         raise UsageError(f"stale {stale!r}: use {', '.join(STALE)}")
     bundle = load_models(model)
     area = read_aoi(aoi)
-    job = prepare(
-        bundle, merge=merge, size=size, stride=stride, halo=halo, engine=engine, gpu=engines.gpus_a_task(spark) > 0,
-        local=engines.is_local(spark),
-        threads=int(spark.conf.get("spark.task.cpus", "1") or 1), fill=fill, threshold=threshold, nodata=nodata,
-        aoi=area, scores=scores, coverage=coverage, worker_memory=worker_memory, tta=tta,
-        rescale=rescale,
-    )  # fmt: skip
+    threads = int(spark.conf.get("spark.task.cpus", "1") or 1)
+    options: dict[str, Any] = {
+        "merge": merge, "size": size, "stride": stride, "halo": halo, "gpu": engines.gpus_a_task(spark) > 0,
+        "local": engines.is_local(spark), "threads": threads, "fill": fill, "threshold": threshold, "nodata": nodata,
+        "aoi": area, "scores": scores, "coverage": coverage, "worker_memory": worker_memory, "tta": tta,
+        "rescale": rescale,
+    }  # fmt: skip
+    prepare(bundle, engine=engine, **options)  # what cannot be is refused before anything is measured
+    choice = processors.choose(spark, bundle, engine, precision, threads=threads, out=out, keep=not dry_run)
+    job = prepare(bundle, engine=choice.engine, precision=choice.precision, **options)
     asked = [part.strip() for part in bands.split(",")] if isinstance(bands, str) else list(bands) if bands else None
     settings = describe_job(job) | {
         "bands": asked, "pattern": pattern, "max_gsd_ratio": max_gsd_ratio, "scores": scores, "coverage": coverage,
@@ -451,6 +456,7 @@ def predict(
 
     with Run("predict", out, settings, overwrite, max_failed_fraction) as run:
         run.extra["model"] = bundle.url  # which version it was
+        run.extra["engine"] = choice.describe()
         if bundle.notes:
             run.extra["notes"] = bundle.notes
         with run.stage("list scenes"):

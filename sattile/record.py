@@ -57,6 +57,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def settings_of(out: str) -> dict[str, Any] | None:
+    """Settings of the run that made a folder, or goes on in it; None where there is none that says them."""
+    for mark in (STARTED, RUN):
+        url = storage.join(out, mark)
+        if storage.exists(url):
+            try:
+                settings = storage.read_json(url)["settings"]
+            except (SattileError, KeyError, TypeError):
+                continue
+            if isinstance(settings, dict):
+                return settings
+    return None
+
+
 @dataclass
 class Stage:
     """One timed stage of a run; `pixels` may be set while it runs."""

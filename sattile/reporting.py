@@ -682,14 +682,14 @@ def _describe_run(folder: Folder) -> dict[str, Any]:
         }
         for one in run.get("stages", [])
     ]
-    known = {"command", "settings", "versions", "inputs", "stages", "finished", "done", "skipped"}
+    known = {"command", "settings", "versions", "inputs", "stages", "finished", "done", "skipped", "engine"}
     facts = [(key, value) for key, value in run.items() if key not in known and value is not None]
     return {
         "command": folder.command,
         "url": folder.url,
         "stages": stages,
         "settings": sorted(run.get("settings", {}).items()),
-        "facts": facts,
+        "facts": [*facts, *_engine(run.get("engine"))],
         "inputs": len(run.get("inputs", [])),
         "done": _done(folder),
         "quarantined": run.get("quarantined") or 0,
@@ -697,6 +697,19 @@ def _describe_run(folder: Folder) -> dict[str, Any]:
         "delivered": run.get("delivered_mpix_per_s"),
         "memory": run.get("peak_memory_mb"),
     }
+
+
+def _engine(chosen: Any) -> list[tuple[str, str]]:
+    """What ran the network, on what, and how fast each engine was measured there."""
+    if not isinstance(chosen, dict):
+        return []
+    facts = [("engine", f"{chosen.get('engine')} in {chosen.get('precision')}: {chosen.get('why')}")]
+    if chosen.get("cpus"):
+        facts.append(("cpu", ", ".join(chosen["cpus"])))
+    for kind, speeds in (chosen.get("mpix_per_s") or {}).items():
+        words = ", ".join(f"{name} {number(one)}" for name, one in sorted(speeds.items(), reverse=True))
+        facts.append(("Mpix/s of one task", f"{words} ({kind})"))
+    return facts
 
 
 def _versions(folders: Sequence[Folder]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""How a network is run: by TensorFlow in float32, on CPUs or GPUs, or by OpenVINO in bfloat16, faster on CPUs.
+"""How a network is run: by TensorFlow in float32, on CPUs or GPUs, or by OpenVINO in float32 or bfloat16 on CPUs.
 
 Each gives the same bits for the same input: an input shape is compiled once, for inference, and the number of threads
 is fixed.
@@ -11,11 +11,14 @@ import gc
 import importlib.util
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +28,8 @@ from sattile.errors import Outage, SattileError, UsageError, said_by_task
 Scorer = Callable[[np.ndarray], np.ndarray]
 """(N, H, W, bands) of any dtype -> (N, H, W, classes) float32, to be read only: it may be an engine's own memory."""
 
-PRECISION = "bf16"
-"""Of OpenVINO's arithmetic. A CPU without it computes in float32."""
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+"""Of OpenVINO's arithmetic, by the names that it has for them. A CPU without bfloat16 emulates it, slowly."""
 
 GPU = "tensorflow-gpu"
 """The engine that is TensorFlow on the GPU that Spark gives a task."""
@@ -39,6 +42,39 @@ ALIGNED = 64
 
 NOISE = ("WARNING: All log messages before absl::InitializeLog", "I0000 ", "To enable the following instructions")
 """What TensorFlow says while it is imported, whatever its log level; news to nobody."""
+
+
+# --- what the CPU does by itself ------------------------------------------------------------------------------------
+
+
+NATIVE = {"avx512_bf16", "amx_bf16", "bf16"}
+"""Flags of CPUs that multiply bfloat16: of x86 with AVX-512 or AMX, and of ARM."""
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A kind of CPU.
+
+    Attributes:
+        name: as the system calls it.
+        bfloat16: it computes in bfloat16 by itself.
+    """
+
+    name: str
+    bfloat16: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'with' if self.bfloat16 else 'without'} bfloat16)"
+
+
+@functools.cache
+def cpu() -> Cpu:
+    """This machine's. OpenVINO takes bfloat16 for native on any CPU with AVX-512: its word and the flags both count."""
+    text = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    lines = dict(part for line in text.splitlines() if len(part := [one.strip() for one in line.split(":", 1)]) == 2)
+    name = lines.get("model name") or platform.processor() or platform.machine()
+    flags = set((lines.get("flags") or lines.get("Features") or "").split())
+    return Cpu(name, bool(flags & NATIVE) and (not has_openvino() or openvino_has_bfloat16()))
 
 
 # --- TensorFlow ---------------------------------------------------------------------------------------------------
@@ -219,6 +255,12 @@ def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
+@functools.cache
+def openvino_has_bfloat16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this machine, by itself or emulated."""
+    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def openvino_version() -> str:
     return str(_openvino().__version__).partition("-")[0]
 
@@ -261,8 +303,12 @@ def _over_planes(softmax: Any) -> None:
     softmax.output(0).replace(after.output(0))
 
 
-def by_openvino(xml: str, *, threads: int, second: bool) -> Scorer:
-    """The scores of a network that `convert` wrote; see `by_tensorflow`."""
+def by_openvino(xml: str, *, threads: int, second: bool, precision: str = "bfloat16") -> Scorer:
+    """The scores of a network that `convert` wrote; see `by_tensorflow`.
+
+    Args:
+        precision: of its arithmetic: a name of `PRECISIONS`. What comes out is float32.
+    """
     openvino = _openvino()
     core = openvino.Core()
     read = core.read_model(xml)
@@ -282,7 +328,7 @@ def by_openvino(xml: str, *, threads: int, second: bool) -> Scorer:
         network = read.clone()
         network.reshape({0: shape})
         head, body = _cut_head(_by_planes(network))
-        last = request(body, PRECISION)
+        last = request(body, PRECISIONS[precision])
         if head is None:
             return lambda planes: last.infer([planes], share_inputs=True)[0]
         first = request(head, "f32")

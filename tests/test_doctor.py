@@ -61,7 +61,7 @@ def test_what_fails_is_said_with_a_remedy_and_exit_status_1(tmp_path):
     assert "let the user who runs it" in lines[failed["folder"] + 1]
     assert "2 tasks at once, and 3 workers" in lines[failed["barrier"]]
     assert "--master local[3]" in lines[failed["barrier"] + 1]
-    assert "3 of 14 checks failed (folder, shared folder, barrier)" in done.stderr
+    assert "3 of 15 checks failed (folder, shared folder, barrier)" in done.stderr
     assert (tmp_path / "file").read_text() == "no folder"
 
 

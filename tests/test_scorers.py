@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def with_agreement(bundle: Bundle, value: float | None) -> Bundle:
-    fast = {key: one for key, one in bundle.openvino.items() if key != "agreement"}
+    fast = {key: one for key, one in bundle.openvino.items() if key not in ("agreement", *scorers.PRECISIONS)}
     return dataclasses.replace(bundle, openvino=fast if value is None else fast | {"agreement": value})
 
 
@@ -53,10 +53,15 @@ def test_the_bundle_says_how_far_both_agree(made: Bundle) -> None:
     assert made.openvino["agreement"] > 0.9
     assert 0.7 < made.openvino["pixels"] / (3 * 64 * 96) < 0.8  # those that count
     assert made.openvino["precision"] == "bf16"
+    assert made.openvino["agreement"] == made.agreement("bfloat16") == made.openvino["bfloat16"]["agreement"]
+    assert made.agreement("float32") == made.openvino["float32"]["agreement"] > 0.999
     images = np.random.default_rng(1).integers(1, 3000, (2, 64, 96, 3))
     one, other = (load_scorer(made, engine=engine)(images) for engine in ("tensorflow", "openvino"))
     assert np.abs(one - other).mean() < 0.01
     assert not np.array_equal(one, other)  # two engines, indeed
+    exact = load_scorer(made, engine="openvino", precision="float32")(images)
+    assert np.abs(one - exact).max() < 1e-4
+    assert np.abs(one - other).mean() > 10 * np.abs(one - exact).mean()  # two precisions, indeed
 
 
 def test_auto_takes_openvino_where_it_was_seen_to_agree(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +71,10 @@ def test_auto_takes_openvino_where_it_was_seen_to_agree(made: Bundle, monkeypatc
     assert choose_engine(with_agreement(made, None)) == "tensorflow"
     assert choose_engine(dataclasses.replace(made, openvino={})) == "tensorflow"
     assert choose_engine(with_agreement(made, None), "openvino") == "openvino"
+    both = with_agreement(made, 0.9)
+    assert (
+        choose_engine(dataclasses.replace(both, openvino=both.openvino | {"float32": {"agreement": 1.0}})) == "openvino"
+    )
     with pytest.raises(UsageError, match="make the bundle again"):
         choose_engine(dataclasses.replace(made, openvino={}), "openvino")
     with pytest.raises(UsageError, match="auto, tensorflow, openvino"):
@@ -138,18 +147,15 @@ def test_openvino_gives_the_same_bits_for_any_dtype_and_again(made: Bundle) -> N
     assert load_scorer(load_bundle(made.url), engine="openvino") is score
 
 
-def test_what_is_written_for_speed_gives_the_same_scores(
-    made: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_written_for_speed_gives_the_same_scores(made: Bundle) -> None:
     """Nothing is only enlarged, and the softmax goes over planes: in float32 the scores are TensorFlow's."""
     network = openvino.Core().read_model(f"{made.url}/openvino/model.xml")
     kinds = [node.get_type_name() for node in network.get_ordered_ops() if node.get_type_name() != "Constant"]
     assert kinds.count("ConvolutionBackpropData") == 2
     assert not {"Interpolate", "Tile"} & set(kinds)
     assert kinds[-3:] == ["Softmax", "Transpose", "Result"]
-    monkeypatch.setattr(scorers, "PRECISION", "f32")
     images = np.random.default_rng(1).integers(1, 3000, (2, 64, 96, 3))
-    score = scorers.by_openvino(f"{made.url}/openvino/model.xml", threads=1, second=False)
+    score = scorers.by_openvino(f"{made.url}/openvino/model.xml", threads=1, second=False, precision="float32")
     np.testing.assert_allclose(score(images), load_scorer(made, engine="tensorflow")(images), atol=1e-4)
 
 

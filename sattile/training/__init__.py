@@ -104,7 +104,8 @@ def train(
         workers: a divisor of 12 and of batch_size; each takes one slot of the cluster.
         learning_rate: its peak; warm-up of one epoch, then a cosine down to 0.
         weight_decay: of AdamW.
-        precision: float32, or bfloat16 for faster arithmetic where the hardware has it (weights stay float32).
+        precision: float32, or bfloat16 for faster arithmetic where the hardware has it (weights stay float32); a CPU
+            that has not emulates it, which is told.
         dice: weight of the Dice term beside cross-entropy; 0 leaves it out.
         label_smoothing: share of a label spread over all classes: 0.1 where labels are often wrong.
         hard_share: cross-entropy counts this share of a tile's pixels only, those with the largest losses.
@@ -161,6 +162,8 @@ def train(
     on_cluster = workers > 1 or not engine.is_local(spark)
     if on_cluster:
         _check_slots(spark, workers)
+    if settings.precision == "bfloat16" and not engine.gpus_a_task(spark):
+        _tell_emulation(spark)
     dataset, out = storage.absolute(dataset), storage.absolute(out)
     with opened("train", out, said_by(settings, described, built(dataset, settings)), overwrite, versions) as run:
         job = job_of(dataset, run.out, settings, petastorm=reader == "petastorm")
@@ -174,6 +177,14 @@ def train(
         run_training(run, job, make, described, versions)
         run.finish()
         return run.out
+
+
+def _tell_emulation(spark: SparkSession) -> None:
+    from sattile import processors
+
+    without = [str(one) for one in processors.cpus(spark) if not one.bfloat16]
+    if without:
+        log.warning("train: precision bfloat16 is emulated by %s: float32 is faster there", ", ".join(without))
 
 
 def job_of(dataset: str, out: str, settings: Settings, *, petastorm: bool = False) -> dict[str, Any]:
