@@ -140,6 +140,7 @@ def test_beauforts_polygons_are_labels(spark, shared_data, tmp_path):
     assert all(abs(first[key] - second[key]) <= 0.1 * first[key] + 3 for key in first)
 
 
+@pytest.mark.real
 def test_beauforts_23_polygons_are_enough_to_begin(spark, shared_data, all_cores, tmp_path):
     """All defaults: recall by class on shapes that were left out, with its interval, on the page."""
     from sklearn.ensemble import RandomForestClassifier
