@@ -721,12 +721,20 @@ def as_before(spark: SparkSession, matched: Matched, ignore: Sequence[Value], ta
     if any(one.mended for one in sources):
         return False
     rasters = {(one.url, one.part, one.beside) for one in sources if one.shapes is None}
-    found = _look(spark, sorted(rasters, key=str), {one for one in ignore if not isinstance(one, str)}, every=False)
+    found = _look(spark, sorted(rasters, key=str), _numbers(ignore), every=False)
     seen = {value for values in found.values() for value in values or ()}
     if any(values is None for values in found.values()):
         return False  # several bands, of which they took the first
-    said = IGNORE in ignore or (matched.classes is not None and IGNORE in legend.lookup(matched.classes))
-    return said or IGNORE not in seen or not seen <= {0, IGNORE}
+    return _is_said(matched, ignore) or IGNORE not in seen or not seen <= {0, IGNORE}
+
+
+def _is_said(matched: Matched, ignore: Sequence[Value]) -> bool:
+    """Whether somebody says what 255 means."""
+    return IGNORE in ignore or (matched.classes is not None and IGNORE in legend.lookup(matched.classes))
+
+
+def _numbers(values: Iterable[Value]) -> set[Value]:
+    return {value for value in values if not isinstance(value, str)}
 
 
 def survey(spark: SparkSession, matched: Matched, ignore: Sequence[Value], *, model: bool = False) -> Matched:
@@ -751,12 +759,12 @@ def survey(spark: SparkSession, matched: Matched, ignore: Sequence[Value], *, mo
         for one in matched.sources.values()
         if one.shapes is None and one.legend.encoding == "index"
     }
-    said = IGNORE in ignore or (classes is not None and IGNORE in legend.lookup(classes))
+    said = _is_said(matched, ignore)
     # Classes that somebody named are as they are; those of an attribute make room for what rasters hold beside it.
     free = classes is None or matched.values is not None
     if not rasters or (said and not free):
         return matched
-    files, ignored = sorted(rasters, key=str), {value for value in ignore if not isinstance(value, str)}
+    files, ignored = sorted(rasters, key=str), _numbers(ignore)
     seen = _seen(spark, files, ignored, every=matched.values is not None)
     if not said and seen <= {0, IGNORE} and IGNORE in seen:
         named = (
